@@ -1,0 +1,107 @@
+"""A front end for programs: submit a TPM command on any local ring and get the answer."""
+
+import select
+import socket
+import time
+from typing import Self
+
+from frontend_backend.descriptors import receive_message
+from frontend_backend.errors import NotARingError, RingClosedError, RingTimeoutError
+from frontend_backend.local import LocalRing
+from frontend_backend.ring import FrontRing
+
+_CANCEL_GRACE = 1.0  # seconds a cancelled command may take to be given back before the ring counts as lost
+
+
+class RingFrontEnd:
+    """The submitting end of a ring, with waiting. One command at a time; not for use by several threads."""
+
+    def __init__(self, ring: LocalRing) -> None:
+        """Use `ring` as its front end; closing this closes the ring."""
+        self.ring = ring
+        self._front = FrontRing(ring.page)
+        self._poll = select.poll()
+        self._poll.register(ring.fileno(), select.POLLIN)
+
+    @classmethod
+    def connect(cls, path: str) -> Self:
+        """Get a ring from a vTPM attached with `--frontend ring`, whose endpoint is `path`.
+
+        Raises:
+            OSError: nobody listens there.
+            NotARingError: what came is not a ring.
+
+        """
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(path)
+            _, descriptors = receive_message(sock, 64, 2)
+        if len(descriptors) != 2:
+            raise NotARingError(f"{len(descriptors)} descriptors came, a ring has 2")
+        return cls(LocalRing.adopt(*descriptors))
+
+    def begin(self, packet: bytes, locality: int = 0) -> None:
+        """Submit and ring, without waiting. Raises what FrontRing.submit raises."""
+        self._front.submit(packet, locality)
+        self.ring.ring()
+
+    def finish(self) -> bytes | None:
+        """Return the answer if it is there, else None. Raises what FrontRing.poll raises."""
+        return self._front.poll()
+
+    def cancel(self) -> None:
+        """Ask the back end to give the command in flight up."""
+        self._front.cancel()
+        self.ring.ring()
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a command still awaits its answer."""
+        return self._front.in_flight
+
+    def wait(self, timeout: float | None = None) -> bytes:
+        """Wait for the answer to what was begun, at most `timeout` seconds.
+
+        Raises:
+            RingTimeoutError: nothing came; the request has been cancelled on the page.
+            RingClosedError: the peer's end is gone and no answer is on the page.
+            RingCancelledError, PageError: see FrontRing.poll.
+
+        """
+        limit = None if timeout is None else time.monotonic() + timeout
+        alive = True
+        while True:
+            answer = self.finish()
+            if answer is not None:
+                return answer
+            if not alive:
+                raise RingClosedError
+            left = None if limit is None else limit - time.monotonic()
+            if left is not None and left <= 0:
+                self._give_up()
+                raise RingTimeoutError(timeout or 0.0)
+            self._poll.poll(None if left is None else left * 1000)
+            alive = self.ring.drain()
+
+    def transact(self, packet: bytes, *, locality: int = 0, timeout: float | None = None) -> bytes:
+        """Submit `packet` (1 to 4088 bytes) and wait for its answer; raises what `begin` and `wait` raise."""
+        self.begin(packet, locality)
+        return self.wait(timeout)
+
+    def _give_up(self) -> None:
+        """Cancel, and give a living back end a moment to take it off the page."""
+        self.cancel()
+        limit = time.monotonic() + _CANCEL_GRACE
+        while self.in_flight and (left := limit - time.monotonic()) > 0:
+            self._poll.poll(left * 1000)
+            if not self.ring.drain():
+                return
+
+    def close(self) -> None:
+        """Close the ring."""
+        self.ring.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

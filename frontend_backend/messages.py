@@ -1,0 +1,150 @@
+"""The codec of all messages: frozen dataclasses to msgpack and back, strictly.
+
+A message is `[version, kind, {field: value}]`. Decoding accepts exactly the fields the dataclass declares, with
+exactly their types; a missing field takes the declared default, so that fields can be added later.
+What lives here: the codec. What each pair of processes says: `messages_instance`, `messages_keeper`, `messages_admin`.
+"""
+
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import msgpack
+
+from frontend_backend.errors import MessageError, MessageVersionError
+
+_U64_LIMIT: Final = 1 << 64
+
+
+class Protocol:
+    """One conversation: a version and the messages it knows, each named by its class."""
+
+    def __init__(self, version: int, messages: Iterable[type]) -> None:
+        """Declare the kinds; every one is a frozen dataclass of the supported field types."""
+        self.version = version
+        self._fields: dict[str, tuple[type, Mapping[str, Any]]] = {
+            message.__name__: (message, typing.get_type_hints(message)) for message in messages
+        }
+
+    def encode(self, message: object) -> bytes:
+        """Return the bytes of `message`."""
+        kind = type(message).__name__
+        if kind not in self._fields:
+            raise TypeError(f"{kind} is no message of this protocol")
+        return bytes(msgpack.packb([self.version, kind, _plain_fields(message)], use_bin_type=True))
+
+    def decode(self, untrusted: bytes) -> Any:
+        """Return the message in `untrusted`, an instance of one of the declared classes.
+
+        Raises:
+            MessageError: not a message, unknown kind, wrong, missing or unknown field.
+            MessageVersionError: another version.
+
+        """
+        try:
+            envelope = msgpack.unpackb(untrusted, use_list=True, raw=False, strict_map_key=True)
+        except (ValueError, msgpack.UnpackException, RecursionError) as error:
+            raise MessageError(f"{len(untrusted)} bytes that are no message: {error}") from error
+        match envelope:
+            case [int(version), str(kind), dict(fields)]:
+                if version != self.version:
+                    raise MessageVersionError(version, self.version)
+                return self._build(kind, fields)
+            case _:
+                raise MessageError("a message is [version, kind, fields]")
+
+    def _build(self, kind: str, fields: dict[Any, Any]) -> Any:
+        try:
+            message, hints = self._fields[kind]
+        except KeyError:
+            raise MessageError(f"unknown kind of message {kind[:40]!r}") from None
+        return _construct(message, hints, fields)
+
+
+def _construct(message: type, hints: Mapping[str, Any], fields: dict[Any, Any]) -> Any:
+    """Check every field against its declared type and build the dataclass."""
+    unknown = set(fields) - set(hints)
+    if unknown:
+        raise MessageError(f"{message.__name__} has no field {min(map(str, unknown))[:40]!r}")
+    values = {name: _checked(fields[name], hints[name], f"{message.__name__}.{name}") for name in fields}
+    try:
+        return message(**values)
+    except TypeError as error:
+        raise MessageError(f"{message.__name__}: {error}") from None
+
+
+def _checked(value: Any, wanted: Any, where: str) -> Any:
+    """Return `value` as the type `wanted`, which is one that messages may have.
+
+    Raises:
+        MessageError: it is something else.
+
+    """
+    origin = typing.get_origin(wanted)
+    if wanted is Any:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_checked(item, typing.get_args(wanted)[0], where) for item in value)
+    if origin is dict and isinstance(value, dict):
+        key_type, item_type = typing.get_args(wanted)
+        return {_checked(k, key_type, where): _checked(v, item_type, where) for k, v in value.items()}
+    if origin is types.UnionType:
+        return _checked_union(value, typing.get_args(wanted), where)
+    if isinstance(wanted, type) and origin is None:
+        return _checked_plain(value, wanted, where)
+    raise MessageError(f"{where}: {_kind_of(value)} where {wanted} is due")
+
+
+def _checked_union(value: Any, alternatives: tuple[Any, ...], where: str) -> Any:
+    for alternative in alternatives:
+        if alternative is type(None):
+            if value is None:
+                return None
+            continue
+        try:
+            return _checked(value, alternative, where)
+        except MessageError:
+            continue
+    raise MessageError(f"{where}: {_kind_of(value)} is none of the allowed types")
+
+
+def _checked_plain(value: Any, wanted: type, where: str) -> Any:
+    if issubclass(wanted, enum.Enum):
+        try:
+            return wanted(value)
+        except (ValueError, TypeError):
+            raise MessageError(f"{where}: {str(value)[:40]!r} is no {wanted.__name__}") from None
+    if dataclasses.is_dataclass(wanted):
+        if not isinstance(value, dict):
+            raise MessageError(f"{where}: {_kind_of(value)} where {wanted.__name__} is due")
+        return _construct(wanted, typing.get_type_hints(wanted), value)
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise MessageError(f"{where}: {_kind_of(value)} where {wanted.__name__} is due")
+    if isinstance(value, int) and not -_U64_LIMIT < value < _U64_LIMIT:
+        raise MessageError(f"{where}: number out of range")
+    return value
+
+
+def _kind_of(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value):
+        return _plain_fields(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    return value
+
+
+def _plain_fields(message: Any) -> dict[str, Any]:
+    return {field.name: _plain(getattr(message, field.name)) for field in dataclasses.fields(message)}

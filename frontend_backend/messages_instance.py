@@ -1,0 +1,225 @@
+"""What an instance and the manager say over their ring.
+
+The instance asks, the manager answers: four verbs (load, commit, random / PCR read, quote) and a report of the
+instance's own state, which carries no authority. Orders travel as flags in every answer; a doorbell without an
+answer means "ask me", and the instance then sends a report. A message is a TPM-style packet: the 10-byte header with
+Xen's vTPM tag (0x01C1 requests, 0x01C4 answers; reference: vtpmmgr/tcg.h), the size, a code, then msgpack.
+Who asks is decided by the ring a message arrives on, never by what it says.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntFlag, StrEnum
+from typing import Final
+
+from frontend_backend.errors import HeaderError, MessageError
+from frontend_backend.messages import Protocol
+from frontend_backend.tpmhdr import HEADER_SIZE, CommandHeader
+from frontend_backend.tpmif import MAX_PACKET
+
+VERSION: Final = 1
+TAG_REQUEST: Final = 0x01C1  # VTPM_TAG_REQ
+TAG_ANSWER: Final = 0x01C4  # VTPM_TAG_RSP
+
+
+class InstanceState(StrEnum):
+    """How an instance describes itself in a report."""
+
+    READY = "ready"
+    NEEDS_RESET = "needs-reset"  # answers TPM_RC_FAILURE until a platform reset
+    FAILED = "failed"  # could not load; nothing was changed; it exits
+    STOPPED = "stopped"  # committed its last state; it exits
+
+
+class Orders(IntFlag):
+    """What the manager wants of an instance."""
+
+    NONE = 0
+    STOP = 1  # clean stop: TPM2_Shutdown(STATE), final commit, exit
+    RESET = 2  # platform reset: load again, start up again
+
+
+class RefusalCode(StrEnum):
+    """Why the manager did not do what an instance asked."""
+
+    MALFORMED = "malformed"
+    UNKNOWN_VTPM = "unknown-vtpm"
+    STALE_LEASE = "stale-lease"  # another instance holds this vTPM now
+    STALE_GENERATION = "stale-generation"
+    STORE_FAILED = "store-failed"  # nothing was committed
+    UNAVAILABLE = "unavailable"  # not now, or not offered by this manager
+    LIMIT = "limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Ask for the key, hash and generation of this ring's vTPM."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReply:
+    """Answer to Load. `key` and `digest` have 32 bytes, or none when `fresh` (never started: manufacture it).
+
+    `startup` is "clear", "state", "none", or "failed" (answer TPM_RC_FAILURE until a platform reset).
+    `commit_timeout` is in seconds.
+    """
+
+    vtpm: bytes
+    family: str
+    lease: int
+    fresh: bool
+    key: bytes = field(repr=False)
+    digest: bytes
+    generation: int
+    startup: str
+    commit_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Make (key, digest, generation) the vTPM's record. Sending the same triple again is harmless.
+
+    `final` says that the state is that of a clean stop and that this instance will not commit again.
+    """
+
+    generation: int
+    key: bytes = field(repr=False)
+    digest: bytes
+    lease: int
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReply:
+    """The record is durable."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """Ask for `count` (1 to 64) bytes from the hardware TPM mixed with the kernel's."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RandomReply:
+    """Answer to Random."""
+
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PcrRead:
+    """Ask for hardware PCR values: `bank` as "sha256", indices 0 to 23."""
+
+    bank: str
+    pcrs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PcrReadReply:
+    """Answer to PcrRead: one digest per index asked for, in order."""
+
+    values: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """Ask for a hardware quote over `nonce` (at most 64 bytes)."""
+
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class QuoteReply:
+    """Answer to Quote: TPMS_ATTEST and TPMT_SIGNATURE as the hardware TPM marshalled them."""
+
+    attest: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The instance's own state. `reason` is a word for programs, `text` a sentence for people."""
+
+    state: InstanceState
+    reason: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportReply:
+    """Answer to Report; what matters are the orders that travel with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The manager did not do it; nothing was changed."""
+
+    code: RefusalCode
+    text: str
+
+
+Request = Load | Commit | Random | PcrRead | Quote | Report
+Reply = LoadReply | CommitReply | RandomReply | PcrReadReply | QuoteReply | ReportReply | Refusal
+
+_REQUESTS = Protocol(VERSION, (Load, Commit, Random, PcrRead, Quote, Report))
+_REPLIES = Protocol(VERSION, (LoadReply, CommitReply, RandomReply, PcrReadReply, QuoteReply, ReportReply, Refusal))
+
+
+def encode_request(message: Request) -> bytes:
+    """Return the packet of a request."""
+    return _packet(TAG_REQUEST, 0, _REQUESTS.encode(message))
+
+
+def decode_request(untrusted: bytes) -> Request:
+    """Return the request in a packet.
+
+    Raises:
+        MessageError: it is none.
+
+    """
+    message: Request = _REQUESTS.decode(_body(untrusted, TAG_REQUEST)[1])
+    return message
+
+
+def encode_reply(message: Reply, orders: Orders = Orders.NONE) -> bytes:
+    """Return the packet of an answer; `orders` travel in the header's code."""
+    return _packet(TAG_ANSWER, int(orders), _REPLIES.encode(message))
+
+
+def decode_reply(untrusted: bytes) -> tuple[Reply, Orders]:
+    """Return the answer in a packet, and the manager's orders.
+
+    Raises:
+        MessageError: it is none, or it carries orders this version does not know.
+
+    """
+    code, body = _body(untrusted, TAG_ANSWER)
+    if code & ~int(Orders.STOP | Orders.RESET):
+        raise MessageError(f"unknown orders {code:#x}")
+    message: Reply = _REPLIES.decode(body)
+    return message, Orders(code)
+
+
+def _packet(tag: int, code: int, body: bytes) -> bytes:
+    size = HEADER_SIZE + len(body)
+    if size > MAX_PACKET:
+        raise MessageError(f"a message of {size} bytes does not fit one page ({MAX_PACKET})")
+    return CommandHeader(tag, size, code).pack() + body
+
+
+def _body(untrusted: bytes, tag: int) -> tuple[int, bytes]:
+    try:
+        header = CommandHeader.unpack(untrusted)
+    except HeaderError as error:
+        raise MessageError(str(error)) from error
+    if header.tag != tag or header.size != len(untrusted):
+        raise MessageError(f"packet with tag {header.tag:#06x} and size {header.size} in {len(untrusted)} bytes")
+    return header.code, untrusted[HEADER_SIZE:]
+
+
+def refusal_for_malformed(reason: str) -> bytes:
+    """Return the answer to a request that could not be read (for BackRing)."""
+    return encode_reply(Refusal(RefusalCode.MALFORMED, reason[:200]))

@@ -1,0 +1,167 @@
+"""What the manager and its keeper say: one SEQPACKET datagram a message, descriptors by SCM_RIGHTS.
+
+The manager asks, the keeper answers, strictly in turn. The keeper learns no key: a state image's descriptor and a
+ring's ends pass through its hands, what is in them does not.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from frontend_backend.messages import Protocol
+
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message on a connection."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class HelloReply:
+    """The keeper's version and process id."""
+
+    version: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start an instance. `vtpm` is the UUID's 16 bytes; `uid` 0 keeps the keeper's user.
+
+    Descriptors, in this order: ring page, doorbell for the instance, doorbell for the manager, state image (locked),
+    then one listening socket for each name in `listeners` ("data", "control", "ring").
+    """
+
+    vtpm: bytes
+    lease: int
+    family: str
+    uid: int
+    gid: int
+    frontend: str
+    owner_uid: int
+    manager_uid: int
+    listeners: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """The instance's process id; one descriptor: its pidfd."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """Ask which instances the keeper has, ended ones included until they are forgotten, from the `offset`th on."""
+
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One instance as the keeper knows it; `status` is a wait status once it has ended (os.waitstatus_to_exitcode)."""
+
+    vtpm: bytes
+    lease: int
+    pid: int
+    frontend: str
+    listeners: tuple[str, ...]
+    alive: bool
+    status: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ListReply:
+    """Answer to List: a part of `total` instances; ask again with a higher offset for the rest."""
+
+    instances: tuple[Kept, ...]
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Ask for the manager's ends of one instance."""
+
+    vtpm: bytes
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Descriptors: ring page, manager's doorbell, pidfd, then the listening sockets in the order of `kept`."""
+
+    kept: Kept
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop what is kept of an ended instance, its listening sockets included."""
+
+    vtpm: bytes
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Its wait status."""
+
+    status: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """SIGTERM to every instance, then the keeper ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """The keeper is about to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperRefusal:
+    """The keeper did not do it."""
+
+    text: str
+
+
+KeeperRequest = Hello | Spawn | List | Fetch | Forget | Stop
+KeeperReply = HelloReply | Spawned | ListReply | Fetched | Forgotten | Stopping | KeeperRefusal
+
+_PROTOCOL = Protocol(
+    VERSION,
+    (
+        Hello,
+        HelloReply,
+        Spawn,
+        Spawned,
+        List,
+        ListReply,
+        Fetch,
+        Fetched,
+        Forget,
+        Forgotten,
+        Stop,
+        Stopping,
+        KeeperRefusal,
+    ),
+)
+
+
+def encode_keeper(message: KeeperRequest | KeeperReply) -> bytes:
+    """Return the datagram of a message."""
+    return _PROTOCOL.encode(message)
+
+
+def decode_keeper(untrusted: bytes) -> KeeperRequest | KeeperReply:
+    """Return the message in a datagram.
+
+    Raises:
+        MessageError: it is none.
+
+    """
+    message: KeeperRequest | KeeperReply = _PROTOCOL.decode(untrusted)
+    return message

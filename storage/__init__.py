@@ -1,0 +1,1 @@
+"""The images: store, state images and catalogue. A leaf: it knows nothing of TPMs or rings."""
