@@ -24,13 +24,16 @@ class PeerCredentials:
     uid: int
     gid: int
 
-    CODEC: ClassVar[struct.Struct] = struct.Struct("iII")
+    CODEC: ClassVar[struct.Struct] = struct.Struct("iII")  # struct ucred
 
     @classmethod
     def of(cls, sock: socket.socket) -> "PeerCredentials":
         """Ask the kernel about the connected peer of `sock`."""
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, cls.CODEC.size)
         return cls(*cls.CODEC.unpack(raw))
+
+
+assert PeerCredentials.CODEC.size == 12, "unix(7): struct ucred is pid, uid and gid"
 
 
 def send_message(sock: socket.socket, data: bytes, descriptors: Sequence[int] = ()) -> None:
@@ -47,6 +50,14 @@ def send_message(sock: socket.socket, data: bytes, descriptors: Sequence[int] = 
     sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
 
 
+def ancillary_space(max_descriptors: int) -> int:
+    """Return the bytes that recvmsg(2) needs for that many descriptors, and for not one more.
+
+    CMSG_SPACE rounds up to 8 bytes: with it, an odd number of descriptors would let one more in (cmsg(3)).
+    """
+    return socket.CMSG_LEN(max_descriptors * _INT_SIZE)
+
+
 def receive_message(
     sock: socket.socket, max_bytes: int = MAX_DATAGRAM, max_descriptors: int = 0
 ) -> tuple[bytes, list[int]]:
@@ -58,8 +69,7 @@ def receive_message(
         OSError: what recvmsg(2) says.
 
     """
-    space = socket.CMSG_SPACE(max_descriptors * _INT_SIZE)
-    data, ancillary, flags, _ = sock.recvmsg(max_bytes, space, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = sock.recvmsg(max_bytes, ancillary_space(max_descriptors), socket.MSG_CMSG_CLOEXEC)
     return checked_message(data, ancillary, flags)
 
 

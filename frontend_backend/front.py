@@ -5,7 +5,7 @@ import socket
 import time
 from typing import Self
 
-from frontend_backend.descriptors import receive_message
+from frontend_backend.descriptors import close_all, receive_message
 from frontend_backend.errors import NotARingError, RingClosedError, RingTimeoutError
 from frontend_backend.local import LocalRing
 from frontend_backend.ring import FrontRing
@@ -29,13 +29,15 @@ class RingFrontEnd:
 
         Raises:
             OSError: nobody listens there.
-            NotARingError: what came is not a ring.
+            ChannelClosedError: the vTPM's side closed without handing a ring over.
+            MessageTruncatedError, NotARingError: what came is not a ring; its descriptors are closed.
 
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.connect(path)
             _, descriptors = receive_message(sock, 64, 2)
         if len(descriptors) != 2:
+            close_all(descriptors)
             raise NotARingError(f"{len(descriptors)} descriptors came, a ring has 2")
         return cls(LocalRing.adopt(*descriptors))
 
@@ -88,13 +90,14 @@ class RingFrontEnd:
         return self.wait(timeout)
 
     def _give_up(self) -> None:
-        """Cancel, and give a living back end a moment to take it off the page."""
+        """Cancel, and give a living back end a moment to take it off the page, or to answer for nobody."""
         self.cancel()
         limit = time.monotonic() + _CANCEL_GRACE
-        while self.in_flight and (left := limit - time.monotonic()) > 0:
+        alive = True
+        while alive and self.in_flight and (left := limit - time.monotonic()) > 0:
             self._poll.poll(left * 1000)
-            if not self.ring.drain():
-                return
+            alive = self.ring.drain()
+        self._front.discard()
 
     def close(self) -> None:
         """Close the ring."""

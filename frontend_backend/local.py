@@ -17,6 +17,7 @@ from frontend_backend.tpmif import PAGE_SIZE
 
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL  # fcntl(2): size fixed for good
 _DING: Final = b"\0"
+_DRAIN_LIMIT: Final = 64  # rings swallowed in one go: a peer that rings without pause must not keep us in a loop
 
 
 class LocalRing:
@@ -44,15 +45,14 @@ class LocalRing:
         """Take over two descriptors that a peer handed us; they are closed if they are not a ring.
 
         Raises:
-            NotARingError: no memfd, wrong size, missing seals, or no SEQPACKET socket.
+            NotARingError: no memfd, wrong size, missing seals, or no connected SEQPACKET socket.
 
         """
         sock = None
         try:
-            cls._check(memfd)
+            cls._check_page(memfd)
             sock = socket.socket(fileno=doorbell)
-            if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-                raise NotARingError("the doorbell is not a SEQPACKET Unix socket")
+            cls._check_doorbell(sock)
             return cls(memfd, sock)
         except (OSError, NotARingError) as error:
             if sock is not None:
@@ -60,30 +60,43 @@ class LocalRing:
             for descriptor in (memfd, doorbell):
                 with suppress(OSError):
                     os.close(descriptor)
-            raise (error if isinstance(error, NotARingError) else NotARingError(f"not a ring: {error}")) from error
+            if isinstance(error, NotARingError):
+                raise
+            raise NotARingError(f"not a ring: {error}") from error
 
     @staticmethod
-    def _check(memfd: int) -> None:
+    def _check_page(memfd: int) -> None:
         if fcntl.fcntl(memfd, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise NotARingError("the page is not sealed against shrinking, growing and further seals")
         if os.fstat(memfd).st_size != PAGE_SIZE:
             raise NotARingError(f"the page has {os.fstat(memfd).st_size} bytes, not {PAGE_SIZE}")
 
+    @staticmethod
+    def _check_doorbell(sock: socket.socket) -> None:
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            raise NotARingError("the doorbell is not a SEQPACKET Unix socket")
+        sock.getpeername()  # ENOTCONN here rather than at every ring
+
     def ring(self) -> None:
         """Wake the peer. Never blocks; a peer that is gone is noticed by `drain`."""
         with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            self._doorbell.send(_DING, socket.MSG_NOSIGNAL)
+            # O_NONBLOCK alone would not do: whoever handed the socket over may keep a copy and clear it
+            self._doorbell.send(_DING, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def drain(self) -> bool:
-        """Swallow what has been rung. Returns False once the peer's end is gone."""
-        while True:
+        """Swallow what has been rung. Returns False once the peer's end is gone.
+
+        At most _DRAIN_LIMIT rings go in one call; what is left makes the doorbell readable again.
+        """
+        for _ in range(_DRAIN_LIMIT):
             try:
-                if not self._doorbell.recv(len(_DING)):
+                if not self._doorbell.recv(len(_DING), socket.MSG_DONTWAIT):
                     return False
             except BlockingIOError:
                 return True
             except ConnectionResetError:
                 return False
+        return True
 
     def fileno(self) -> int:
         """Return the doorbell's descriptor, to wait on."""
@@ -107,11 +120,16 @@ class LocalRing:
             self._memfd = None
 
     def close(self) -> None:
-        """Unmap the page and close both descriptors."""
+        """Close both descriptors and unmap the page.
+
+        Raises:
+            BufferError: a slice of `page` is still in use; the peer is told all the same.
+
+        """
+        self._doorbell.close()
         self.forget_page_descriptor()
         self.page.release()
         self._map.close()
-        self._doorbell.close()
 
     def __enter__(self) -> Self:
         return self

@@ -27,6 +27,8 @@ class RingEvent(Enum):
     BACK_ABORTS = auto()
 
 
+_MAX_LOCALITY: Final = 255  # a byte (tpmif.h); what a locality may do is the back end's business
+
 _S, _E = RingState, RingEvent
 TRANSITIONS: Final[dict[tuple[RingState, RingEvent], RingState]] = {
     (_S.IDLE, _E.FRONT_SUBMITS): _S.SUBMIT,
@@ -84,20 +86,18 @@ class _Page:
         return SharedPage.unpack(bytes(self._page[: SharedPage.SIZE]))
 
     def _put(self, packet: bytes, locality: int, state: RingState) -> None:
-        """Write packet, head, and last of all the state byte, which is what the peer looks at."""
-        end = SharedPage.SIZE + len(packet)
-        self._page[SharedPage.SIZE : end] = packet
-        previous = self._page[SharedPage.STATE_OFFSET]
-        head = bytearray(SharedPage(len(packet), state, locality, 0).pack())
-        head[SharedPage.STATE_OFFSET] = previous
-        self._page[: SharedPage.SIZE] = bytes(head)
-        self._page[SharedPage.STATE_OFFSET] = state
+        """Write the packet over all that was on the page, then the head, which is what the peer looks at.
+
+        The head is one aligned store of 8 bytes: whoever dies here leaves length and state that belong together.
+        """
+        self._page[SharedPage.SIZE :] = packet.ljust(MAX_PACKET, b"\0")
+        self._page[: SharedPage.SIZE] = SharedPage(len(packet), state, locality, 0).pack()
 
     def _set_state(self, state: RingState) -> None:
         self._page[SharedPage.STATE_OFFSET] = state
 
-    def _wipe(self, start: int = SharedPage.SIZE) -> None:
-        self._page[start:] = bytes(PAGE_SIZE - start)
+    def _wipe(self) -> None:
+        self._page[SharedPage.SIZE :] = bytes(MAX_PACKET)
 
 
 def _packet_span(head: SharedPage) -> tuple[int, int]:
@@ -118,11 +118,14 @@ class FrontRing(_Page):
 
         Raises:
             IllegalTransitionError: a command is still in flight.
+            PageError: the back end left a state that does not exist.
             ValueError: the packet does not fit a page, or the locality is not 0..255.
 
         """
         if not 0 < len(packet) <= MAX_PACKET:
             raise ValueError(f"a packet has 1 to {MAX_PACKET} bytes, not {len(packet)}")
+        if not 0 <= locality <= _MAX_LOCALITY:
+            raise ValueError(f"a locality is 0 to {_MAX_LOCALITY}, not {locality}")
         advance(self.head().state, RingEvent.FRONT_SUBMITS)
         self._put(packet, locality, RingState.SUBMIT)
 
@@ -148,6 +151,11 @@ class FrontRing(_Page):
         """Ask the back end to give the command up; the caller then rings and keeps polling."""
         self._set_state(advance(self.head().state, RingEvent.FRONT_CANCELS))
 
+    def discard(self) -> None:
+        """Wipe an answer that nobody waits for any more; does nothing while a command is in flight."""
+        if not self.in_flight:
+            self._wipe()
+
     @property
     def in_flight(self) -> bool:
         """Whether a submitted or cancelled command still awaits the back end."""
@@ -160,31 +168,41 @@ class BackRing(_Page):
     def __init__(self, page: memoryview, refuse: Callable[[str], bytes]) -> None:
         super().__init__(page)
         self._refuse = refuse
+        self._in_hand = False
 
     def take(self) -> Request | Answered | None:
         """Copy the pending request out, if there is one.
 
         The request's bytes stay on the page until it is answered, so that a back end that replaces a dead one
-        finds it again. Returns Answered when the page held a malformed request (now answered with an error) or
-        a cancelled one (now IDLE): the caller rings and goes on. Never raises for anything a peer writes.
+        finds it again. Returns Answered when the page held a malformed request (now answered with an error), or
+        a cancelled or half overwritten one (now IDLE): the caller rings and goes on. Returns None while the request
+        taken last awaits `finish` or `abort`, whatever rings: no command is executed twice, and a cancel that comes
+        that late gets the answer. Never raises for anything a peer writes.
         """
+        if self._in_hand:
+            return None
         try:
             head = self.head()
         except PageError as error:
-            self._set_state(RingState.IDLE)
-            return Answered(str(error))
+            return self._give_back(str(error))
         if head.state is RingState.CANCEL:
-            self._wipe()
-            self._set_state(advance(head.state, RingEvent.BACK_ABORTS))
-            return Answered("cancelled by the front end")
+            return self._give_back("cancelled by the front end")
         if head.state is not RingState.SUBMIT:
             return None
+        if not head.length:
+            # FrontRing never submits this: a back end died while it answered, and the request is lost
+            return self._give_back("a request without a packet")
         try:
             offset, length = _packet_span(head)
         except PageError as error:
             self.finish(self._refuse(str(error)))
             return Answered(str(error))
+        self._in_hand = True
         return Request(bytes(self._page[offset : offset + length]), head.locality)
+
+    def _give_back(self, reason: str) -> Answered:
+        self.abort()
+        return Answered(reason)
 
     def finish(self, packet: bytes) -> bool:
         """Answer the request in flight and wipe what is left of it; the caller then rings.
@@ -197,17 +215,19 @@ class BackRing(_Page):
         """
         if len(packet) > MAX_PACKET:
             raise ValueError(f"an answer has at most {MAX_PACKET} bytes, not {len(packet)}")
+        self._in_hand = False
         try:
             advance(self.head().state, RingEvent.BACK_FINISHES)
         except (PageError, IllegalTransitionError):
-            self._wipe()
-            self._set_state(RingState.IDLE)
+            self.abort()
             return False
-        self._wipe(SharedPage.SIZE + len(packet))
+        # from here the request's bytes go: without a length nobody who finds the page takes the rest for a request
+        self._page[: SharedPage.STATE_OFFSET] = bytes(SharedPage.STATE_OFFSET)
         self._put(packet, 0, RingState.FINISH)
         return True
 
     def abort(self) -> None:
         """Give the request in flight back without an answer (the front end sees it as cancelled)."""
+        self._in_hand = False
         self._wipe()
         self._set_state(RingState.IDLE)

@@ -1,0 +1,166 @@
+"""The admin socket: who asks, may they, do it, answer. One request a connection."""
+
+import grp
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from frontend_backend.channel_trio import receive_message_trio, send_message_trio
+from frontend_backend.descriptors import PeerCredentials, close_all
+from frontend_backend.errors import ChannelClosedError, RingError
+from frontend_backend.messages_admin import AdminRequest, Done, ExitCode, Failure, Row, decode_admin, encode_admin
+from manager.config import AdminConfig
+from manager.errors import ConfigurationError, DeniedError, ManagerError, UsageError
+from manager.verb_table import BY_NAME, Role, Verb
+from manager.verbs import HANDLERS, Caller, Services
+from storage.errors import StorageError
+
+_log = logging.getLogger("vtpm.admin")
+_REQUEST_SECONDS: Final = 10.0  # a client that says nothing for longer is dropped
+_MAX_CLIENTS: Final = 64
+_MAX_DESCRIPTORS: Final = 4
+_KINDS: Final[Mapping[str, type]] = {"str": str, "path": str, "int": int, "flag": bool}
+
+
+def role_of(peer: PeerCredentials, config: AdminConfig) -> Role | None:
+    """Return what a peer may do: root and the manager's own user administer, others by configuration."""
+    if peer.uid in (0, os.geteuid()):
+        return Role.ADMINISTRATOR
+    if peer.uid in config.operator_uids:
+        return Role.OPERATOR
+    if peer.uid in config.auditor_uids:
+        return Role.AUDITOR
+    return None
+
+
+def check_arguments(verb: Verb, untrusted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the verb's arguments, all of them, defaults filled in.
+
+    Raises:
+        UsageError: one is unknown, missing, of the wrong type, or none of its choices.
+
+    """
+    known = {argument.name: argument for argument in verb.arguments}
+    unknown = set(untrusted) - set(known)
+    if unknown:
+        raise UsageError(f"{verb.name} has no argument '{min(unknown)[:40]}'")
+    checked: dict[str, Any] = {}
+    for name, argument in known.items():
+        value = untrusted.get(name)
+        if value is None:
+            if argument.required:
+                raise UsageError(f"{verb.name} needs {name.upper()}")
+            value = argument.default
+        elif type(value) is not _KINDS[argument.kind]:
+            raise UsageError(f"{verb.name}: {name} is not a {argument.kind}")
+        elif argument.choices and value not in argument.choices:
+            raise UsageError(f"{verb.name}: {name} is one of {', '.join(argument.choices)}")
+        checked[name] = value
+    return checked
+
+
+def listen(path: Path, config: AdminConfig) -> socket.socket:
+    """Make the admin socket with its owner and mode before anybody can connect.
+
+    Raises:
+        ConfigurationError: the mode or group of the configuration cannot be used.
+
+    """
+    try:
+        mode = int(config.socket_mode, 8)
+        gid = grp.getgrnam(config.socket_group).gr_gid if config.socket_group else -1
+    except (ValueError, KeyError) as error:
+        raise ConfigurationError(f"[admin] socket_mode or socket_group cannot be used: {error}") from error
+    with suppress(FileNotFoundError):
+        path.unlink()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    previous = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(previous)
+    os.chown(path, -1, gid)
+    path.chmod(mode)
+    sock.listen(_MAX_CLIENTS)
+    sock.setblocking(False)
+    return sock
+
+
+class AdminServer:
+    """Answers administrators."""
+
+    def __init__(self, services: Services, config: AdminConfig) -> None:
+        """Serve `services`' verbs to those whom `config` gives a role."""
+        self._services, self._config = services, config
+        self._limit = trio.CapacityLimiter(_MAX_CLIENTS)
+
+    async def run(self, listener: socket.socket) -> None:
+        """Accept until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(listener)
+                try:
+                    client, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                except OSError as error:  # out of descriptors: wait, do not spin
+                    _log.warning("cannot accept an administrator: %s", error)
+                    await trio.sleep(0.2)
+                    continue
+                client.setblocking(False)
+                nursery.start_soon(self._serve, client)
+
+    async def _serve(self, client: socket.socket) -> None:
+        with client:
+            try:
+                async with self._limit:
+                    await self._one_request(client)
+            except (OSError, ChannelClosedError) as error:
+                _log.debug("administrator went away: %s", error)
+
+    async def _one_request(self, client: socket.socket) -> None:
+        descriptors: list[int] = []
+        replies: list[Row | Done | Failure]
+        try:
+            with trio.fail_after(_REQUEST_SECONDS):
+                data, descriptors = await receive_message_trio(client, max_descriptors=_MAX_DESCRIPTORS)
+            documents = await self._do(PeerCredentials.of(client), data, tuple(descriptors))
+            replies = [*map(Row, documents), Done()]
+        except trio.TooSlowError:
+            replies = [Failure(ExitCode.BUSY, f"no request came within {_REQUEST_SECONDS:g} s")]
+        except ChannelClosedError:
+            return
+        except ManagerError as error:
+            replies = [Failure(error.code, str(error))]
+        except RingError as error:
+            replies = [Failure(ExitCode.USAGE, f"malformed request: {error}")]
+        except (StorageError, OSError) as error:
+            _log.exception("a request failed")
+            replies = [Failure(ExitCode.FAILURE, str(error))]
+        finally:
+            close_all(descriptors)
+        for reply in replies:
+            await send_message_trio(client, encode_admin(reply))
+
+    async def _do(self, peer: PeerCredentials, data: bytes, descriptors: tuple[int, ...]) -> list[dict[str, Any]]:
+        request = decode_admin(data)
+        if not isinstance(request, AdminRequest):
+            raise UsageError("an answer where a request is due")
+        verb = BY_NAME.get(request.verb)
+        if verb is None:
+            raise UsageError(f"this manager has no verb '{request.verb[:40]}': it may be older than this command")
+        role = role_of(peer, self._config)
+        if role is None or role < verb.role:
+            raise DeniedError(
+                f"user {peer.uid} may not use '{verb.name}': it needs the role {verb.role.name.lower()} "
+                f"([admin] in the configuration gives roles)"
+            )
+        arguments = check_arguments(verb, request.arguments)
+        _log.info("%s %s by user %d", verb.name, arguments.get("vtpm") or arguments.get("name") or "", peer.uid)
+        return await HANDLERS[verb.name](self._services, Caller(peer.uid, descriptors), arguments)

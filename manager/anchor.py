@@ -1,0 +1,105 @@
+"""The rollback rule (design section 7), pure: may this store be opened, given what the hardware TPM holds?
+
+Two anchors. The *durable* one is an NV index with the digest of a store state. The *volatile* one is PCR 22,
+extended with digests in the background. A store carries, authenticated, what it knows of both: the digest the index
+holds, the one that was about to be written (a write may or may not have happened when power fails), and the values
+PCR 22 has before and after the extend in progress.
+"""
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from manager.errors import IntegrityError, RolledBackError
+
+DIGEST_SIZE: Final = 32
+# TPM 2.0 PC Client Profile: PCR 17-22 start as all ones, a D-RTM launch makes them all zeros
+PCR22_AFTER_RESET: Final = (b"\xff" * DIGEST_SIZE, b"\x00" * DIGEST_SIZE)
+
+
+class Standing(Enum):
+    """How an acceptable store stands to the durable anchor."""
+
+    EQUAL = "equal"  # it is the anchored state: a clean stop, or a crash right after an anchor
+    DESCENDS = "descends"  # it was written after the anchored state: an unclean stop
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What a store carries of the anchors beside the digest that the index holds; 32 bytes each, zeros for none.
+
+    `pending` was about to be written to the index when the store was written. PCR 22 held `pcr_before`, and holds
+    `pcr_after` once the extend in progress is done.
+    """
+
+    pending: bytes = bytes(DIGEST_SIZE)
+    pcr_before: bytes = bytes(DIGEST_SIZE)
+    pcr_after: bytes = bytes(DIGEST_SIZE)
+
+    def pack(self) -> bytes:
+        """Return the 96 bytes that the store keeps."""
+        return self.pending + self.pcr_before + self.pcr_after
+
+    @classmethod
+    def unpack(cls, kept: bytes) -> "Notes":
+        """Read what `pack` wrote; nothing kept yet is no notes.
+
+        Raises:
+            IntegrityError: another length.
+
+        """
+        if not kept:
+            return cls()
+        if len(kept) != 3 * DIGEST_SIZE:
+            raise IntegrityError(f"the store's notes on its anchors have {len(kept)} bytes, not {3 * DIGEST_SIZE}")
+        return cls(kept[:DIGEST_SIZE], kept[DIGEST_SIZE : 2 * DIGEST_SIZE], kept[2 * DIGEST_SIZE :])
+
+
+@dataclass(frozen=True, slots=True)
+class StorePosition:
+    """What a store says of itself: its digest, the digest that the index is known to hold (32 bytes each), notes."""
+
+    digest: bytes
+    held: bytes
+    notes: Notes
+
+
+def extended(value: bytes, digest: bytes) -> bytes:
+    """Return what a SHA-256 PCR with `value` holds after TPM2_PCR_Extend of `digest` (Part 3, 22.2)."""
+    return hashlib.sha256(value + digest).digest()
+
+
+def judge(position: StorePosition, durable: bytes, pcr22: bytes | None) -> Standing:
+    """Decide whether the store at `position` may be opened.
+
+    `durable` is the NV index's content; `pcr22` the PCR's value, None where there is no volatile anchor.
+
+    Raises:
+        RolledBackError: it is older than, or a fork of, the store the anchors stand for.
+
+    """
+    if hmac.compare_digest(position.digest, durable):
+        standing = Standing.EQUAL
+    elif any(hmac.compare_digest(durable, known) for known in (position.held, position.notes.pending)):
+        standing = Standing.DESCENDS
+    else:
+        raise RolledBackError(
+            "the store is not the one the hardware TPM's durable anchor stands for: it is an older copy, or was "
+            "written by another installation. Nothing was changed. Put the newest store image and state images back; "
+            "docs/rollback.md explains what else can be done"
+        )
+    if standing is Standing.DESCENDS and not _agrees(position, pcr22):
+        raise RolledBackError(
+            "the store descends from the hardware TPM's durable anchor, but PCR 22 says that newer saves were made "
+            "since this machine started: it is an older copy. Nothing was changed. Put the newest store image and "
+            "state images back; docs/rollback.md explains what else can be done"
+        )
+    return standing
+
+
+def _agrees(position: StorePosition, pcr22: bytes | None) -> bool:
+    if pcr22 is None or pcr22 in PCR22_AFTER_RESET:
+        return True
+    return pcr22 in (position.notes.pcr_before, position.notes.pcr_after)

@@ -1,0 +1,306 @@
+"""Which vTPM runs for which guest: attach, detach, platform reset, crash, and taking over after a restart."""
+
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass, replace
+from typing import Final
+from uuid import UUID
+
+import trio
+
+from frontend_backend.messages_instance import Orders
+from frontend_backend.messages_keeper import Kept
+from manager import state_files
+from manager.config import Config, Layout
+from manager.errors import (
+    BusyError,
+    ConflictError,
+    DeniedError,
+    KeeperError,
+    ManagerError,
+    NotFoundError,
+    QuarantinedError,
+)
+from manager.instances import CrashBudget, Instances, Launch
+from manager.registry import Registry, check_name
+from manager.running import Running, Stage
+from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
+from storage.catalogue import AttachmentRow, VtpmRow
+from storage.records import RecordFlags
+
+_log = logging.getLogger("vtpm.life")
+_MICROSECOND: Final = 1000  # nanoseconds
+_PARALLEL_STARTS: Final = 8  # instances started at once when the manager starts
+
+
+@dataclass(frozen=True, slots=True)
+class AttachOptions:
+    """How a vTPM is attached; the fields are vtpm-attach's options."""
+
+    guest: str
+    frontend: str = "socket"
+    owner: str | None = None
+    mode: str = "0660"
+    startup: str = "clear"
+
+
+class Attachments:
+    """Every attachment. At most one instance per vTPM: its lease is in every commit, its lock on the state image."""
+
+    def __init__(self, registry: Registry, instances: Instances, layout: Layout, config: Config, store: UUID) -> None:
+        """Keep attachments of `registry`'s vTPMs with `instances`; `store` is the store's UUID."""
+        self._registry, self._instances = registry, instances
+        self._catalogue = registry.catalogue
+        self._layout, self._config, self._store = layout, config, store
+        self._changing: dict[UUID, trio.Lock] = {}
+        self._budgets: dict[UUID, CrashBudget] = {}
+        self.stopping = False
+
+    def running(self, vtpm: UUID) -> Running | None:
+        """Return the instance of a vTPM, None where there is none."""
+        return self._instances.running.get(vtpm)
+
+    def state(self, row: VtpmRow) -> str:
+        """Return a vTPM's state in one word, as users see it (docs/states.md)."""
+        running = self.running(row.uuid)
+        if running is not None:
+            return running.stage.value
+        try:
+            flags = self._registry.record(row.uuid).flags
+        except DeniedError:
+            return "closed"
+        except NotFoundError:
+            return "missing"
+        if flags & RecordFlags.QUARANTINED:
+            return "quarantined"
+        if self._catalogue.find_attachment(row.uuid) is not None:
+            return "down"
+        return "added" if flags & RecordFlags.FRESH else "detached"
+
+    async def attach(self, row: VtpmRow, options: AttachOptions, caller_uid: int) -> None:
+        """Start a vTPM for a guest; returns when its state is verified and it answers.
+
+        Raises:
+            ConflictError: it is attached already. QuarantinedError: its state cannot be loaded (nothing is changed).
+            DeniedError, NotFoundError, UsageError, KeeperError, BusyError: see their messages.
+
+        """
+        check_name(options.guest, "guest's name")
+        owner = Owner.parse(options.owner, caller_uid)
+        parse_mode(options.mode)
+        async with self._lock(row.uuid):
+            attached = self._catalogue.find_attachment(row.uuid)
+            if attached is not None:
+                raise ConflictError(f"vTPM {row.name} is attached to guest {attached.guest} already")
+            self._registry.record(row.uuid)
+            attachment = AttachmentRow(
+                vtpm=row.uuid,
+                guest=options.guest,
+                frontend=options.frontend,
+                owner=f"{owner.uid}:{owner.gid}",
+                mode=options.mode,
+                startup=options.startup,
+                lease=time.time_ns() // _MICROSECOND,
+            )
+            self._catalogue.attach(attachment)
+            try:
+                await self._start(row, attachment, options.startup)
+            except BaseException:
+                self._catalogue.detach(row.uuid)
+                SocketFolder(self._layout.sockets, row.uuid, options.frontend).remove()
+                raise
+            await self._registry.flag(row.uuid, drop=RecordFlags.QUARANTINED)
+            self._catalogue.log("attached", row.uuid, f"{row.name} to guest {options.guest} by {options.frontend}")
+
+    async def _start(self, row: VtpmRow, attachment: AttachmentRow, startup: str) -> Running:
+        """Start an instance on fresh sockets and wait until its state is verified."""
+        fresh = bool(self._registry.record(row.uuid).flags & RecordFlags.FRESH)
+        path = self._registry.image_path(row)
+        image = state_files.open_locked(path, create=fresh and not row.state_image)
+        sockets: list[socket.socket] = []
+        try:
+            if fresh:
+                state_files.make_image(image, path, row.uuid, self._store, row.family)
+            owner = Owner.parse(attachment.owner, os.geteuid())
+            folder = SocketFolder(self._layout.sockets, row.uuid, attachment.frontend)
+            sockets = folder.listen(owner, parse_mode(attachment.mode))
+            launch = Launch(
+                vtpm=row.uuid,
+                lease=attachment.lease,
+                family=row.family,
+                frontend=attachment.frontend,
+                owner_uid=owner.uid,
+                startup=startup,
+                after_reset=_after_reset(attachment),
+                listeners=LISTENERS_OF[attachment.frontend],
+            )
+            running = await self._instances.start(launch, image, sockets)
+        finally:
+            os.close(image)
+            for sock in sockets:
+                sock.close()
+        await self._verified(row, running)
+        return running
+
+    async def _verified(self, row: VtpmRow, running: Running) -> None:
+        """Wait for an instance's first word; quarantine the vTPM if its state could not be loaded."""
+        try:
+            await self._instances.settle(running, self._config.instance.start_timeout)
+        except BusyError:
+            if running.stage is Stage.STARTING:
+                self._instances.kill(running)
+                await running.ended.wait()
+            raise
+        if running.stage in (Stage.RUNNING, Stage.NEEDS_RESET):
+            return
+        await running.ended.wait()
+        report = running.report
+        if running.stage is Stage.FAILED and report is not None:
+            await self._registry.flag(row.uuid, add=RecordFlags.QUARANTINED)
+            self._catalogue.log("quarantined", row.uuid, report.text)
+            raise QuarantinedError(
+                f"vTPM {row.name} is quarantined: {report.text}. Every byte of {self._registry.image_path(row)} is "
+                f"kept. Put the right image back and attach again, or give the vTPM up with "
+                f"'vtpm-reset {row.name} --yes'"
+            )
+        raise KeeperError(f"the instance of vTPM {row.name} ended before it was ready; look at the manager's log")
+
+    async def detach(self, row: VtpmRow) -> None:
+        """Stop a vTPM cleanly and forget its guest.
+
+        Raises:
+            ConflictError: it is not attached.
+
+        """
+        async with self._lock(row.uuid):
+            attachment = self._attachment(row)
+            running = self.running(row.uuid)
+            clean = True
+            if running is not None:
+                clean = await self._instances.stop(running)
+            self._catalogue.detach(row.uuid)
+            SocketFolder(self._layout.sockets, row.uuid, attachment.frontend).remove()
+            self._budgets.pop(row.uuid, None)
+            how = "cleanly" if clean else "without a clean stop"
+            self._catalogue.log("detached", row.uuid, f"{row.name} from guest {attachment.guest}, {how}")
+
+    async def reset_platform(self, row: VtpmRow) -> None:
+        """Do what a guest's platform reset does: load the last state and start it up.
+
+        Raises:
+            ConflictError: it is not attached. BusyError, QuarantinedError: it did not come back.
+
+        """
+        async with self._lock(row.uuid):
+            attachment = self._attachment(row)
+            running = self.running(row.uuid)
+            self._budgets.pop(row.uuid, None)
+            if running is None:
+                await self._start(row, attachment, _after_reset(attachment))
+            else:
+                running.order(Orders.RESET)
+                await self._verified(row, running)
+            self._catalogue.log("platform-reset", row.uuid, row.name)
+
+    def _attachment(self, row: VtpmRow) -> AttachmentRow:
+        attachment = self._catalogue.find_attachment(row.uuid)
+        if attachment is None:
+            raise ConflictError(f"vTPM {row.name} is not attached; 'vtpm-attach {row.name} GUEST' attaches it")
+        return attachment
+
+    def _lock(self, vtpm: UUID) -> trio.Lock:
+        return self._changing.setdefault(vtpm, trio.Lock())
+
+    # --- what happens by itself --------------------------------------------------------------------
+
+    async def ended(self, running: Running, status: int | None) -> None:
+        """Deal with an ended process: a crashed instance comes back, in failure until a platform reset."""
+        if running.stage in (Stage.STOPPED, Stage.FAILED) or self.stopping:
+            return
+        row = self._catalogue.find_vtpm(running.vtpm)
+        attachment = self._catalogue.find_attachment(running.vtpm)
+        if row is None or attachment is None or attachment.lease != running.lease or not running.settled.is_set():
+            return
+        _log.error("vTPM %s: its instance ended unexpectedly (status %s)", running.vtpm, status)
+        self._catalogue.log("crashed", running.vtpm, f"instance {running.pid} ended with status {status}")
+        if running.stage is Stage.ENDED and not self._may_restart(running.vtpm):
+            _log.error("vTPM %s: crashed too often; left down until vtpm-reset-platform or detach", running.vtpm)
+            return
+        async with self._lock(running.vtpm):
+            await self._bring_back(row, "failed")
+
+    def _may_restart(self, vtpm: UUID) -> bool:
+        budget = self._budgets.setdefault(vtpm, CrashBudget.of(self._config.instance))
+        return budget.spend()
+
+    async def _bring_back(self, row: VtpmRow, startup: str) -> None:
+        """Start an attached vTPM without its administrator: what goes wrong is logged and kept."""
+        attachment = self._catalogue.find_attachment(row.uuid)
+        if attachment is None or self.running(row.uuid) is not None or self.stopping:
+            return
+        attachment = replace(attachment, lease=max(attachment.lease + 1, time.time_ns() // _MICROSECOND))
+        self._catalogue.renew(attachment)
+        try:
+            await self._start(row, attachment, startup)
+        except ManagerError as error:
+            _log.error("vTPM %s does not start: %s", row.uuid, error)
+
+    async def take_over(self, kept: list[Kept]) -> None:
+        """Adopt the instances that outlived the last manager, and start the attached ones that did not."""
+        for instance in kept:
+            await self._take_over_one(instance)
+        limit = trio.CapacityLimiter(_PARALLEL_STARTS)
+        async with trio.open_nursery() as nursery:
+            for attachment in self._catalogue.attachments():
+                row = self._catalogue.find_vtpm(attachment.vtpm)
+                if row is not None and self.running(attachment.vtpm) is None:
+                    nursery.start_soon(self._restart, row, attachment, limit)
+
+    async def _take_over_one(self, instance: Kept) -> None:
+        vtpm = UUID(bytes=instance.vtpm)
+        attachment = self._catalogue.find_attachment(vtpm)
+        if not instance.alive:
+            await self._instances.forget(vtpm, instance.lease)
+        elif attachment is None or attachment.lease != instance.lease:
+            _log.error("vTPM %s: instance %d holds no lease; ending it", vtpm, instance.pid)
+            running = await self._instances.adopt(instance, "failed")
+            self._instances.kill(running)
+            await running.ended.wait()
+        else:
+            await self._instances.adopt(instance, _after_reset(attachment))
+            _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)
+
+    async def _restart(self, row: VtpmRow, attachment: AttachmentRow, limit: trio.CapacityLimiter) -> None:
+        """Start an attached vTPM again after the manager was stopped, or worse."""
+        async with limit, self._lock(row.uuid):
+            try:
+                flags = self._registry.record(row.uuid).flags
+            except ManagerError as error:
+                _log.error("vTPM %s does not start: %s", row.uuid, error)
+                return
+            if flags & RecordFlags.QUARANTINED:
+                _log.error("vTPM %s is quarantined and does not start", row.uuid)
+            elif flags & RecordFlags.FRESH:
+                await self._bring_back(row, attachment.startup)
+            else:
+                await self._bring_back(row, "state" if flags & RecordFlags.RESUMABLE else "failed")
+
+    async def stop_all(self) -> int:
+        """Stop every instance cleanly; attachments stay. Returns how many did not stop cleanly."""
+        self.stopping = True
+        outcomes: list[bool] = []
+
+        async def stop(running: Running) -> None:
+            outcomes.append(await self._instances.stop(running))
+
+        async with trio.open_nursery() as nursery:
+            for running in list(self._instances.running.values()):
+                nursery.start_soon(stop, running)
+        return outcomes.count(False)
+
+
+def _after_reset(attachment: AttachmentRow) -> str:
+    """Return the startup after a platform reset: what the attachment asks for, but never an old state again."""
+    return "none" if attachment.startup == "none" else "clear"

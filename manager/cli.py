@@ -1,0 +1,130 @@
+"""The commands `vtpm VERB` and `vtpm-VERB`: a parser built from the verb table, one request, one answer printed."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final, NoReturn
+
+from frontend_backend.messages_admin import ExitCode
+from manager.client import RemoteError, open_for_verb, request, socket_path
+from manager.errors import ManagerError
+from manager.output import render
+from manager.verb_table import BY_NAME, VERBS, Argument, Verb
+
+EXIT_CODES: Final = (
+    "exit codes: 0 done, 1 failure, 2 usage, 3 not found, 4 exists or conflict, 5 denied, 6 integrity or rollback, "
+    "7 hardware TPM unavailable, 8 busy or timeout"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with the usage error's exit code named."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(int(ExitCode.USAGE), f"{self.prog}: {message}\n")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every verb has."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
+    form.add_argument("--jsonl", dest="form", action="store_const", const="jsonl", help="one JSON object a line")
+    form.add_argument("--quiet", "-q", dest="form", action="store_const", const="quiet", help="ids only")
+    parser.set_defaults(form="people")
+    parser.add_argument("--socket", metavar="PATH", help="the manager's admin socket (or VTPM_MANAGER_SOCKET)")
+
+
+def add_verb_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    """Add what the verb takes."""
+    for argument in verb.arguments:
+        if argument.positional:
+            parser.add_argument(argument.name, metavar=argument.name.upper(), help=argument.help)
+        elif argument.kind == "flag":
+            parser.add_argument(argument.option, dest=argument.name, action="store_true", help=argument.help)
+        else:
+            parser.add_argument(
+                argument.option,
+                dest=argument.name,
+                type=int if argument.kind == "int" else str,
+                default=argument.default,
+                choices=argument.choices or None,
+                help=_help(argument),
+            )
+    add_output_options(parser)
+
+
+def _help(argument: Argument) -> str:
+    return argument.help if argument.default is None else f"{argument.help} (default: {argument.default})"
+
+
+def run_verb(verb: Verb, options: argparse.Namespace) -> int:
+    """Ask the manager for `verb` and print its answer. Returns the exit code."""
+    descriptors: list[int] = []
+    arguments: dict[str, str | int | bool | None] = {}
+    try:
+        for argument in verb.arguments:
+            value = getattr(options, argument.name)
+            if argument.kind == "path" and value is not None:
+                descriptors.append(open_for_verb(value))
+                value = os.path.realpath(value)
+            arguments[argument.name] = value
+        documents = request(
+            socket_path(options.socket),
+            verb.name,
+            arguments,
+            tuple(descriptors),
+            lambda text: print(text, file=sys.stderr),
+        )
+        text = render(verb, documents, options.form)
+        if text:
+            print(text)
+    except ManagerError as error:
+        return report(error, options.form, f"vtpm-{verb.name}")
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.OK)
+    except OSError as error:
+        return report(
+            ManagerError(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, f"vtpm-{verb.name}"
+        )
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return int(ExitCode.OK)
+
+
+def report(error: ManagerError, form: str, who: str) -> int:
+    """Print an error as the user asked for answers and return its exit code."""
+    code = error.exit_code if isinstance(error, RemoteError) else error.code
+    if form in ("json", "jsonl"):
+        print(json.dumps({"schema": 1, "error": {"code": int(code), "kind": code.name.lower(), "message": str(error)}}))
+    print(f"{who}: {error}", file=sys.stderr)
+    return int(code)
+
+
+def _parser_of_all() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vtpm", description="Administer vTPMs.", epilog=EXIT_CODES)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for verb in VERBS:
+        add_verb_arguments(verbs.add_parser(verb.name, help=verb.help, description=verb.help, epilog=EXIT_CODES), verb)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vtpm VERB ...`, or `vtpm-VERB ...` by the name it was started with. Returns the exit code."""
+    called = os.path.basename(sys.argv[0])
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = called.removeprefix("vtpm-")
+    if argv is None and called != name and name in BY_NAME:
+        parser: argparse.ArgumentParser = _Parser(prog=called, description=BY_NAME[name].help, epilog=EXIT_CODES)
+        add_verb_arguments(parser, BY_NAME[name])
+        return run_verb(BY_NAME[name], parser.parse_args(arguments))
+    options = _parser_of_all().parse_args(arguments)
+    return run_verb(BY_NAME[options.verb], options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The administrators' side of the admin socket: one request, its rows, or an error with an exit code."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from frontend_backend.descriptors import receive_message, send_message
+from frontend_backend.errors import ChannelClosedError, MessageError
+from frontend_backend.messages_admin import (
+    AdminRequest,
+    Done,
+    ExitCode,
+    Failure,
+    Note,
+    Row,
+    decode_admin,
+    encode_admin,
+)
+from manager.errors import BusyError, DeniedError, ManagerError, NotFoundError
+
+SOCKET_VARIABLE: Final = "VTPM_MANAGER_SOCKET"
+DEFAULT_SOCKET: Final = "/run/vtpm-manager/admin.sock"
+ANSWER_SECONDS: Final = 180.0  # above the manager's own longest deadline (a clean stop of many instances)
+
+
+class RemoteError(ManagerError):
+    """The manager's own words about what it did not do; `exit_code` is its code."""
+
+    def __init__(self, exit_code: ExitCode, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def request(
+    path: str,
+    verb: str,
+    arguments: dict[str, str | int | bool | None],
+    descriptors: tuple[int, ...] = (),
+    on_note: Callable[[str], None] = lambda _text: None,
+) -> list[dict[str, Any]]:
+    """Ask the manager at `path` for one verb and return its documents.
+
+    Raises:
+        NotFoundError: no manager listens there. DeniedError: the socket may not be used. BusyError: no answer.
+        RemoteError: the manager refused.
+
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(ANSWER_SECONDS)
+        _connect(sock, path)
+        try:
+            send_message(sock, encode_admin(AdminRequest(verb, arguments)), descriptors)
+            return _answer(sock, on_note)
+        except TimeoutError:
+            raise BusyError(f"the manager gave no answer within {ANSWER_SECONDS:g} s; it may still do it") from None
+        except (ChannelClosedError, OSError) as error:
+            raise BusyError(f"the manager went away before it answered ({error}); look with 'vtpm list'") from error
+        except MessageError as error:
+            raise ManagerError(f"cannot understand the manager: {error}") from error
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    try:
+        sock.connect(path)
+    except PermissionError as error:
+        raise DeniedError(f"not allowed to use {path}: ask an administrator for a role") from error
+    except OSError as error:
+        raise NotFoundError(
+            f"no manager answers at {path} ({error.strerror or error}): start 'vtpm-manager run', or name its socket "
+            f"with --socket or {SOCKET_VARIABLE}"
+        ) from error
+
+
+def _answer(sock: socket.socket, on_note: Callable[[str], None]) -> list[dict[str, Any]]:
+    documents = []
+    while True:
+        match decode_admin(receive_message(sock)[0]):
+            case Row(document):
+                documents.append(document)
+            case Note(text):
+                on_note(text)
+            case Done():
+                return documents
+            case Failure(code, text):
+                raise RemoteError(code, text)
+            case AdminRequest():
+                raise MessageError("a request where an answer is due")
+
+
+def socket_path(option: str | None) -> str:
+    """Return the admin socket to use: the option, the environment, or the system's."""
+    return option or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
+
+
+def open_for_verb(path: str) -> int:
+    """Open a file or block device named on the command line, for the manager to use.
+
+    A missing file is made, with no permission for others.
+
+    Raises:
+        OSError: it cannot be opened.
+
+    """
+    return os.open(Path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

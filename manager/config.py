@@ -1,0 +1,199 @@
+"""The configuration: TOML in, frozen dataclasses out. The only reader of configuration files.
+
+An unknown key is an error: a misspelt safeguard must not be silently absent.
+"""
+
+import dataclasses
+import json
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from manager.errors import ConfigurationError
+
+SYSTEM_CONFIG: Final = Path("/etc/vtpm-manager/config.toml")
+SYSTEM_STATE_DIR: Final = Path("/var/lib/vtpm-manager")
+SYSTEM_RUNTIME_DIR: Final = Path("/run/vtpm-manager")
+CONFIG_NAME: Final = "config.toml"
+
+# sun_path has 108 bytes with its NUL (unix(7)); what we append to the runtime directory must fit behind it
+_LONGEST_TAIL: Final = len("/vtpm/00000000-0000-0000-0000-000000000000/swtpm.sock.ctrl")
+MAX_RUNTIME_DIR: Final = 107 - _LONGEST_TAIL
+
+
+@dataclass(frozen=True, slots=True)
+class TpmConfig:
+    """The hardware TPM: how to reach it, at which locality, which PCRs the keys are bound to."""
+
+    tcti: str = "embedded"
+    locality: int = 2
+    pcrs: str = "sha256:0,2,7"
+    srk_name: str = ""  # hex; pinned here at init, so that a salted session is salted to the right key
+    busy_seconds: float = 30.0  # how long a busy TPM is waited for
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorConfig:
+    """Rollback protection between key events: durable anchor every `interval_seconds`, or at each group commit."""
+
+    strict: bool = False
+    interval_seconds: float = 3600.0  # flash wear: docs/threat-model.md
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig:
+    """Instances: their user ids (base + a number per vTPM; base 0 keeps the manager's) and deadlines in seconds."""
+
+    uid_base: int = 1_879_048_192  # above systemd's container ranges (uids-gids.md), below 2^31
+    commit_timeout: float = 90.0  # xen-tpmfront and tpm_tis give up after 120 s
+    start_timeout: float = 20.0
+    stop_timeout: float = 60.0
+    restarts: int = 5  # crashes within restart_seconds before an instance is left down
+    restart_seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdminConfig:
+    """Who may do what on the admin socket, beside root and the manager's own user (administrators)."""
+
+    socket_mode: str = "0660"
+    socket_group: str = ""
+    operator_uids: tuple[int, ...] = ()
+    auditor_uids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything a configuration file may say."""
+
+    tpm: TpmConfig = field(default_factory=TpmConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    instance: InstanceConfig = field(default_factory=InstanceConfig)
+    admin: AdminConfig = field(default_factory=AdminConfig)
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Read a file.
+
+        Raises:
+            ConfigurationError: unreadable, not TOML, or with a key or value that is not known.
+
+        """
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot read {path}: {error.strerror}; run 'vtpm-manager init' first, or name the right --state-dir"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"{path} is not TOML: {error}") from error
+        return cls.from_tree(tree, str(path))
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], where: str) -> "Config":
+        """Check a parsed tree; raises ConfigurationError."""
+        sections: dict[str, type] = typing.get_type_hints(cls)
+        values = {}
+        for name, content in tree.items():
+            if name not in sections or not isinstance(content, dict):
+                raise ConfigurationError(f"{where}: unknown section [{name}]; known: {', '.join(sections)}")
+            values[name] = _section(sections[name], content, f"{where}: [{name}]")
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """Return the text of a file that loads to this configuration."""
+        lines = ["# vtpm-manager; every key is described in docs/configuration.md"]
+        for section in dataclasses.fields(self):
+            lines += ["", f"[{section.name}]"]
+            content = getattr(self, section.name)
+            lines += [f"{key.name} = {_toml_value(getattr(content, key.name))}" for key in dataclasses.fields(content)]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything lies; see docs/architecture.md."""
+
+    state_dir: Path
+    runtime_dir: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration that `init` wrote."""
+        return self.state_dir / CONFIG_NAME
+
+    @property
+    def store(self) -> Path:
+        """The store image; may be a link to a block device."""
+        return self.state_dir / "store.img"
+
+    @property
+    def catalogue(self) -> Path:
+        """The catalogue's database."""
+        return self.state_dir / "catalogue.sqlite"
+
+    @property
+    def embedded_tpm(self) -> Path:
+        """The embedded hardware TPM's own directory."""
+        return self.state_dir / "embedded-tpm"
+
+    @property
+    def state_images(self) -> Path:
+        """The directory of state images that no --state-image named."""
+        return self.state_dir / "state"
+
+    @property
+    def admin_socket(self) -> Path:
+        """The administrators' socket."""
+        return self.runtime_dir / "admin.sock"
+
+    @property
+    def keeper_socket(self) -> Path:
+        """Where the keeper listens for the manager."""
+        return self.runtime_dir / "keeper.sock"
+
+    @property
+    def sockets(self) -> Path:
+        """The directory with one folder of sockets per attached vTPM."""
+        return self.runtime_dir / "vtpm"
+
+    def check(self) -> None:
+        """Refuse a runtime directory whose sockets could not be named.
+
+        Raises:
+            ConfigurationError: its path is too long.
+
+        """
+        length = len(str(self.runtime_dir).encode())
+        if length > MAX_RUNTIME_DIR:
+            raise ConfigurationError(
+                f"the runtime directory {self.runtime_dir} has {length} bytes; a Unix socket's path has at most 107, "
+                f"so it may have {MAX_RUNTIME_DIR}: choose a shorter --runtime-dir"
+            )
+
+
+def _section(kind: type, content: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for key, value in content.items():
+        if key not in hints:
+            raise ConfigurationError(f"{where}: unknown key '{key}'; known: {', '.join(hints)}")
+        content[key] = _value(value, hints[key], f"{where} {key}")
+    return kind(**content)
+
+
+def _value(value: Any, wanted: Any, where: str) -> Any:
+    if wanted is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(wanted) is tuple and isinstance(value, list) and all(type(item) is int for item in value):
+        return tuple(value)
+    if type(value) is not wanted:
+        raise ConfigurationError(f"{where}: {value!r} where {getattr(wanted, '__name__', 'a list of numbers')} is due")
+    return value
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return json.dumps(list(value))
+    return json.dumps(value)  # strings, numbers and truth values are written alike in JSON and TOML

@@ -1,0 +1,65 @@
+"""Errors of the manager, each with a command's exit code. They say what happened, what was kept, what to do."""
+
+from typing import ClassVar
+
+from frontend_backend.messages_admin import ExitCode
+
+
+class ManagerError(Exception):
+    """What was asked was not done."""
+
+    code: ClassVar[ExitCode] = ExitCode.FAILURE
+
+
+class UsageError(ManagerError):
+    """The caller's fault: an argument cannot be what it says."""
+
+    code = ExitCode.USAGE
+
+
+class ConfigurationError(ManagerError):
+    """The administrator's fault: a configuration file does not say what it must."""
+
+    code = ExitCode.USAGE
+
+
+class NotFoundError(ManagerError):
+    """The caller's fault: no such vTPM, group or manager."""
+
+    code = ExitCode.NOT_FOUND
+
+
+class ConflictError(ManagerError):
+    """The caller's fault: it exists already, or is in a state where this cannot be done."""
+
+    code = ExitCode.CONFLICT
+
+
+class DeniedError(ManagerError):
+    """The caller's role, a closed group or the TPM's policy forbids it."""
+
+    code = ExitCode.DENIED
+
+
+class IntegrityError(ManagerError):
+    """An image is not what the manager or the hardware TPM vouches for. Nothing was changed."""
+
+    code = ExitCode.INTEGRITY
+
+
+class RolledBackError(IntegrityError):
+    """The store is older than the one the hardware TPM's anchors stand for."""
+
+
+class QuarantinedError(IntegrityError):
+    """A vTPM's state could not be loaded; it is kept as it is and does not start."""
+
+
+class BusyError(ManagerError):
+    """Not now: something else holds it, or an answer took too long."""
+
+    code = ExitCode.BUSY
+
+
+class KeeperError(ManagerError):
+    """The keeper could not start or keep an instance."""

@@ -1,0 +1,281 @@
+"""Sealed objects: making, opening, and opening with the recovery key. Policy arithmetic is in policy.py.
+
+Secrets cross the bus only inside sessions salted with the pinned SRK. Every handle is flushed on every path.
+"""
+
+import hmac
+from collections.abc import Callable
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric import utils as asymmetric_utils
+from tpm2_pytss import (
+    ESYS_TR,
+    TPM2_ALG,
+    TPM2_CC,
+    TPM2_ECC,
+    TPM2B_PRIVATE,
+    TPM2B_PUBLIC,
+    TPM2B_SENSITIVE_CREATE,
+    TPMA_LOCALITY,
+    TPMA_OBJECT,
+    TPML_DIGEST,
+    TPMS_ECC_PARMS,
+    TPMS_ECC_POINT,
+    TPMS_KEYEDHASH_PARMS,
+    TPMS_SENSITIVE_CREATE,
+    TPMS_SIGNATURE_ECC,
+    TPMT_ECC_SCHEME,
+    TPMT_KDF_SCHEME,
+    TPMT_KEYEDHASH_SCHEME,
+    TPMT_PUBLIC,
+    TPMT_SIGNATURE,
+    TPMT_SYM_DEF_OBJECT,
+    TPMU_PUBLIC_ID,
+    TPMU_PUBLIC_PARMS,
+    TPMU_SIGNATURE,
+    TSS2_Exception,
+)
+
+from manager import hwtpm_rc as rc
+from manager.hwtpm_errors import (
+    PcrsMoving,
+    PolicyMismatch,
+    RecoveryRefused,
+    SealDamaged,
+    SealUnverified,
+    TpmError,
+    WrongLocality,
+)
+from manager.hwtpm_link import TpmLink, flushed
+from manager.hwtpm_pcr import read_pcrs, selection_text
+from manager.hwtpm_records import SealedBlob
+from manager.hwtpm_srk import Srk
+from manager.policy import Branch, PcrBranch, PlainBranch, SealPolicy, SignedBranch, p256_key_name, signed_statement
+
+# MAX_SYM_DATA, Part 2, 11.1.13: what a KEYEDHASH object can carry.
+MAX_SECRET_BYTES: Final = 128
+# An extend of any ordinary PCR (IMA does it often) spoils a policy session; the next try nearly always fits.
+PCR_TRIES: Final = 16
+
+SignStatement = Callable[[bytes], bytes]
+"""Signs a digest of 32 bytes with the recovery signing key: ECDSA P-256, DER (RecoveryPrivate.sign_statement)."""
+
+_DAMAGED_CODES: Final = (
+    rc.RC_INTEGRITY,
+    rc.RC_SIZE,
+    rc.RC_BINDING,
+    rc.RC_INSUFFICIENT,
+    rc.RC_ATTRIBUTES,
+    rc.RC_VALUE,
+    rc.RC_TYPE,
+    rc.RC_KEY,
+)
+
+
+def seal_template(policy_digest: bytes) -> Any:
+    """TPM2B_PUBLIC: sealed data, policy only (no userWithAuth), adminWithPolicy, noDA (reference section 0)."""
+    return TPM2B_PUBLIC(
+        TPMT_PUBLIC(
+            type=TPM2_ALG.KEYEDHASH,
+            nameAlg=TPM2_ALG.SHA256,
+            objectAttributes=TPMA_OBJECT.FIXEDTPM
+            | TPMA_OBJECT.FIXEDPARENT
+            | TPMA_OBJECT.ADMINWITHPOLICY
+            | TPMA_OBJECT.NODA,
+            authPolicy=policy_digest,
+            parameters=TPMU_PUBLIC_PARMS(
+                keyedHashDetail=TPMS_KEYEDHASH_PARMS(scheme=TPMT_KEYEDHASH_SCHEME(scheme=TPM2_ALG.NULL))
+            ),
+            unique=TPMU_PUBLIC_ID(keyedHash=b""),
+        )
+    )
+
+
+def recovery_key_template(point: bytes) -> Any:
+    """TPM2B_PUBLIC of the external P-256 recovery signing key; its Name is policy.p256_key_name(point)."""
+    parameters = TPMS_ECC_PARMS(
+        symmetric=TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL),
+        scheme=TPMT_ECC_SCHEME(scheme=TPM2_ALG.NULL),
+        curveID=TPM2_ECC.NIST_P256,
+        kdf=TPMT_KDF_SCHEME(scheme=TPM2_ALG.NULL),
+    )
+    public = TPM2B_PUBLIC(
+        TPMT_PUBLIC(
+            type=TPM2_ALG.ECC,
+            nameAlg=TPM2_ALG.SHA256,
+            objectAttributes=TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT | TPMA_OBJECT.NODA,
+            parameters=TPMU_PUBLIC_PARMS(eccDetail=parameters),
+            unique=TPMU_PUBLIC_ID(ecc=TPMS_ECC_POINT(x=point[1:33], y=point[33:])),
+        )
+    )
+    assert bytes(public.get_name()) == p256_key_name(point), "policy.py and the TSS name the key alike"
+    return public
+
+
+class Sealer:
+    """Seals and unseals through one link under one SRK."""
+
+    def __init__(self, link: TpmLink, srk: Srk) -> None:
+        self._link = link
+        self._srk = srk
+
+    def seal(self, secret: bytes, policy: SealPolicy) -> SealedBlob:
+        """Seal 1..128 bytes, and prove that they come back under the present PCRs and locality.
+
+        Raises SealUnverified (with the cause chained) if they do not; then nothing was returned.
+        """
+        if not 1 <= len(secret) <= MAX_SECRET_BYTES:
+            raise ValueError(f"a secret of {len(secret)} bytes cannot be sealed, 1 to {MAX_SECRET_BYTES} can")
+        with self._link.operation("seal a secret") as esapi:
+            srk = self._srk.handle(esapi)
+            sensitive = TPM2B_SENSITIVE_CREATE(TPMS_SENSITIVE_CREATE(data=secret))
+            with self._link.session(esapi, srk) as session:
+                private, public, *_ = esapi.create(srk, sensitive, seal_template(policy.digest()), session1=session)
+            blob = SealedBlob(bytes(public.marshal()), bytes(private.marshal()), policy)
+        try:
+            returned = self.unseal(blob)
+        except (PolicyMismatch, SealDamaged, WrongLocality) as error:
+            raise SealUnverified(str(error)) from error
+        if not hmac.compare_digest(returned, secret):
+            raise SealUnverified("other bytes came back")
+        return blob
+
+    def unseal(self, blob: SealedBlob) -> bytes:
+        """Open by the first branch that holds here: PCR branches and plain ones, in their order.
+
+        Raises PolicyMismatch (with the PCRs that differ from the nearest branch), SealDamaged, TpmCleared,
+        SrkChanged, WrongLocality, PcrsMoving, and what TpmLink.operation raises.
+        """
+        usable = [branch for branch in blob.policy.branches if not isinstance(branch, SignedBranch)]
+        with self._link.operation("unseal") as esapi, _Loaded(self, esapi, blob) as sealed:
+            for branch in usable:
+                try:
+                    return self._open_by(esapi, sealed, blob.policy, branch)
+                except _BranchDoesNotHoldError:
+                    continue
+            raise PolicyMismatch("unseal", _nearest_difference(esapi, usable))
+
+    def unseal_with_recovery(self, blob: SealedBlob, sign: SignStatement) -> bytes:
+        """Open by the recovery branch. `sign` gets a statement with this session's nonceTPM, useless elsewhere.
+
+        Raises RecoveryRefused: no such branch, or not a signature by its key. Otherwise as `unseal`.
+        """
+        branch = next((item for item in blob.policy.branches if isinstance(item, SignedBranch)), None)
+        if branch is None:
+            raise RecoveryRefused("it was sealed without one")
+        with self._link.operation("unseal with the recovery key") as esapi, _Loaded(self, esapi, blob) as sealed:
+            return self._open_by(esapi, sealed, blob.policy, branch, sign)
+
+    def _open_by(
+        self, esapi: Any, sealed: Any, policy: SealPolicy, branch: Branch, sign: SignStatement | None = None
+    ) -> bytes:
+        srk = self._srk.handle(esapi)
+        with self._link.session(esapi, srk, policy=True) as session:
+            for _ in range(PCR_TRIES):
+                self._satisfy(esapi, session, policy, branch, sign)
+                try:
+                    with rc.meaning(_unseal_meanings()):
+                        return bytes(esapi.unseal(sealed, session))
+                except TSS2_Exception as error:
+                    if rc.tpm_code(error) != rc.RC_PCR_CHANGED:
+                        raise
+                # A failed use does not reset the policy of a session (reference section 2).
+                esapi.policy_restart(session)
+        raise PcrsMoving("unseal", 0, f"PCRs changed during {PCR_TRIES} tries, TPM_RC_PCR_CHANGED")
+
+    def _satisfy(
+        self, esapi: Any, session: Any, policy: SealPolicy, branch: Branch, sign: SignStatement | None
+    ) -> None:
+        match branch:
+            case PcrBranch():
+                with rc.meaning({rc.RC_VALUE: _BranchDoesNotHoldError}):
+                    esapi.policy_pcr(session, branch.pcr_digest, selection_text(branch.selection))
+            case PlainBranch():
+                esapi.policy_command_code(session, TPM2_CC.Unseal)
+            case SignedBranch():
+                assert sign is not None, "only unseal_with_recovery uses this branch"
+                _policy_signed(esapi, session, branch.point, policy.reference, sign)
+        if policy.locality is not None:
+            esapi.policy_locality(session, TPMA_LOCALITY.TWO)
+        if len(policy.branches) > 1:
+            esapi.policy_or(session, TPML_DIGEST(list(policy.branch_digests())))
+
+    def load(self, esapi: Any, blob: SealedBlob) -> Any:
+        """Load a blob whose policy description is the true one; ESYS_TR. Raises SealDamaged, SrkChanged, TpmCleared."""
+        public, private = _unmarshal(blob)
+        srk = self._srk.handle(esapi)
+        try:
+            return esapi.load(srk, private, public)
+        except TSS2_Exception as error:
+            if rc.tpm_code(error) == rc.RC_HANDLE or rc.tpm_code(error) in _DAMAGED_CODES:
+                damaged = SealDamaged(f"the TPM does not accept it (0x{int(error.rc):x}, {error})")
+                raise self._srk.recheck(esapi, damaged) from error
+            raise
+
+
+class _Loaded:
+    """Context manager: a sealed object in the TPM, flushed at the end."""
+
+    def __init__(self, sealer: Sealer, esapi: Any, blob: SealedBlob) -> None:
+        self._flush = flushed(esapi, sealer.load(esapi, blob))
+
+    def __enter__(self) -> Any:
+        return self._flush.__enter__()
+
+    def __exit__(self, *exc: Any) -> bool | None:
+        return self._flush.__exit__(*exc)
+
+
+class _BranchDoesNotHoldError(TpmError):
+    """TPM2_PolicyPCR: the PCRs have other values than this branch wants. Stays inside this module."""
+
+    def __init__(self) -> None:
+        super().__init__("A PCR branch does not hold", "", "")
+
+
+def _unseal_meanings() -> rc.Special:
+    return {
+        rc.RC_LOCALITY: lambda: WrongLocality(2, "it refused to unseal, the sealed object wants locality 2"),
+        rc.RC_POLICY_FAIL: lambda: PolicyMismatch("unseal", {}),
+        rc.RC_AUTH_UNAVAILABLE: lambda: SealDamaged("it does not open by a policy"),
+    }
+
+
+def _unmarshal(blob: SealedBlob) -> tuple[Any, Any]:
+    try:
+        public, public_used = TPM2B_PUBLIC.unmarshal(blob.public)
+        private, private_used = TPM2B_PRIVATE.unmarshal(blob.private)
+    except TSS2_Exception as error:
+        raise SealDamaged(f"its bytes do not parse ({error})") from error
+    if (public_used, private_used) != (len(blob.public), len(blob.private)):
+        raise SealDamaged("it has bytes too many")
+    if bytes(public.publicArea.authPolicy) != blob.policy.digest():
+        raise SealDamaged("its recorded policy is not the one it was sealed with")
+    return public, private
+
+
+def _policy_signed(esapi: Any, session: Any, point: bytes, reference: bytes, sign: SignStatement) -> None:
+    nonce = bytes(esapi.trsess_get_nonce_tpm(session))
+    signature = _tpm_signature(sign(signed_statement(nonce, reference)))
+    key = esapi.load_external(recovery_key_template(point), hierarchy=ESYS_TR.OWNER)
+    refused = {rc.RC_SIGNATURE: lambda: RecoveryRefused("the signature is not by the key it was sealed with")}
+    with flushed(esapi, key), rc.meaning(refused):
+        esapi.policy_signed(key, session, signature, nonce_tpm=nonce, policy_ref=reference, expiration=0)
+
+
+def _tpm_signature(der: bytes) -> Any:
+    try:
+        r, s = asymmetric_utils.decode_dss_signature(der)
+        parts = r.to_bytes(32), s.to_bytes(32)
+    except (ValueError, OverflowError) as error:
+        raise RecoveryRefused("the signature is not an ECDSA P-256 one in DER") from error
+    ecdsa = TPMS_SIGNATURE_ECC(hash=TPM2_ALG.SHA256, signatureR=parts[0], signatureS=parts[1])
+    return TPMT_SIGNATURE(sigAlg=TPM2_ALG.ECDSA, signature=TPMU_SIGNATURE(ecdsa=ecdsa))
+
+
+def _nearest_difference(esapi: Any, branches: list[Branch]) -> dict[int, tuple[bytes, bytes]]:
+    """PCR -> (wanted, present) for the PCR branch that is nearest to the present values."""
+    wanted = [dict(branch.values) for branch in branches if isinstance(branch, PcrBranch)]
+    present = read_pcrs(esapi, {pcr for values in wanted for pcr in values})
+    different = [{p: (v, present[p]) for p, v in values.items() if present[p] != v} for values in wanted]
+    return min(different, key=len, default={})

@@ -1,0 +1,123 @@
+"""The manager's side of the keeper: start it when there is none, ask it, one question at a time."""
+
+import contextlib
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Final, Self
+
+import trio
+
+from frontend_backend import messages_keeper as m
+from frontend_backend.channel_trio import receive_message_trio, send_message_trio
+from frontend_backend.descriptors import MAX_DESCRIPTORS, close_all
+from frontend_backend.errors import RingError
+from manager.errors import BusyError, KeeperError
+
+_START_SECONDS: Final = 15.0  # importing and warming libtpms takes about 0.3 s; a loaded machine more
+_ANSWER_SECONDS: Final = 30.0
+_RETRY_SECONDS: Final = 0.01
+
+
+class Keeper:
+    """A connection to the keeper. The keeper outlives it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Use a connected, non-blocking socket; see `connect`."""
+        self._sock = sock
+        self._turn = trio.Lock()
+        self.pid = 0
+
+    @classmethod
+    async def connect(cls, path: Path) -> Self:
+        """Connect to the keeper at `path`, starting one if nobody listens there.
+
+        Raises:
+            BusyError: the keeper serves another manager. KeeperError: it cannot be started.
+
+        """
+        sock = _try_connect(path)
+        if sock is None:
+            _start(path)
+            with trio.move_on_after(_START_SECONDS):
+                while (sock := _try_connect(path)) is None:  # noqa: ASYNC110 - another process makes it
+                    await trio.sleep(_RETRY_SECONDS)
+        if sock is None:
+            raise KeeperError(f"the keeper did not listen at {path} within {_START_SECONDS:g} s; see the log above")
+        keeper = cls(sock)
+        try:
+            reply, _ = await keeper.ask(m.Hello(m.VERSION))
+        except KeeperError as error:
+            sock.close()
+            raise BusyError(f"the keeper at {path} serves another manager ({error})") from error
+        if isinstance(reply, m.HelloReply):
+            keeper.pid = reply.pid
+        return keeper
+
+    async def ask(self, message: m.KeeperRequest, descriptors: tuple[int, ...] = ()) -> tuple[m.KeeperReply, list[int]]:
+        """Ask one question and return (answer, descriptors that came with it; they are the caller's).
+
+        Raises:
+            KeeperError: it refused, or it is gone.
+
+        """
+        try:
+            async with self._turn:
+                with trio.fail_after(_ANSWER_SECONDS):
+                    await send_message_trio(self._sock, m.encode_keeper(message), descriptors)
+                    data, received = await receive_message_trio(self._sock, max_descriptors=MAX_DESCRIPTORS)
+            reply = m.decode_keeper(data)
+        except (OSError, RingError, trio.TooSlowError) as error:
+            raise KeeperError(f"the keeper does not answer: {error}") from error
+        match reply:
+            case m.KeeperRefusal(text):
+                close_all(received)
+                raise KeeperError(text)
+            case m.Hello() | m.Spawn() | m.List() | m.Fetch() | m.Forget() | m.Stop():
+                close_all(received)
+                raise KeeperError("the keeper asks where it should answer")
+            case _:
+                return reply, received
+
+    async def list(self) -> list[m.Kept]:
+        """Return every instance the keeper has, ended ones included."""
+        kept: list[m.Kept] = []
+        while True:
+            reply, _ = await self.ask(m.List(len(kept)))
+            if not isinstance(reply, m.ListReply):
+                raise KeeperError(f"unexpected answer {type(reply).__name__} to List")
+            kept += reply.instances
+            if len(kept) >= reply.total or not reply.instances:
+                return kept
+
+    def close(self) -> None:
+        """Leave the keeper to itself."""
+        self._sock.close()
+
+
+def _try_connect(path: Path) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(str(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        return None
+    except OSError as error:
+        sock.close()
+        raise KeeperError(f"cannot connect to the keeper at {path}: {error.strerror}") from error
+    sock.setblocking(False)
+    return sock
+
+
+def _start(path: Path) -> None:
+    """Start a keeper in a session of its own, so that it outlives us."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-I", "-m", "vtpm_instance.keeper", "--socket", str(path)],
+        {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "LC_ALL", "TZ")},
+        file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)],
+        setsid=True,
+    )

@@ -1,0 +1,136 @@
+"""The keys below the hardware TPM (design section 5) and what is kept to get at them again."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final, Self
+from uuid import UUID
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from manager.errors import IntegrityError
+from manager.hwtpm_errors import TpmError
+from manager.hwtpm_records import AnchorInfo, SealedBlob
+from storage.secrets import Secret, StoreKey
+
+_VERSION: Final = 1
+ANCHOR_AUTH_SIZE: Final = 32
+
+
+class PlatformSecret(Secret):
+    """What the platform object seals: the store key, then the auth value of the anchor's index; 32 bytes each."""
+
+    size = StoreKey.size + ANCHOR_AUTH_SIZE
+    __slots__ = ()
+
+    @property
+    def store_key(self) -> StoreKey:
+        """The store's root key."""
+        return StoreKey(self.view[: StoreKey.size])
+
+    @property
+    def anchor_auth(self) -> bytes:
+        """The auth value of the durable anchor's index, 32 bytes."""
+        return bytes(self.view[StoreKey.size :])
+
+
+def catalogue_key(store_key: StoreKey, store: UUID) -> bytes:
+    """Return the key of the catalogue's row MACs, 32 bytes; derived, so that the catalogue never sees the store key."""
+    hkdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=store.bytes, info=b"vtpm-manager catalogue rows v1")
+    return hkdf.derive(store_key.reveal())
+
+
+@dataclass(frozen=True, slots=True)
+class BootArea:
+    """What stands in clear in the store image: enough for the right TPM, or the recovery key, to open it.
+
+    None of it is secret. `platform` seals the PlatformSecret; `escrow` is the same secret for the recovery key
+    (empty without one); `recovery` the recovery public keys (PEM, empty without). Authenticity comes from
+    the TPM (a swapped object yields another key, which does not open the store).
+    """
+
+    platform: SealedBlob
+    anchor: AnchorInfo
+    escrow: bytes
+    recovery: str
+
+    def pack(self) -> bytes:
+        """Return its bytes (JSON; at most about 3 KiB)."""
+        return json.dumps(
+            {
+                "version": _VERSION,
+                "platform": self.platform.to_json(),
+                "anchor": self.anchor.to_json(),
+                "escrow": self.escrow.hex(),
+                "recovery": self.recovery,
+            },
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def unpack(cls, untrusted: bytes) -> Self:
+        """Read what `pack` wrote.
+
+        Raises:
+            IntegrityError: it is something else.
+
+        """
+        fields = _fields(untrusted, "the store's boot area")
+        try:
+            return cls(
+                platform=SealedBlob.from_json(fields["platform"]),
+                anchor=AnchorInfo.from_json(fields["anchor"]),
+                escrow=bytes.fromhex(fields["escrow"]),
+                recovery=str(fields["recovery"]),
+            )
+        except (KeyError, TypeError, ValueError, TpmError) as error:
+            raise IntegrityError(f"the store's boot area cannot be read: {error}. Nothing was changed") from error
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSeal:
+    """The manager's part of a group record: its sealed master key and the escrow of it."""
+
+    name: str
+    sealed: SealedBlob
+    escrow: bytes
+
+    def pack(self) -> bytes:
+        """Return its bytes (JSON; at most 2 KiB)."""
+        return json.dumps(
+            {
+                "version": _VERSION,
+                "name": self.name,
+                "sealed": self.sealed.to_json(),
+                "escrow": self.escrow.hex(),
+            },
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def unpack(cls, untrusted: bytes) -> Self:
+        """Read what `pack` wrote.
+
+        Raises:
+            IntegrityError: it is something else.
+
+        """
+        fields = _fields(untrusted, "a group record")
+        try:
+            return cls(
+                name=str(fields["name"]),
+                sealed=SealedBlob.from_json(fields["sealed"]),
+                escrow=bytes.fromhex(fields["escrow"]),
+            )
+        except (KeyError, TypeError, ValueError, TpmError) as error:
+            raise IntegrityError(f"a group record cannot be read: {error}. Nothing was changed") from error
+
+
+def _fields(untrusted: bytes, what: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(untrusted)
+    except ValueError as error:
+        raise IntegrityError(f"{what} is not what this manager writes: {error}. Nothing was changed") from error
+    if not isinstance(fields, dict) or fields.get("version") != _VERSION:
+        raise IntegrityError(f"{what} has another version than {_VERSION}: use the manager that wrote it")
+    return fields

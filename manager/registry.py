@@ -1,0 +1,167 @@
+"""Which vTPMs there are: add, find, reset, remove. The store's record is the authority; the catalogue has the names."""
+
+import re
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+from uuid import UUID, uuid4
+
+from manager import state_files
+from manager.anchoring import Anchoring
+from manager.committer import Committer
+from manager.errors import ConflictError, DeniedError, NotFoundError, UsageError
+from storage.catalogue import Catalogue, VtpmRow
+from storage.errors import GroupClosed, NoSuchVtpm
+from storage.records import RecordFlags, VtpmRecord
+from storage.secrets import StateKey
+from storage.store import PutVtpm, RemoveVtpm
+
+NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NO_FLAGS: Final = RecordFlags(0)
+_NOTHING: Final = bytes(32)  # key and digest of a vTPM that has never been started
+
+
+def check_name(text: str, what: str) -> str:
+    """Return `text` if it can be a name.
+
+    Raises:
+        UsageError: it cannot, or it looks like a UUID.
+
+    """
+    if not NAME.fullmatch(text):
+        raise UsageError(f"'{text[:80]}' is no {what}: use 1 to 64 of A-Z a-z 0-9 . _ -")
+    with suppress(ValueError):
+        UUID(text)
+        raise UsageError(f"'{text}' is no {what}: it reads as a UUID")
+    return text
+
+
+class Registry:
+    """Every vTPM of this manager."""
+
+    def __init__(self, committer: Committer, catalogue: Catalogue, anchoring: Anchoring, state_images: Path) -> None:
+        """Work on an open store and catalogue; `state_images` is the directory of images without a name."""
+        self._committer, self.catalogue, self._anchoring = committer, catalogue, anchoring
+        self._state_images = state_images
+
+    def find(self, text: str) -> VtpmRow:
+        """Return the vTPM with this UUID or name.
+
+        Raises:
+            NotFoundError: there is none.
+
+        """
+        row = None
+        with suppress(ValueError):
+            row = self.catalogue.find_vtpm(UUID(text))
+        if row is None:
+            row = self.catalogue.find_vtpm_by_name(text)
+        if row is None:
+            raise NotFoundError(f"there is no vTPM '{text[:80]}'; 'vtpm-list' shows what there is")
+        return row
+
+    def record(self, vtpm: UUID) -> VtpmRecord:
+        """Return a vTPM's record.
+
+        Raises:
+            DeniedError: its group is closed. NotFoundError: the store does not know it.
+
+        """
+        try:
+            return self._committer.store.get(vtpm)
+        except GroupClosed as error:
+            raise DeniedError(str(error)) from error
+        except NoSuchVtpm as error:
+            raise NotFoundError(f"the catalogue knows vTPM {vtpm}, the store does not: {error}") from error
+
+    def generation(self, vtpm: UUID) -> int | None:
+        """Return a vTPM's generation, None where the store cannot tell (closed group)."""
+        try:
+            return self.record(vtpm).generation
+        except (DeniedError, NotFoundError):
+            return None
+
+    def group_name(self, group: UUID) -> str:
+        """Return a group's name, or its UUID where the catalogue has none."""
+        return next((row.name for row in self.catalogue.groups() if row.uuid == group), str(group))
+
+    def image_path(self, row: VtpmRow) -> Path:
+        """Return where the state image of `row` lies."""
+        return state_files.image_path(self._state_images, row.uuid, row.state_image)
+
+    async def add(self, name: str | None, uuid: str | None, group: str, family: str, state_image: str) -> VtpmRow:
+        """Make a vTPM's record, durable and anchored; its TPM is made when it is first attached.
+
+        Raises:
+            UsageError: not a name or UUID. ConflictError: name, UUID or state image are taken.
+            NotFoundError: no such group. DeniedError: the group is closed.
+
+        """
+        vtpm = _uuid(uuid) if uuid is not None else uuid4()
+        name = check_name(name, "name") if name is not None else f"vtpm-{vtpm.hex[:12]}"
+        group_row = self.catalogue.find_group_by_name(group)
+        if group_row is None:
+            raise NotFoundError(f"there is no group '{group[:80]}'")
+        self._refuse_taken(vtpm, name, state_image)
+        flags = RecordFlags.FRESH | (RecordFlags.TPM12 if family == "1.2" else RecordFlags(0))
+        row = VtpmRow(uuid=vtpm, name=name, group=group_row.uuid, family=family, state_image=state_image)
+        try:
+            await self._committer.commit(
+                PutVtpm(VtpmRecord(vtpm, group_row.uuid, StateKey(_NOTHING), _NOTHING, 0, flags))
+            )
+        except GroupClosed as error:
+            raise DeniedError(str(error)) from error
+        self.catalogue.add_vtpm(row)
+        self.catalogue.log("added", vtpm, f"{name}, TPM {family}, group {group}")
+        await self._anchoring.write_durable()
+        return row
+
+    def _refuse_taken(self, vtpm: UUID, name: str, state_image: str) -> None:
+        if self.catalogue.find_vtpm(vtpm) is not None or self._committer.store.knows(vtpm):
+            raise ConflictError(f"there is a vTPM {vtpm} already")
+        if self.catalogue.find_vtpm_by_name(name) is not None:
+            raise ConflictError(f"there is a vTPM named '{name}' already")
+        if state_image and any(row.state_image == state_image for row in self.catalogue.vtpms()):
+            raise ConflictError(f"{state_image} is the state image of another vTPM")
+
+    async def reset(self, row: VtpmRow) -> None:
+        """Give a detached vTPM's state up: its key is gone, and the next attach makes a new TPM under the same UUID."""
+        self._refuse_attached(row)
+        record = self.record(row.uuid)
+        flags = RecordFlags.FRESH | (record.flags & RecordFlags.TPM12)
+        await self._committer.commit(PutVtpm(replace(record, key=StateKey(_NOTHING), digest=_NOTHING, flags=flags)))
+        await self._anchoring.write_durable()
+        state_files.discard(self.image_path(row), ours=not row.state_image)
+        self.catalogue.log("reset", row.uuid, f"{row.name}: state of generation {record.generation} given up")
+
+    async def remove(self, row: VtpmRow) -> None:
+        """Remove a detached vTPM: record and key first, then the state image and the name."""
+        self._refuse_attached(row)
+        self.record(row.uuid)
+        await self._committer.commit(RemoveVtpm(row.uuid))
+        await self._anchoring.write_durable()
+        state_files.discard(self.image_path(row), ours=not row.state_image)
+        self.catalogue.remove_vtpm(row.uuid)
+        self.catalogue.log("removed", row.uuid, row.name)
+
+    async def flag(self, vtpm: UUID, *, add: RecordFlags = _NO_FLAGS, drop: RecordFlags = _NO_FLAGS) -> None:
+        """Change flags of a record, durably; nothing is written when they are as wanted."""
+        record = self.record(vtpm)
+        flags = (record.flags | add) & ~drop
+        if flags != record.flags:
+            await self._committer.commit(PutVtpm(replace(record, flags=flags)))
+
+    def _refuse_attached(self, row: VtpmRow) -> None:
+        attachment = self.catalogue.find_attachment(row.uuid)
+        if attachment is not None:
+            raise ConflictError(
+                f"vTPM {row.name} is attached to guest {attachment.guest}: run 'vtpm-detach {row.name}' first"
+            )
+
+
+def _uuid(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise UsageError(f"'{text[:80]}' is no UUID") from None

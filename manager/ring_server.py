@@ -1,0 +1,208 @@
+"""Answers the instances' rings: one trio task on one nested epoll descriptor serves them all.
+
+An instance is who the manager made the ring for. Commits of all instances that are ready go into one group.
+Nothing an instance writes can raise here beyond its own ring (design section 2: it costs only itself).
+"""
+
+import logging
+import os
+import select
+from dataclasses import replace
+from typing import Final
+from uuid import UUID
+
+import trio
+
+from frontend_backend import messages_instance as m
+from frontend_backend.errors import MessageError
+from frontend_backend.ring import Answered, Request
+from manager.committer import Committer
+from manager.errors import ManagerError
+from manager.hardware import Hardware
+from manager.running import Running
+from storage.errors import StorageError
+from storage.records import RecordFlags, VtpmRecord
+from storage.secrets import StateKey
+from storage.store import PutVtpm
+
+_log = logging.getLogger("vtpm.ring")
+_MAX_RANDOM: Final = 64  # bytes a Random may ask for
+_DIGEST_SIZE: Final = 32
+
+
+class RingServer:
+    """The back end of every instance's ring."""
+
+    def __init__(self, committer: Committer, hardware: Hardware, nursery: trio.Nursery, commit_timeout: float) -> None:
+        """Serve from `committer`'s store; verbs that need the hardware TPM run in `nursery`."""
+        self._committer, self._hardware, self._nursery = committer, hardware, nursery
+        self._commit_timeout = commit_timeout
+        self._epoll = select.epoll()
+        self._by_fileno: dict[int, Running] = {}
+
+    def add(self, running: Running) -> None:
+        """Serve this instance's ring from now on; a request that waits on its page is answered."""
+        self._by_fileno[running.ring.fileno()] = running
+        self._epoll.register(running.ring.fileno(), select.EPOLLIN)
+        self._look_at(running)
+
+    def remove(self, running: Running) -> None:
+        """Serve it no longer (its process is gone)."""
+        if self._by_fileno.pop(running.ring.fileno(), None) is not None:
+            self._epoll.unregister(running.ring.fileno())
+
+    def close(self) -> None:
+        """Close the epoll descriptor."""
+        self._epoll.close()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        while True:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+            for fileno, _ in self._epoll.poll(0):
+                running = self._by_fileno.get(fileno)
+                if running is None:
+                    continue
+                alive = running.ring.drain()
+                self._look_at(running)
+                if not alive:
+                    self.remove(running)
+
+    def _look_at(self, running: Running) -> None:
+        if running.busy:
+            return
+        match running.back.take():
+            case Request(packet, _):
+                running.busy = True
+                self._dispatch(running, packet)
+            case Answered(reason):
+                _log.warning("vTPM %s: ring request not obeyed: %s", running.vtpm, reason)
+                running.ring.ring()
+            case None:
+                pass
+
+    def _dispatch(self, running: Running, packet: bytes) -> None:
+        try:
+            request = m.decode_request(packet)
+        except MessageError as error:
+            _log.warning("vTPM %s: malformed message: %s", running.vtpm, error)
+            self._answer(running, m.Refusal(m.RefusalCode.MALFORMED, str(error)[:200]))
+            return
+        match request:
+            case m.Commit():
+                self._commit(running, request)
+            case m.Load():
+                self._load(running)
+            case m.Report():
+                running.take_report(request)
+                self._answer(running, m.ReportReply())
+            case m.Random(count):
+                self._nursery.start_soon(self._random, running, count)
+            case m.PcrRead() | m.Quote():
+                self._answer(running, m.Refusal(m.RefusalCode.UNAVAILABLE, "this manager does not offer it"))
+
+    def _answer(self, running: Running, reply: m.Reply) -> None:
+        running.busy = False
+        running.back.finish(m.encode_reply(reply, running.take_orders()))
+        running.ring.ring()
+
+    def _record(self, vtpm: UUID) -> VtpmRecord | m.Refusal:
+        try:
+            return self._committer.store.get(vtpm)
+        except StorageError as error:
+            return m.Refusal(m.RefusalCode.UNKNOWN_VTPM, str(error)[:200])
+
+    def _commit(self, running: Running, commit: m.Commit) -> None:
+        record = self._record(running.vtpm)
+        refusal = record if isinstance(record, m.Refusal) else _objection(running, record, commit)
+        if refusal is not None or isinstance(record, m.Refusal):
+            _log.warning("vTPM %s: commit of generation %d refused: %s", running.vtpm, commit.generation, refusal)
+            self._answer(running, refusal or m.Refusal(m.RefusalCode.UNKNOWN_VTPM, "no such vTPM"))
+            return
+        flags = record.flags & ~(RecordFlags.FRESH | RecordFlags.RESUMABLE)
+        if commit.final:
+            flags |= RecordFlags.RESUMABLE
+        new = replace(record, key=StateKey(commit.key), digest=commit.digest, generation=commit.generation, flags=flags)
+        if _same(record, new):  # sent again, by an instance whose manager died before it could answer
+            self._answer(running, m.CommitReply(commit.generation))
+            return
+
+        def acknowledge(error: Exception | None) -> None:
+            if error is None:
+                self._answer(running, m.CommitReply(commit.generation))
+            else:
+                _log.error("vTPM %s: generation %d not committed: %s", running.vtpm, commit.generation, error)
+                self._answer(running, m.Refusal(m.RefusalCode.STORE_FAILED, str(error)[:200]))
+
+        self._committer.enqueue((PutVtpm(new),), acknowledge)
+
+    def _load(self, running: Running) -> None:
+        """Answer Load; a resumable state is first marked consumed, durably, so that it is used once."""
+        record = self._record(running.vtpm)
+        if isinstance(record, m.Refusal):
+            self._answer(running, record)
+            return
+        startup, running.startup = running.startup, running.after_reset
+        reply = _load_reply(running, record, startup, self._commit_timeout)
+        if not record.flags & RecordFlags.RESUMABLE:
+            self._answer(running, reply)
+            return
+
+        def acknowledge(error: Exception | None) -> None:
+            if error is None:
+                self._answer(running, reply)
+            else:
+                self._answer(running, m.Refusal(m.RefusalCode.STORE_FAILED, str(error)[:200]))
+
+        consumed = replace(record, flags=record.flags & ~RecordFlags.RESUMABLE)
+        self._committer.enqueue((PutVtpm(consumed),), acknowledge)
+
+    async def _random(self, running: Running, count: int) -> None:
+        """Mix the hardware TPM's random bytes with the kernel's: neither alone decides."""
+        if not 0 < count <= _MAX_RANDOM:
+            self._answer(running, m.Refusal(m.RefusalCode.LIMIT, f"1 to {_MAX_RANDOM} bytes at a time"))
+            return
+        try:
+            theirs = await self._hardware.random(count)
+        except ManagerError as error:
+            self._answer(running, m.Refusal(m.RefusalCode.UNAVAILABLE, str(error)[:200]))
+            return
+        ours = os.urandom(count)
+        self._answer(running, m.RandomReply(bytes(a ^ b for a, b in zip(ours, theirs, strict=True))))
+
+
+def _load_reply(running: Running, record: VtpmRecord, startup: str, commit_timeout: float) -> m.LoadReply:
+    fresh = bool(record.flags & RecordFlags.FRESH)
+    return m.LoadReply(
+        vtpm=record.uuid.bytes,
+        family="1.2" if record.flags & RecordFlags.TPM12 else "2.0",
+        lease=running.lease,
+        fresh=fresh,
+        key=b"" if fresh else record.key.reveal(),
+        digest=b"" if fresh else record.digest,
+        generation=record.generation,
+        startup=startup,
+        commit_timeout=commit_timeout,
+    )
+
+
+def _objection(running: Running, record: VtpmRecord, commit: m.Commit) -> m.Refusal | None:
+    """Return why this commit may not be made, or None."""
+    if len(commit.key) != StateKey.size or len(commit.digest) != _DIGEST_SIZE:
+        return m.Refusal(m.RefusalCode.MALFORMED, "a key and a digest have 32 bytes")
+    if commit.lease != running.lease:
+        return m.Refusal(m.RefusalCode.STALE_LEASE, "another instance holds this vTPM")
+    if commit.generation not in (record.generation, record.generation + 1):
+        text = f"generation {commit.generation} cannot follow {record.generation}"
+        return m.Refusal(m.RefusalCode.STALE_GENERATION, text)
+    if commit.generation == record.generation and not _same_triple(record, commit):
+        return m.Refusal(m.RefusalCode.STALE_GENERATION, f"generation {commit.generation} is another state already")
+    return None
+
+
+def _same_triple(record: VtpmRecord, commit: m.Commit) -> bool:
+    return record.digest == commit.digest and record.key == StateKey(commit.key)
+
+
+def _same(old: VtpmRecord, new: VtpmRecord) -> bool:
+    return old.generation == new.generation and old.flags == new.flags

@@ -1,0 +1,88 @@
+"""One running instance as the manager sees it, and the table of its states."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+from uuid import UUID
+
+import trio
+
+from frontend_backend.local import LocalRing
+from frontend_backend.messages_instance import InstanceState, Orders, Report, refusal_for_malformed
+from frontend_backend.ring import BackRing
+
+
+class Stage(StrEnum):
+    """Where an instance is in its life."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    NEEDS_RESET = "needs-reset"
+    STOPPING = "stopping"
+    STOPPED = "stopped"  # said so: its last state is committed
+    FAILED = "failed"  # said so: its state could not be loaded
+    ENDED = "ended"  # the process is gone
+
+
+# (stage, what the instance reported) -> stage. An unlisted pair changes nothing: a report carries no authority.
+ON_REPORT: Final[dict[tuple[Stage, InstanceState], Stage]] = {
+    (Stage.STARTING, InstanceState.READY): Stage.RUNNING,
+    (Stage.STARTING, InstanceState.NEEDS_RESET): Stage.NEEDS_RESET,
+    (Stage.STARTING, InstanceState.FAILED): Stage.FAILED,
+    (Stage.STARTING, InstanceState.STOPPED): Stage.STOPPED,
+    (Stage.RUNNING, InstanceState.NEEDS_RESET): Stage.NEEDS_RESET,
+    (Stage.RUNNING, InstanceState.STOPPED): Stage.STOPPED,
+    (Stage.RUNNING, InstanceState.FAILED): Stage.FAILED,
+    (Stage.NEEDS_RESET, InstanceState.READY): Stage.RUNNING,
+    (Stage.NEEDS_RESET, InstanceState.FAILED): Stage.FAILED,
+    (Stage.NEEDS_RESET, InstanceState.STOPPED): Stage.STOPPED,
+    (Stage.STOPPING, InstanceState.STOPPED): Stage.STOPPED,
+    (Stage.STOPPING, InstanceState.FAILED): Stage.FAILED,
+}
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """An instance: its process, its ring, and what is being waited for.
+
+    `startup` is what the next Load will be told; `after_reset` what every Load after that will be.
+    """
+
+    vtpm: UUID
+    lease: int
+    pid: int
+    pidfd: int
+    ring: LocalRing
+    startup: str
+    after_reset: str
+    stage: Stage = Stage.STARTING
+    orders: Orders = Orders.NONE
+    report: Report | None = None
+    settled: trio.Event = field(default_factory=trio.Event)  # left STARTING, or left NEEDS_RESET after a reset
+    ended: trio.Event = field(default_factory=trio.Event)  # the process is gone
+    busy: bool = False  # a request of this ring is being worked on
+    back: BackRing = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.back = BackRing(self.ring.page, refusal_for_malformed)
+
+    def take_report(self, report: Report) -> None:
+        """Move on by what the instance says of itself."""
+        self.report = report
+        self.stage = ON_REPORT.get((self.stage, report.state), self.stage)
+        if self.stage not in (Stage.STARTING, Stage.STOPPING):
+            self.settled.set()
+
+    def take_orders(self) -> Orders:
+        """Return the orders for the next answer; a reset is ordered once, a stop until it is done."""
+        orders, self.orders = self.orders, self.orders & ~Orders.RESET
+        return orders
+
+    def order(self, orders: Orders) -> None:
+        """Give an order: it travels in the next answer, and the doorbell makes the instance ask for one."""
+        self.orders |= orders
+        if orders & Orders.STOP and self.stage in (Stage.STARTING, Stage.RUNNING, Stage.NEEDS_RESET):
+            self.stage = Stage.STOPPING
+        if orders & Orders.RESET:
+            self.settled = trio.Event()
+        self.ring.ring()

@@ -1,0 +1,128 @@
+"""The listening sockets of an attached vTPM: where they lie, who may use them."""
+
+import contextlib
+import grp
+import os
+import pwd
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from manager.errors import ManagerError, UsageError
+
+BACKLOG: Final = 64  # tpm2-tss connects anew for every command and every control request
+_SOCKET_NAMES: Final = {"data": "swtpm.sock", "control": "swtpm.sock.ctrl", "ring": "ring.sock"}
+LISTENERS_OF: Final = {"socket": ("data", "control"), "ring": ("ring",)}
+_MODE_LIMIT: Final = 0o777
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who may use a vTPM's sockets; uid is also who may reset its platform."""
+
+    uid: int
+    gid: int
+
+    @classmethod
+    def parse(cls, text: str | None, default_uid: int) -> "Owner":
+        """Read USER[:GROUP] (names or numbers); without text the owner is `default_uid` with its own group.
+
+        Raises:
+            UsageError: no such user or group.
+
+        """
+        user, _, group = (text or str(default_uid)).partition(":")
+        try:
+            entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+            uid, gid = entry.pw_uid, entry.pw_gid
+        except KeyError:
+            if not user.isdecimal():
+                raise UsageError(f"there is no user '{user}'") from None
+            uid = gid = int(user)
+        if group:
+            try:
+                gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+            except KeyError:
+                raise UsageError(f"there is no group '{group}'") from None
+        return cls(uid, gid)
+
+
+def parse_mode(text: str) -> int:
+    """Return the permissions written in octal.
+
+    Raises:
+        UsageError: not octal, or more than 777.
+
+    """
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= _MODE_LIMIT:
+        raise UsageError(f"'{text}' is no mode: write permissions in octal, as in 0660")
+    return mode
+
+
+class SocketFolder:
+    """The folder of one vTPM's sockets, `<runtime>/vtpm/<UUID>/`."""
+
+    def __init__(self, sockets: Path, vtpm: UUID, frontend: str) -> None:
+        """Name the folder; nothing is made yet."""
+        self.path = sockets / str(vtpm)
+        self.names = LISTENERS_OF[frontend]
+
+    def socket_path(self, name: str) -> Path:
+        """Return where the socket `name` ("data", "control", "ring") lies."""
+        return self.path / _SOCKET_NAMES[name]
+
+    @property
+    def endpoint(self) -> Path:
+        """The socket a guest is told."""
+        return self.socket_path(self.names[0])
+
+    def listen(self, owner: Owner, mode: int) -> list[socket.socket]:
+        """Make the folder and its sockets anew, in the order of `names`; the sockets belong to the caller.
+
+        Raises:
+            ManagerError: the operating system refused.
+
+        """
+        made: list[socket.socket] = []
+        try:
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            # directory and sockets get their last owner and mode before anybody can connect
+            for name in self.names:
+                sock = self._listen_one(self.socket_path(name), name, owner, mode)
+                made.append(sock)
+            os.chown(self.path, owner.uid, owner.gid)
+            self.path.chmod(0o700 | (0o050 if mode & 0o070 else 0) | (0o005 if mode & 0o007 else 0))
+        except OSError as error:
+            for sock in made:
+                sock.close()
+            raise ManagerError(
+                f"cannot make the sockets in {self.path}: {error.strerror}; nothing was started"
+            ) from error
+        return made
+
+    @staticmethod
+    def _listen_one(path: Path, name: str, owner: Owner, mode: int) -> socket.socket:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        kind = socket.SOCK_SEQPACKET if name == "ring" else socket.SOCK_STREAM
+        sock = socket.socket(socket.AF_UNIX, kind)
+        try:
+            sock.bind(str(path))
+            os.chown(path, owner.uid, owner.gid)
+            path.chmod(mode)
+            sock.listen(BACKLOG)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def remove(self) -> None:
+        """Remove the folder and what is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,83 @@
+"""State images as files: where they lie, how they are opened and locked. What is in them: storage.state_image."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from uuid import UUID
+
+from manager.errors import ConflictError, IntegrityError, ManagerError
+from storage.errors import ImageExists, StorageError
+from storage.state_format import Family
+from storage.state_image import StateImage
+
+
+def image_path(directory: Path, vtpm: UUID, named: str) -> Path:
+    """Return where a vTPM's state image lies: where it was named, or in the state directory."""
+    return Path(named) if named else directory / f"{vtpm}.img"
+
+
+def open_locked(path: Path, *, create: bool) -> int:
+    """Open a state image for one instance: the lock is held until every copy of the descriptor is closed.
+
+    Raises:
+        IntegrityError: it is not there (and `create` is not set): an unreadable state is never a new one.
+        ConflictError: another instance holds it. ManagerError: the operating system refused.
+
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    try:
+        if create:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, flags, 0o600)
+    except FileNotFoundError as error:
+        raise IntegrityError(
+            f"the state image {path} is missing. Nothing was started or changed. Put it back and attach again; "
+            f"or give the vTPM up with 'vtpm-reset --yes', which loses what was in it"
+        ) from error
+    except OSError as error:
+        raise ManagerError(f"cannot open the state image {path}: {error.strerror}; nothing was started") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno == errno.EWOULDBLOCK:
+            raise ConflictError(f"the state image {path} is in use by another process; nothing was started") from error
+        raise ManagerError(f"cannot lock the state image {path}: {error.strerror}") from error
+    return descriptor
+
+
+def make_image(descriptor: int, path: Path, vtpm: UUID, store: UUID, family: str) -> None:
+    """Make an empty state image in an empty file.
+
+    An image that a start which never came to its first commit left behind is taken as it is.
+
+    Raises:
+        ConflictError: something else is in the file. ManagerError: no room.
+
+    """
+    try:
+        StateImage.create(descriptor, vtpm, store, Family(family))
+    except ImageExists as error:
+        try:
+            StateImage.open(descriptor, vtpm, store)
+        except StorageError:
+            raise ConflictError(f"{path}: {error}") from error
+    except StorageError as error:
+        raise ManagerError(f"{path}: {error}") from error
+
+
+def discard(path: Path, *, ours: bool) -> None:
+    """Throw a state image away whose key is gone: remove our own file, empty one the administrator named.
+
+    Raises:
+        ManagerError: the operating system refused; without its key the content is unreadable all the same.
+
+    """
+    try:
+        if ours:
+            path.unlink(missing_ok=True)
+        else:
+            StateImage.erase(path)
+    except OSError as error:
+        raise ManagerError(f"the state image {path} could not be removed: {error.strerror}; its key is gone") from error

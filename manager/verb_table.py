@@ -1,0 +1,111 @@
+"""The administrators' verbs, declared once: the client's parser, the server's dispatch and the manual derive from it.
+
+This module imports nothing heavy: the commands start with it.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Final
+
+SCHEMA_VERSION: Final = 1  # `schema` in every JSON document; grows when a field changes its meaning
+
+
+class Role(IntEnum):
+    """What a caller may do; each role includes the ones below."""
+
+    AUDITOR = 1  # look
+    OPERATOR = 2  # run: attach, detach, reset a platform
+    ADMINISTRATOR = 3  # make and unmake vTPMs
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of a verb. `kind` "path" is opened by the client and travels as a descriptor."""
+
+    name: str
+    help: str
+    kind: str = "str"  # str | int | flag | path
+    positional: bool = False
+    required: bool = False
+    default: str | int | bool | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def option(self) -> str:
+        """The argument's name on the command line."""
+        return self.name if self.positional else "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One verb: who may use it and what it takes. `many` verbs answer with an array in JSON."""
+
+    name: str
+    help: str
+    role: Role
+    arguments: tuple[Argument, ...] = ()
+    many: bool = False
+    prints: str = "uuid"  # field printed alone by --quiet, and by verbs with `terse`
+    terse: bool = False
+    columns: tuple[str, ...] = field(default=("uuid", "name", "group", "tpm", "state", "guest", "frontend"))
+
+
+_VTPM = Argument("vtpm", "UUID or name", positional=True, required=True)
+_YES = Argument("yes", "confirm: this cannot be undone", kind="flag", default=False)
+
+VERBS: Final[tuple[Verb, ...]] = (
+    Verb(
+        "add",
+        "make a vTPM; prints its UUID",
+        Role.ADMINISTRATOR,
+        (
+            Argument("name", "a name: 1 to 64 of A-Z a-z 0-9 . _ -"),
+            Argument("uuid", "its UUID (default: a random one)"),
+            Argument("group", "the group it belongs to", default="default"),
+            Argument("tpm", "TPM family", default="2.0", choices=("2.0", "1.2")),
+            Argument(
+                "state_image", "file or block device for its state (default: in the state directory)", kind="path"
+            ),
+        ),
+        terse=True,
+    ),
+    Verb(
+        "attach",
+        "start a vTPM for a guest; prints how to connect",
+        Role.OPERATOR,
+        (
+            _VTPM,
+            Argument("guest", "the guest's name: 1 to 64 of A-Z a-z 0-9 . _ -", positional=True, required=True),
+            Argument("frontend", "how the guest connects", default="socket", choices=("socket", "ring")),
+            Argument("owner", "USER[:GROUP] that may use the sockets: USER may also reset the platform"),
+            Argument("mode", "permissions of the sockets, octal", default="0660"),
+            Argument("startup", "TPM2_Startup done for the guest", default="clear", choices=("clear", "state", "none")),
+        ),
+        prints="endpoint",
+        columns=("uuid", "name", "guest", "state", "frontend", "endpoint", "tcti", "pid"),
+    ),
+    Verb("detach", "stop a vTPM cleanly and take it from its guest", Role.OPERATOR, (_VTPM,)),
+    Verb("list", "list vTPMs", Role.AUDITOR, many=True),
+    Verb("show", "show one vTPM", Role.AUDITOR, (_VTPM,)),
+    Verb(
+        "reset-platform",
+        "tell a vTPM that its guest's platform was reset: loads the last state, starts it up, PCRs as after power-on",
+        Role.OPERATOR,
+        (_VTPM,),
+    ),
+    Verb(
+        "reset",
+        "throw a detached vTPM's state away: the next attach makes a new TPM",
+        Role.ADMINISTRATOR,
+        (_VTPM, _YES),
+    ),
+    Verb("remove", "remove a detached vTPM, its key and its state image", Role.ADMINISTRATOR, (_VTPM, _YES)),
+)
+
+# Verbs of the daemon's own command, on the same socket.
+DAEMON_VERBS: Final[tuple[Verb, ...]] = (
+    Verb("status", "show the manager, its store, anchors and hardware TPM", Role.AUDITOR),
+    Verb("stop", "stop every instance cleanly, then the manager", Role.ADMINISTRATOR),
+)
+
+BY_NAME: Final = {verb.name: verb for verb in VERBS + DAEMON_VERBS}

@@ -1,0 +1,188 @@
+"""What each verb of verb_table does. Documents out; errors are ManagerError."""
+
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from manager.attachments import Attachments, AttachOptions
+from manager.errors import UsageError
+from manager.registry import Registry
+from manager.sockets import SocketFolder
+from manager.verb_table import SCHEMA_VERSION
+from storage.catalogue import VtpmRow
+
+Document = dict[str, Any]
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: user id from the kernel, and the descriptors that came with the request (closed after it)."""
+
+    uid: int
+    descriptors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the verbs work with."""
+
+    registry: Registry
+    attachments: Attachments
+    sockets: Path
+    status: Callable[[], Document]
+    stop: Callable[[], None]
+
+
+Handler = Callable[[Services, Caller, Arguments], Awaitable[list[Document]]]
+
+
+async def add(services: Services, caller: Caller, arguments: Arguments) -> list[Document]:
+    """Make a vTPM."""
+    state_image = arguments["state_image"] or ""
+    if state_image:
+        _check_state_image(caller, state_image)
+    row = await services.registry.add(
+        arguments["name"], arguments["uuid"], arguments["group"], arguments["tpm"], state_image
+    )
+    return [describe(services, row)]
+
+
+def _check_state_image(caller: Caller, path: str) -> None:
+    """Check that what we will open later is the very file that the caller could open."""
+    if len(caller.descriptors) != 1:
+        raise UsageError("the state image's descriptor did not come with the request")
+    ours, theirs = os.stat(path), os.fstat(caller.descriptors[0])
+    if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
+        raise UsageError(f"{path} is not the file that was opened for it")
+
+
+async def attach(services: Services, caller: Caller, arguments: Arguments) -> list[Document]:
+    """Start a vTPM for a guest."""
+    row = services.registry.find(arguments["vtpm"])
+    options = AttachOptions(
+        guest=arguments["guest"],
+        frontend=arguments["frontend"],
+        owner=arguments["owner"],
+        mode=arguments["mode"],
+        startup=arguments["startup"],
+    )
+    await services.attachments.attach(row, options, caller.uid)
+    return [describe(services, row)]
+
+
+async def detach(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
+    """Stop a vTPM and take it from its guest."""
+    row = services.registry.find(arguments["vtpm"])
+    await services.attachments.detach(row)
+    return [describe(services, row)]
+
+
+async def reset_platform(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
+    """Do what the reset of a guest's platform does."""
+    row = services.registry.find(arguments["vtpm"])
+    await services.attachments.reset_platform(row)
+    return [describe(services, row)]
+
+
+async def list_vtpms(services: Services, _caller: Caller, _arguments: Arguments) -> list[Document]:
+    """List vTPMs by name."""
+    rows = sorted(services.registry.catalogue.vtpms(), key=lambda row: row.name)
+    return [describe(services, row) for row in rows]
+
+
+async def show(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
+    """Show one vTPM."""
+    return [describe(services, services.registry.find(arguments["vtpm"]))]
+
+
+async def reset(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
+    """Throw a vTPM's state away."""
+    row = services.registry.find(arguments["vtpm"])
+    _confirmed(arguments, f"this throws the state of vTPM {row.name} ({row.uuid}) away")
+    await services.registry.reset(row)
+    return [describe(services, row)]
+
+
+async def remove(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
+    """Remove a vTPM."""
+    row = services.registry.find(arguments["vtpm"])
+    _confirmed(arguments, f"this removes vTPM {row.name} ({row.uuid}) and its secrets")
+    document = describe(services, row)
+    await services.registry.remove(row)
+    return [document | {"state": "removed"}]
+
+
+async def status(services: Services, _caller: Caller, _arguments: Arguments) -> list[Document]:
+    """Show the manager itself."""
+    return [services.status()]
+
+
+async def stop(services: Services, _caller: Caller, _arguments: Arguments) -> list[Document]:
+    """Stop everything cleanly; the answer comes before it is done."""
+    services.stop()
+    return [{"schema": SCHEMA_VERSION, "state": "stopping", "pid": os.getpid()}]
+
+
+HANDLERS: Final[dict[str, Handler]] = {
+    "add": add,
+    "attach": attach,
+    "detach": detach,
+    "list": list_vtpms,
+    "show": show,
+    "reset-platform": reset_platform,
+    "reset": reset,
+    "remove": remove,
+    "status": status,
+    "stop": stop,
+}
+
+
+def _confirmed(arguments: Arguments, what: str) -> None:
+    if arguments["yes"] is not True:
+        raise UsageError(f"{what}, for good; nothing was done. Say --yes if that is wanted")
+
+
+def describe(services: Services, row: VtpmRow) -> Document:
+    """Return the document of one vTPM: one flat object, every field always there (null where it has no value)."""
+    attachment = services.registry.catalogue.find_attachment(row.uuid)
+    running = services.attachments.running(row.uuid)
+    document: Document = {
+        "schema": SCHEMA_VERSION,
+        "uuid": str(row.uuid),
+        "name": row.name,
+        "group": services.registry.group_name(row.group),
+        "tpm": row.family,
+        "state": services.attachments.state(row),
+        "guest": attachment.guest if attachment else None,
+        "frontend": attachment.frontend if attachment else None,
+        "endpoint": None,
+        "tcti": None,
+        "control": None,
+        "pid": running.pid if running else None,
+        "startup": attachment.startup if attachment else None,
+        "generation": services.registry.generation(row.uuid),
+        "state_image": str(services.registry.image_path(row)),
+        "created": row.created,
+    }
+    if attachment:
+        folder = SocketFolder(services.sockets, row.uuid, attachment.frontend)
+        document["endpoint"] = str(folder.endpoint)
+        if attachment.frontend == "socket":
+            document["tcti"] = f"swtpm:path={folder.endpoint}"
+            document["control"] = str(folder.socket_path("control"))
+    return document
+
+
+def timestamp(seconds: float) -> str | None:
+    """Return a point in time as ISO 8601 in UTC, None for never (0)."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds") if seconds else None
+
+
+def uptime(started: float) -> int:
+    """Return whole seconds since `started` (time.monotonic())."""
+    return int(time.monotonic() - started)

@@ -1,0 +1,180 @@
+# ruff: noqa: N818 - the names say what happened, as the design names them; the tree says that they are errors
+"""Every error of the storage package, one tree. Messages are built here: what happened, what was kept, what to do.
+
+Families: device (the disk's fault), image and store content (damage, foreign, newer), caller's faults.
+"""
+
+from collections.abc import Sequence
+from uuid import UUID
+
+
+class StorageError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+# --- secrets ---------------------------------------------------------------------------------------
+
+
+class WrongSecretSize(StorageError):
+    """Caller's fault: a secret of another length."""
+
+    def __init__(self, kind: str, expected: int, got: int) -> None:
+        super().__init__(f"a {kind} has {expected} bytes, got {got}")
+
+
+class SecretWiped(StorageError):
+    """Caller's fault: a secret was used after it had been overwritten."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"this {kind} has been wiped and holds nothing any more")
+
+
+# --- device ----------------------------------------------------------------------------------------
+
+
+class DeviceError(StorageError):
+    """The disk's fault: an operation failed. `cause` is the OSError, also chained."""
+
+    def __init__(self, operation: str, cause: OSError) -> None:
+        super().__init__(f"could not {operation}: {cause.strerror or cause}")
+        self.operation, self.cause = operation, cause
+
+
+class StorageFull(DeviceError):
+    """No room on the disk (ENOSPC, EDQUOT, EFBIG); nothing that was acknowledged is touched."""
+
+
+# --- state images ----------------------------------------------------------------------------------
+
+
+class ImageError(StorageError):
+    """Base of what can be wrong with a state image."""
+
+
+class ImageExists(ImageError):
+    """Caller's fault: an image was to be made where bytes already are."""
+
+    def __init__(self, offset: int) -> None:
+        super().__init__(
+            f"the place for a new state image is not empty (first byte in use at {offset}); nothing was changed. "
+            "Give an empty file, or clear the device first if its content is not wanted"
+        )
+
+
+class NotAnImage(ImageError):
+    """These bytes never were a state image, or a creation that did not end."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"not a state image: {found}; nothing was changed")
+
+
+class ImageForeign(ImageError):
+    """A state image, but of another vTPM or another store."""
+
+    def __init__(self, what: str, expected: UUID, found: UUID) -> None:
+        super().__init__(
+            f"this state image belongs to {what} {found}, not {expected}; nothing was changed. "
+            "Check which file or device was given"
+        )
+        self.expected, self.found = expected, found
+
+
+class ImageTooNew(ImageError):
+    """Written by a later version in a way that this one must not touch."""
+
+    def __init__(self, where: str, needs: int, reads: int) -> None:
+        super().__init__(
+            f"{where} needs format version {needs}, this program reads up to {reads}; nothing was changed. "
+            "Use a later version of the program"
+        )
+        self.needs, self.reads = needs, reads
+
+
+class ImageDamaged(ImageError):
+    """The bytes fail a checksum, an authentication or a bound."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"state image damaged: {where}: {problem}; nothing was changed. Keep the file for inspection")
+        self.where, self.problem = where, problem
+
+
+class NoMatchingSlot(ImageError):
+    """No slot is the one that the record names: damaged, rolled back, or from another time."""
+
+    def __init__(self, generation: int, claims: Sequence[str]) -> None:
+        super().__init__(
+            f"no slot of the state image matches the record of generation {generation} ({'; '.join(claims)}); "
+            "nothing was changed. The image is older or newer than the record, or damaged: put back the right "
+            "image, or quarantine the vTPM"
+        )
+        self.generation, self.claims = generation, tuple(claims)
+
+
+class SlotMismatch(ImageError):
+    """A slot has the record's digest but its header contradicts the record: a wrong record or a forgery."""
+
+    def __init__(self, slot: int, field: str, expected: object, found: object) -> None:
+        super().__init__(
+            f"slot {slot} has the recorded digest but says {field} {found} where {expected} is expected; "
+            "nothing was changed"
+        )
+        self.slot, self.field = slot, field
+
+
+class KeyMismatch(ImageError):
+    """The slot is the recorded one, but the key does not decrypt it."""
+
+    def __init__(self, slot: int) -> None:
+        super().__init__(
+            f"slot {slot} has the recorded digest but does not open under the given key; nothing was changed"
+        )
+        self.slot = slot
+
+
+class BlobsRefused(ImageError):
+    """A set of state blobs that cannot be stored, or that no writer of ours could have stored."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"state blobs refused: {problem}; nothing was changed")
+
+
+class StateTooLarge(ImageError):
+    """More state than a slot may ever hold, or than it holds now without `ensure_room`."""
+
+    def __init__(self, wanted: int, room: int) -> None:
+        super().__init__(f"{wanted} bytes of state, but a slot has room for {room}; nothing was changed")
+        self.wanted, self.room = wanted, room
+
+
+class GenerationError(StorageError):
+    """Caller's fault: a generation that does not go forward."""
+
+    def __init__(self, subject: str, stored: int, offered: int) -> None:
+        super().__init__(f"generation {offered} offered for {subject}, which is at {stored}; nothing was changed")
+        self.stored, self.offered = stored, offered
+
+
+class SlotsInUse(ImageError):
+    """Caller's fault: a save before `load`, where slots already hold something."""
+
+    def __init__(self, claims: Sequence[str]) -> None:
+        super().__init__(
+            f"this image holds state ({'; '.join(claims)}) and none was loaded; a save could overwrite it, so nothing "
+            "was written. Load it, or call assume_fresh when the record says that the vTPM never ran"
+        )
+
+
+class NothingSaved(ImageError):
+    """Caller's fault: `switch` without a save that succeeded."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no saved slot to switch to; the live slot stays")
+
+
+class ImageFailed(ImageError):
+    """A flush failed earlier, so nothing is known about later writes through this object."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "an earlier flush of this state image failed; the last acknowledged state is kept. Open the image again"
+        )

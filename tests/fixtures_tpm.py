@@ -1,0 +1,186 @@
+"""Real swtpm processes for tests, in a directory of their own on Unix sockets; and a relay that records their bus."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from manager.hwtpm_setting import TctiSetting
+
+READY_SECONDS = 10.0
+FLAGS = "not-need-init,startup-clear"
+
+
+@dataclass
+class SwtpmProcess:
+    """One swtpm and its state directory. `start` and `stop` make a platform reset; the state stays."""
+
+    directory: Path
+    flags: str = FLAGS
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    @property
+    def socket(self) -> str:
+        return str(self.directory / "tpm")
+
+    @property
+    def setting(self) -> TctiSetting:
+        return TctiSetting.parse(f"swtpm:path={self.socket}")
+
+    @property
+    def tcti(self) -> str:
+        """For TPM2TOOLS_TCTI."""
+        return self.setting.text
+
+    def start(self) -> None:
+        assert self.process is None
+        for name in (self.socket, self.socket + ".ctrl"):
+            Path(name).unlink(missing_ok=True)
+        command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.directory}"]
+        command += ["--server", f"type=unixio,path={self.socket}", "--ctrl", f"type=unixio,path={self.socket}.ctrl"]
+        command += ["--flags", self.flags, "--log", f"file={self.directory}/log,level=1"]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._answers():
+            assert self.process.poll() is None, (self.directory / "log").read_text()
+            assert time.monotonic() < deadline, "swtpm did not start"
+            time.sleep(0.005)
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client:
+            try:
+                client.connect(self.socket + ".ctrl")
+            except OSError:
+                return False
+            return True
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(number)
+            self.process.wait(10)
+            self.process = None
+
+    def kill(self) -> None:
+        """Power cut."""
+        self.stop(signal.SIGKILL)
+
+    def tool(self, *command: str) -> str:
+        """Run a tpm2-tools command against it, as another user of this TPM would; standard output."""
+        environment = os.environ | {"TPM2TOOLS_TCTI": self.tcti, "TSS2_LOG": "all+NONE"}
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=30).stdout
+
+
+@contextmanager
+def running_swtpm(directory: Path | None = None, flags: str = FLAGS) -> Iterator[SwtpmProcess]:
+    """A started swtpm; its state in `directory`, or in a short temporary one (socket paths: 107 bytes)."""
+    own = directory is None
+    where = Path(tempfile.mkdtemp(prefix="tpm")) if directory is None else directory
+    swtpm = SwtpmProcess(where, flags)
+    try:
+        swtpm.start()
+        yield swtpm
+    finally:
+        swtpm.kill()
+        if own:
+            shutil.rmtree(where)
+
+
+class BusRelay:
+    """A second socket pair in front of a swtpm: records every command and response, and may alter responses."""
+
+    def __init__(self, swtpm: SwtpmProcess) -> None:
+        self.path = swtpm.socket + ".bus"
+        self.setting = TctiSetting.parse(f"swtpm:path={self.path}")
+        self.commands: list[bytes] = []
+        self.responses: list[bytes] = []
+        self.alter: dict[int, bytes] = {}  # command code -> response to give instead of the next one
+        self.flip: set[int] = set()  # command codes whose next response gets a bit flipped
+        self._stop_reader, self._stop_writer = socket.socketpair()
+        self._target = swtpm.socket
+        self._threads = [self._serve("", record=True), self._serve(".ctrl", record=False)]
+
+    def clear(self) -> None:
+        self.commands.clear()
+        self.responses.clear()
+
+    def saw(self, secret: bytes) -> bool:
+        return any(secret in packet for packet in (*self.commands, *self.responses))
+
+    def close(self) -> None:
+        self._stop_writer.close()
+        for thread in self._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        self._stop_reader.close()
+
+    def _serve(self, suffix: str, *, record: bool) -> threading.Thread:
+        listener = socket.socket(socket.AF_UNIX)
+        Path(self.path + suffix).unlink(missing_ok=True)
+        listener.bind(self.path + suffix)
+        listener.listen()
+        thread = threading.Thread(target=self._relay, args=(listener, suffix, record))
+        thread.start()
+        return thread
+
+    def _readable(self, *sockets: socket.socket) -> list[socket.socket]:
+        import select
+
+        return select.select([*sockets, self._stop_reader], [], [])[0]
+
+    def _relay(self, listener: socket.socket, suffix: str, record: bool) -> None:
+        with listener:
+            while self._stop_reader not in self._readable(listener):
+                near, _ = listener.accept()
+                with near, socket.socket(socket.AF_UNIX) as far:
+                    far.connect(self._target + suffix)
+                    self._pump(near, far, record)
+
+    def _pump(self, near: socket.socket, far: socket.socket, record: bool) -> None:
+        code = 0
+        while True:
+            ready = self._readable(near, far)
+            if self._stop_reader in ready:
+                return
+            for source, sink in ((near, far), (far, near)):
+                if source not in ready:
+                    continue
+                try:
+                    packet = source.recv(8192)
+                except ConnectionResetError:
+                    return
+                if not packet:
+                    return
+                if record and source is near:
+                    code = int.from_bytes(packet[6:10])
+                    self.commands.append(packet)
+                elif record:
+                    packet = self._altered(code, packet)
+                    self.responses.append(packet)
+                sink.sendall(packet)
+
+    def _altered(self, code: int, packet: bytes) -> bytes:
+        if code in self.alter:
+            return self.alter.pop(code)
+        if code in self.flip:
+            self.flip.remove(code)
+            return packet[:20] + bytes([packet[20] ^ 1]) + packet[21:]
+        return packet
+
+
+@contextmanager
+def recorded_bus(swtpm: SwtpmProcess) -> Iterator[BusRelay]:
+    """A relay in front of `swtpm`; open the TPM through its `setting`."""
+    relay = BusRelay(swtpm)
+    try:
+        yield relay
+    finally:
+        relay.close()

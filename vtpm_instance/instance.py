@@ -1,0 +1,198 @@
+"""The life of one instance: load, start up, serve, stop. Runs in a process forked by the keeper, already confined.
+
+What lives here: the order of things and the exit status. What must not: imports that the keeper has not made before
+(a late import costs each instance a megabyte, reference/performance.md 2b).
+"""
+
+import fcntl
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from frontend_backend.local import LocalRing
+from frontend_backend.messages_instance import InstanceState, Report
+from frontend_backend.tpmhdr import TpmFamily
+from storage.errors import StorageError
+from storage.state_image import Emulator
+from vtpm_instance.control import FrontEnd
+from vtpm_instance.errors import ImageBusyError, InstanceError, ManagerError, ManagerGoneError, ManagerSilentError
+from vtpm_instance.journal import note, speak_as
+from vtpm_instance.libtpms import the_tpm
+from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.server import Server
+from vtpm_instance.statekeeper import StateKeeper
+from vtpm_instance.tpm_commands import Startup
+from vtpm_instance.vtpm import Condition, Vtpm
+
+EXIT_OK: Final = 0
+EXIT_FAILURE: Final = 1  # the last state could not be saved; the last acknowledged one counts
+EXIT_INTEGRITY: Final = 6  # could not load; nothing was changed (design section 9)
+EXIT_BUSY: Final = 8  # the manager did not answer the first Load
+EXIT_BUG: Final = 70  # an exception nobody expected (EX_SOFTWARE of sysexits.h)
+
+_REPORT_TIMEOUT: Final = 5.0  # seconds for a last word to a manager that may be away
+_TEXT_LIMIT: Final = 1000  # characters of a report's text; a message has one page
+
+_STATES: Final = {
+    Condition.RUNNING: InstanceState.READY,
+    Condition.FAILED: InstanceState.NEEDS_RESET,
+    Condition.STOPPED: InstanceState.STOPPED,
+}
+# Front ends whose guest has firmware that sends TPM2_Startup after a platform reset.
+_FIRMWARE: Final = frozenset({FrontEnd.QEMU})
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceOrder:
+    """Everything an instance is handed. Descriptors belong to the instance; `listeners` by name ("data", "control")."""
+
+    vtpm: UUID
+    lease: int
+    family: TpmFamily
+    front_end: FrontEnd
+    owner_uid: int
+    manager_uid: int
+    page: int
+    doorbell: int
+    image: int
+    listeners: Mapping[str, int]
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All descriptors of the order."""
+        return (self.page, self.doorbell, self.image, *self.listeners.values())
+
+
+def reason_of(error: BaseException) -> str:
+    """Return an error's class as a word for programs: `NoMatchingSlot` is "no-matching-slot"."""
+    words = re.findall(r"[A-Z][a-z0-9]*", type(error).__name__.removesuffix("Error"))
+    return "-".join(word.lower() for word in words)
+
+
+def explain(error: BaseException) -> str:
+    """Return an error's message together with those of its causes."""
+    parts = [str(error)]
+    while (cause := error.__cause__) is not None:
+        parts.append(str(cause))
+        error = cause
+    return "; because: ".join(parts)
+
+
+def report_on(condition: Condition, cause: Exception | None) -> Report:
+    """Return the report of a condition."""
+    if cause is None:
+        return Report(_STATES[condition])
+    return Report(_STATES[condition], reason_of(cause), explain(cause)[:_TEXT_LIMIT])
+
+
+@contextmanager
+def _sigterm_as_readable() -> Iterator[int]:
+    """Yield a descriptor that becomes readable with SIGTERM, whatever else goes on."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(writer)
+        os.close(reader)
+
+
+def _claim_image(order: InstanceOrder) -> None:
+    """Hold the lock on the state image: the manager has taken it on this very open file, or nobody has.
+
+    Raises:
+        ImageBusyError: another open file has it.
+
+    """
+    try:
+        fcntl.flock(order.image, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ImageBusyError(order.vtpm) from None
+
+
+def run(order: InstanceOrder) -> int:
+    """Run the instance to its end and return the process's exit status.
+
+    Expected failures are reported to the manager and noted; anything else is raised.
+    """
+    speak_as(f"vtpm {order.vtpm}")
+    with _sigterm_as_readable() as wakeup:
+        ring = LocalRing.adopt(order.page, order.doorbell)
+        ring.forget_page_descriptor()
+        link = ManagerLink(ring)
+        link.watch_for_stop(wakeup)
+        try:
+            return _live(order, link, wakeup)
+        finally:
+            link.close()
+
+
+def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
+    emulator = the_tpm()
+    version = Emulator("libtpms", ".".join(map(str, emulator.version())))
+    keeper = StateKeeper(order.vtpm, order.lease, order.image, link, version)
+    after_reset = Startup.NONE if order.front_end in _FIRMWARE else Startup.CLEAR
+
+    def announce(condition: Condition, cause: Exception | None) -> None:
+        if cause is not None:
+            note(f"{condition.name.lower()}: {explain(cause)}")
+        if condition is not Condition.STOPPED:
+            link.report(report_on(condition, cause))
+
+    vtpm = Vtpm(emulator, keeper, order.family, after_reset, announce)
+    try:
+        _claim_image(order)
+        vtpm.start()
+    except (InstanceError, StorageError) as error:
+        return _give_up(link, error)
+    owners = frozenset({0, order.manager_uid, order.owner_uid})
+    server = Server(vtpm, link, order.front_end, owners, wakeup)
+    server.on_asked = lambda: link.report(report_on(vtpm.condition, vtpm.cause))
+    try:
+        _open_ports(server, order)
+        server.run()
+        return _stop(vtpm, link)
+    except ManagerGoneError as error:
+        note(str(error))
+        return EXIT_FAILURE
+    finally:
+        server.close()
+
+
+def _open_ports(server: Server, order: InstanceOrder) -> None:
+    add = {"data": server.add_data_port, "control": server.add_control_port}
+    for name, descriptor in order.listeners.items():
+        add[name](socket.socket(fileno=descriptor))
+
+
+def _give_up(link: ManagerLink, error: Exception) -> int:
+    """Report that the vTPM cannot be loaded."""
+    note(f"cannot start: {explain(error)}")
+    _last_word(link, Report(InstanceState.FAILED, reason_of(error), explain(error)[:_TEXT_LIMIT]))
+    return EXIT_BUSY if isinstance(error, ManagerSilentError | ManagerGoneError) else EXIT_INTEGRITY
+
+
+def _stop(vtpm: Vtpm, link: ManagerLink) -> int:
+    try:
+        clean = vtpm.stop()
+    except (InstanceError, StorageError) as error:
+        note(f"the last state could not be saved: {explain(error)}")
+        _last_word(link, report_on(Condition.STOPPED, error))
+        return EXIT_FAILURE
+    _last_word(link, Report(InstanceState.STOPPED, "clean" if clean else "not-clean"))
+    return EXIT_OK
+
+
+def _last_word(link: ManagerLink, report: Report) -> None:
+    try:
+        link.ask(report, _REPORT_TIMEOUT)
+    except ManagerError as error:
+        note(f"nobody takes the last report: {error}")

@@ -1,0 +1,292 @@
+"""The keeper: outlives the manager, keeps what the next one needs, and forks instances. Holds no key.
+
+One process, one thread, one poll loop: it is also the spawner, and a fork with other threads or an event loop inside
+would hand their locks to the child. It serves one manager at a time over a SEQPACKET socket (`messages_keeper`).
+"""
+
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+from uuid import UUID
+
+from frontend_backend.descriptors import PeerCredentials, close_all, receive_message, send_message
+from frontend_backend.errors import ChannelClosedError, MessageError
+from frontend_backend.messages_keeper import (
+    VERSION,
+    Fetch,
+    Fetched,
+    Forget,
+    Forgotten,
+    Hello,
+    HelloReply,
+    KeeperRefusal,
+    KeeperReply,
+    KeeperRequest,
+    List,
+    ListReply,
+    Spawn,
+    Spawned,
+    Stop,
+    Stopping,
+    decode_keeper,
+    encode_keeper,
+)
+from frontend_backend.tpmhdr import TpmFamily
+from vtpm_instance.control import FrontEnd
+from vtpm_instance.errors import BadRequestError, InstanceError, KeeperStoppingError, WrongDescriptorsError
+from vtpm_instance.instance import InstanceOrder
+from vtpm_instance.journal import note
+from vtpm_instance.kept import Keeping, KeptInstance
+from vtpm_instance.spawn import spawn
+
+STOP_TIMEOUT: Final = 30.0  # seconds that instances have for their clean stop
+_LIST_CHUNK: Final = 400  # instances an answer, below 128 KiB
+_MAX_DESCRIPTORS: Final = 16  # of one request
+_BEFORE_LISTENERS: Final = 4  # ring page, instance's doorbell, manager's doorbell, state image
+_LISTENERS: Final = frozenset({"data", "control"})
+_UUID_BYTES: Final = 16
+_EXIT_OK: Final = 0
+_EXIT_LEFT: Final = 1  # instances were left behind that did not end in time
+
+
+class Keeper:
+    """Serves managers, one after the other, until it is told to stop or nobody needs it any more."""
+
+    def __init__(self, listener: socket.socket, wakeup: int, linger: float) -> None:
+        """Listen on `listener`; stop when `wakeup` is readable, or when unused for `linger` seconds."""
+        self._listener, self._wakeup, self._linger = listener, wakeup, linger
+        self._keeping = Keeping()
+        self._manager: socket.socket | None = None
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._unused_since = time.monotonic()
+        self._stop_by: float | None = None
+        listener.setblocking(False)
+        self._watch(listener.fileno(), self._on_connect)
+        self._watch(wakeup, self._on_wakeup)
+
+    def _watch(self, descriptor: int, handler: Callable[[], None]) -> None:
+        self._handlers[descriptor] = handler
+        self._poll.register(descriptor, select.POLLIN)
+
+    def _forget_descriptor(self, descriptor: int) -> None:
+        del self._handlers[descriptor]
+        self._poll.unregister(descriptor)
+
+    # the loop
+
+    def run(self) -> int:
+        """Serve, and return the exit status: 0, or 1 when instances did not end in time."""
+        while (left := self._seconds_left()) > 0:
+            for descriptor, _ in self._poll.poll(None if left == float("inf") else left * 1000 + 1):
+                handler = self._handlers.get(descriptor)
+                if handler is not None:
+                    handler()
+        left_behind = [kept for kept in self._keeping if kept.alive]
+        for kept in left_behind:
+            note(f"instance of {kept.vtpm} (process {kept.pid}) did not end within {STOP_TIMEOUT:g} s")
+        return _EXIT_LEFT if left_behind else _EXIT_OK
+
+    def _seconds_left(self) -> float:
+        """Return how long to wait for the next event, 0 when it is time to end."""
+        alive = any(kept.alive for kept in self._keeping)
+        if self._stop_by is not None:
+            return max(0.0, self._stop_by - time.monotonic()) if alive else 0.0
+        if alive or self._manager is not None:
+            self._unused_since = time.monotonic()
+            return float("inf")
+        return max(0.0, self._unused_since + self._linger - time.monotonic())
+
+    def _on_wakeup(self) -> None:
+        os.read(self._wakeup, 64)
+        self._begin_stop()
+
+    def _begin_stop(self) -> None:
+        if self._stop_by is not None:
+            return
+        self._stop_by = time.monotonic() + STOP_TIMEOUT
+        for kept in self._keeping:
+            if kept.alive:
+                signal.pidfd_send_signal(kept.pidfd, signal.SIGTERM)
+
+    def _on_end(self, kept: KeptInstance) -> None:
+        kept.reap()
+        if not kept.alive:
+            self._forget_descriptor(kept.pidfd)
+
+    # the manager's connection
+
+    def _on_connect(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        peer = PeerCredentials.of(sock)
+        if peer.uid not in (0, os.geteuid()):
+            self._turn_away(sock, f"user {peer.uid} is not the keeper's")
+        elif self._manager is not None and not self._manager_has_left():
+            self._turn_away(sock, "another manager is connected; stop it first")
+        else:
+            sock.setblocking(False)
+            self._manager = sock
+            self._watch(sock.fileno(), self._on_request)
+
+    def _turn_away(self, sock: socket.socket, why: str) -> None:
+        note(f"a connection was refused: {why}")
+        sock.setblocking(False)
+        self._answer(sock, KeeperRefusal(why))
+        sock.close()
+
+    def _manager_has_left(self) -> bool:
+        """Notice an end of file that is still in the queue, so that a successor is not turned away."""
+        assert self._manager is not None
+        try:
+            left = not self._manager.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            left = True
+        if left:
+            self._drop_manager()
+        return left
+
+    def _drop_manager(self) -> None:
+        if self._manager is not None:
+            self._forget_descriptor(self._manager.fileno())
+            self._manager.close()
+            self._manager = None
+
+    def _on_request(self) -> None:
+        manager = self._manager
+        if manager is None:
+            return
+        try:
+            data, descriptors = receive_message(manager, max_descriptors=_MAX_DESCRIPTORS)
+        except BlockingIOError:
+            return
+        except (ChannelClosedError, ConnectionResetError):
+            self._drop_manager()
+            return
+        except MessageError as error:
+            self._reply(KeeperRefusal(str(error)))
+            return
+        self._serve(data, descriptors)
+
+    def _serve(self, data: bytes, descriptors: list[int]) -> None:
+        """Answer one request. Descriptors that a refused request brought are closed."""
+        handed_out: list[int] = []
+        try:
+            request = decode_keeper(data)
+            if not isinstance(request, Spawn) and descriptors:
+                raise WrongDescriptorsError(0, len(descriptors))
+            answer = self._do(request, descriptors, handed_out)
+        except (InstanceError, MessageError, OSError) as error:
+            close_all(descriptors)
+            answer = KeeperRefusal(str(error))
+        self._reply(answer, handed_out)
+        if isinstance(answer, Stopping):
+            self._begin_stop()
+
+    def _reply(self, message: KeeperReply, descriptors: list[int] | None = None) -> None:
+        if self._manager is not None and not self._answer(self._manager, message, descriptors or []):
+            self._drop_manager()
+
+    @staticmethod
+    def _answer(sock: socket.socket, message: KeeperReply, descriptors: list[int] | None = None) -> bool:
+        """Send; returns False when the peer is gone or does not read."""
+        try:
+            send_message(sock, encode_keeper(message), descriptors or [])
+        except OSError as error:
+            note(f"an answer could not be delivered: {error}")
+            return False
+        return True
+
+    # requests
+
+    def _do(self, request: KeeperRequest | KeeperReply, descriptors: list[int], handed_out: list[int]) -> KeeperReply:
+        match request:
+            case Hello(version):
+                if version != VERSION:
+                    raise BadRequestError(f"the manager speaks version {version}, this keeper {VERSION}")
+                return HelloReply(VERSION, os.getpid())
+            case Spawn():
+                return self._spawn(request, descriptors, handed_out)
+            case List(offset):
+                return self._list(offset)
+            case Fetch(vtpm, lease):
+                kept = self._keeping.get(_uuid(vtpm), lease)
+                handed_out.extend(kept.descriptors)
+                return Fetched(kept.describe())
+            case Forget(vtpm, lease):
+                return Forgotten(self._keeping.forget(_uuid(vtpm), lease))
+            case Stop():
+                return Stopping()
+            case _:
+                raise BadRequestError(f"{type(request).__name__} is no request")
+
+    def _list(self, offset: int) -> ListReply:
+        if offset < 0:
+            raise BadRequestError(f"a list begins at 0, not {offset}")
+        everything = list(self._keeping)
+        chunk = everything[offset : offset + _LIST_CHUNK]
+        return ListReply(tuple(kept.describe() for kept in chunk), len(everything))
+
+    def _spawn(self, request: Spawn, descriptors: list[int], handed_out: list[int]) -> Spawned:
+        if self._stop_by is not None:
+            raise KeeperStoppingError
+        order, doorbell = _order(request, descriptors)
+        self._keeping.refuse_second(order.vtpm, order.lease)
+        if request.uid not in (0, os.geteuid()) and os.geteuid() != 0:
+            raise BadRequestError(f"only root can start an instance as user {request.uid}")
+        pid, pidfd = spawn(order, request.uid, request.gid)
+        # The instance's own ends: a copy here would keep its lock and its doorbell alive after its death.
+        close_all((order.image, order.doorbell))
+        kept = KeptInstance(
+            order.vtpm, order.lease, pid, pidfd, request.frontend, order.page, doorbell, dict(order.listeners)
+        )
+        self._keeping.add(kept)
+        self._watch(pidfd, lambda: self._on_end(kept))
+        handed_out.append(pidfd)
+        return Spawned(pid)
+
+    def close(self) -> None:
+        """Close the manager's connection and the listener."""
+        self._drop_manager()
+        self._listener.close()
+
+
+def _uuid(raw: bytes) -> UUID:
+    if len(raw) != _UUID_BYTES:
+        raise BadRequestError(f"a UUID has {_UUID_BYTES} bytes, not {len(raw)}")
+    return UUID(bytes=raw)
+
+
+def _order(request: Spawn, descriptors: list[int]) -> tuple[InstanceOrder, int]:
+    """Return the instance's order and the manager's doorbell, checked."""
+    wanted = _BEFORE_LISTENERS + len(request.listeners)
+    if len(descriptors) != wanted:
+        raise WrongDescriptorsError(wanted, len(descriptors))
+    if len(set(request.listeners)) != len(request.listeners) or not _LISTENERS.issuperset(request.listeners):
+        raise BadRequestError(f"listeners are of {sorted(_LISTENERS)}, each once, not {list(request.listeners)}")
+    try:
+        family, front_end = TpmFamily(request.family), FrontEnd(request.frontend)
+    except ValueError as error:
+        raise BadRequestError(str(error)) from error
+    page, instance_doorbell, manager_doorbell, image, *listeners = descriptors
+    order = InstanceOrder(
+        vtpm=_uuid(request.vtpm),
+        lease=request.lease,
+        family=family,
+        front_end=front_end,
+        owner_uid=request.owner_uid,
+        manager_uid=request.manager_uid,
+        page=page,
+        doorbell=instance_doorbell,
+        image=image,
+        listeners=dict(zip(request.listeners, listeners, strict=True)),
+    )
+    return order, manager_doorbell

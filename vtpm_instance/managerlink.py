@@ -1,0 +1,220 @@
+"""The instance's end of the ring to the manager: ask and wait, or report without waiting.
+
+The manager may be away, may be replaced while a request is on the page (the keeper holds its end of the ring, and
+the next manager finds the request there), and may give a request back. All requests are idempotent, so one that was
+given back is sent again until its deadline. Orders that travel with any answer are kept until they are taken.
+"""
+
+import select
+import time
+from typing import Final
+
+from frontend_backend.errors import MessageError, PageError, RingCancelledError, RingError
+from frontend_backend.front import RingFrontEnd
+from frontend_backend.local import LocalRing
+from frontend_backend.messages_instance import (
+    Orders,
+    Refusal,
+    RefusalCode,
+    Reply,
+    Report,
+    Request,
+    decode_reply,
+    encode_request,
+)
+from vtpm_instance.errors import ManagerConfusedError, ManagerGoneError, ManagerRefusedError, ManagerSilentError
+
+RETRY_PAUSE: Final = 0.25  # seconds before a request is sent again that the manager gave back or could not serve yet
+STOP_GRACE: Final = 10.0  # seconds a request may still wait once this process was told to stop
+
+
+class ManagerLink:
+    """One conversation over one ring; takes the ring over. Not for use by several threads."""
+
+    def __init__(self, ring: LocalRing) -> None:
+        """Use `ring` as its front end."""
+        self._front = RingFrontEnd(ring)
+        self._orders = Orders.NONE
+        self._outstanding = False  # something of ours may still be on the page
+        self._queued: Report | None = None
+        self._wakeup: int | None = None
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when the manager has rung."""
+        return self._front.ring.fileno()
+
+    def watch_for_stop(self, wakeup: int) -> None:
+        """Shorten every wait to STOP_GRACE once the descriptor `wakeup` is readable (it is not read)."""
+        self._wakeup = wakeup
+
+    def take_orders(self) -> Orders:
+        """Return the manager's orders since the last call."""
+        orders, self._orders = self._orders, Orders.NONE
+        return orders
+
+    def ask(self, request: Request, seconds: float) -> Reply:
+        """Send `request` and wait at most `seconds` for its answer, which is no Refusal.
+
+        Raises:
+            ManagerSilentError: no answer in time; whether the manager acted is not known.
+            ManagerRefusedError: the manager refused, for another reason than being unavailable just now.
+            ManagerGoneError: nobody holds the other end.
+            ManagerConfusedError: the answer is unreadable.
+
+        """
+        verb = type(request).__name__
+        wait = _Wait(self._front.ring, verb, seconds, self._wakeup)
+        packet = encode_request(request)
+        while True:
+            self._settle(wait)
+            self._begin(verb, packet)
+            try:
+                answer = self._collect(wait)
+            except ManagerSilentError:
+                self._front.cancel()
+                raise
+            if answer is None:
+                wait.pause(RETRY_PAUSE)
+                continue
+            reply = self._decode(verb, answer)
+            if not isinstance(reply, Refusal):
+                return reply
+            if reply.code is not RefusalCode.UNAVAILABLE:
+                raise ManagerRefusedError(verb, reply.code.value, reply.text)
+            wait.pause(RETRY_PAUSE)
+
+    def report(self, report: Report) -> None:
+        """Send a report without waiting; while another request is on the page the newest report is kept for later."""
+        self._queued = report
+        self._send_queued()
+
+    def on_doorbell(self) -> bool:
+        """Deal with a ring of the manager's; returns True when it asks for a report.
+
+        Raises:
+            ManagerGoneError: nobody holds the other end.
+            ManagerConfusedError: the answer is unreadable.
+
+        """
+        alive = self._front.ring.drain()
+        asked = not self._outstanding
+        self._poll_outstanding()
+        self._send_queued()
+        if not alive:
+            raise ManagerGoneError
+        return asked
+
+    def close(self) -> None:
+        """Close the ring."""
+        self._front.close()
+
+    def _send_queued(self) -> None:
+        if self._queued is not None and not self._outstanding:
+            report, self._queued = self._queued, None
+            self._begin("Report", encode_request(report))
+
+    def _begin(self, verb: str, packet: bytes) -> None:
+        try:
+            self._front.begin(packet)
+        except RingError as error:
+            raise ManagerConfusedError(verb, str(error)) from error
+        self._outstanding = True
+
+    def _poll_outstanding(self) -> None:
+        """Collect the answer to a report or to an abandoned request, if it is there."""
+        if not self._outstanding:
+            return
+        try:
+            answer = self._front.finish()
+        except RingCancelledError:
+            self._outstanding = False
+            return
+        except PageError as error:
+            raise ManagerConfusedError("a request", str(error)) from error
+        if answer is not None:
+            self._outstanding = False
+            self._decode("a request", answer)
+
+    def _settle(self, wait: "_Wait") -> None:
+        """Wait until the page is free for a new request."""
+        self._poll_outstanding()
+        while self._outstanding:
+            wait.for_doorbell()
+            self._poll_outstanding()
+
+    def _collect(self, wait: "_Wait") -> bytes | None:
+        """Wait for the answer to what was begun; None when it was given back."""
+        while True:
+            try:
+                answer = self._front.finish()
+            except RingCancelledError:
+                self._outstanding = False
+                return None
+            except PageError as error:
+                raise ManagerConfusedError(wait.verb, str(error)) from error
+            if answer is not None:
+                self._outstanding = False
+                return answer
+            wait.for_doorbell()
+
+    def _decode(self, verb: str, answer: bytes) -> Reply:
+        try:
+            reply, orders = decode_reply(answer)
+        except MessageError as error:
+            raise ManagerConfusedError(verb, str(error)) from error
+        self._orders |= orders
+        return reply
+
+
+class _Wait:
+    """One bounded wait for the manager."""
+
+    def __init__(self, ring: LocalRing, verb: str, seconds: float, wakeup: int | None) -> None:
+        self.verb = verb
+        self._ring, self._seconds = ring, seconds
+        self._limit = time.monotonic() + seconds
+        self._gone = False
+        self._poll = select.poll()
+        self._poll.register(ring.fileno(), select.POLLIN)
+        self._wakeup = wakeup
+        if wakeup is not None:
+            self._poll.register(wakeup, select.POLLIN)
+
+    def for_doorbell(self) -> None:
+        """Return after the next doorbell; the caller looks at the page before it calls again.
+
+        Raises:
+            ManagerSilentError: the time is over.
+            ManagerGoneError: the peer had gone before the caller looked at the page last.
+
+        """
+        if self._gone:
+            raise ManagerGoneError
+        while True:
+            left = self._limit - time.monotonic()
+            if left <= 0:
+                raise ManagerSilentError(self.verb, self._seconds)
+            ready = [descriptor for descriptor, _ in self._poll.poll(left * 1000)]
+            if self._wakeup is not None and self._wakeup in ready:
+                self._poll.unregister(self._wakeup)
+                self._wakeup = None
+                self._limit = min(self._limit, time.monotonic() + STOP_GRACE)
+            if self._ring.fileno() in ready:
+                self._gone = not self._ring.drain()
+                return
+
+    def pause(self, seconds: float) -> None:
+        """Let `seconds` pass, or less when the manager rings.
+
+        Raises:
+            ManagerSilentError: the time is over.
+            ManagerGoneError: the peer is gone.
+
+        """
+        left = self._limit - time.monotonic()
+        if left <= 0:
+            raise ManagerSilentError(self.verb, self._seconds)
+        doorbell = select.poll()
+        doorbell.register(self._ring.fileno(), select.POLLIN)
+        if doorbell.poll(min(left, seconds) * 1000) and not self._ring.drain():
+            raise ManagerGoneError

@@ -1,0 +1,163 @@
+"""The save path: what libtpms stores becomes durable, and covered by the store, before the guest is answered.
+
+Theory of operation (design section 6). libtpms calls the store hook inside a command. The hook encrypts all blobs
+under a fresh key into the slot that is not live (`StateImage.save`), has the manager commit (key, digest,
+generation), waits for the acknowledgement, and only then makes that slot live and returns. If anything of this fails
+the hook raises, libtpms is told TPM_FAIL, and the state is not known to count or not to count until the manager is
+asked again (`load`). Nothing here decides what the guest sees then; that is `vtpm`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
+from uuid import UUID
+
+from frontend_backend.messages_instance import Commit, CommitReply, Load, LoadReply
+from storage.errors import StorageError, StorageFull
+from storage.secrets import StateKey
+from storage.state_image import Blobs, Emulator, Saved, StateImage
+from vtpm_instance.errors import (
+    CommitRefusedError,
+    CommitUnansweredError,
+    ManagerConfusedError,
+    ManagerRefusedError,
+    ManagerSilentError,
+    StateNotWrittenError,
+    WrongLeaseError,
+    WrongVtpmError,
+)
+from vtpm_instance.managerlink import ManagerLink
+
+MARGIN: Final = 8 * 1024  # bytes a state may grow in one command: far above Shutdown(STATE)'s 3,094 or one NV index
+LOAD_TIMEOUT: Final = 30.0  # seconds for the first Load; later ones have the commit's deadline
+DEFAULT_COMMIT_TIMEOUT: Final = 90.0  # seconds; Linux' front end waits 120 s (reference/xen-vtpm.md 6.3)
+
+
+class StateKeeper:
+    """Keeps one vTPM's blobs durable. `blobs` is the dict that libtpms fills; `changed` is its store hook."""
+
+    def __init__(self, vtpm: UUID, lease: int, image_descriptor: int, link: ManagerLink, emulator: Emulator) -> None:
+        """Work on the locked state image `image_descriptor` of `vtpm`; opens nothing yet."""
+        self._vtpm, self._lease, self._descriptor = vtpm, lease, image_descriptor
+        self._link, self._emulator = link, emulator
+        self._image: StateImage | None = None
+        self._generation = 0
+        self._needed = 0
+        self._gathering = False
+        self._dirty = False
+        self._timeout = LOAD_TIMEOUT
+        self.blobs: dict[str, bytes] = {}
+
+    def load(self) -> LoadReply:
+        """Ask the manager which state counts, and read that one into `blobs`. Writes nothing.
+
+        The reply that is returned has lost its key. `blobs` is empty when the reply is fresh.
+
+        Raises:
+            ManagerError: see ManagerLink.ask.
+            WrongVtpmError, WrongLeaseError: the record is not this instance's.
+            StorageError: the image does not open, or no slot is the recorded one.
+
+        """
+        reply = self._link.ask(Load(), self._timeout)
+        if not isinstance(reply, LoadReply):
+            raise ManagerConfusedError("Load", type(reply).__name__)
+        if reply.vtpm != self._vtpm.bytes:
+            raise WrongVtpmError(self._vtpm, UUID(bytes=reply.vtpm))
+        if reply.lease != self._lease:
+            raise WrongLeaseError(self._lease, reply.lease)
+        # A new object each time: after a failed flush the old one refuses to write.
+        image = StateImage.open(self._descriptor, self._vtpm)
+        blobs: dict[str, bytes] = {}
+        if reply.fresh:
+            image.assume_fresh()
+        else:
+            key = StateKey(reply.key)
+            try:
+                blobs = dict(image.load(key, reply.digest, reply.generation))
+            finally:
+                key.wipe()
+        self._image, self.blobs = image, blobs
+        self._generation, self._timeout, self._dirty = reply.generation, reply.commit_timeout, False
+        self._measure()
+        return replace(reply, key=b"")
+
+    @property
+    def generation(self) -> int:
+        """Generation of the last acknowledged state, 0 when there is none."""
+        return self._generation
+
+    def changed(self, _name: str, _content: bytes | None) -> None:
+        """Take note that libtpms changed `blobs`; returns when the change is durable, or is being gathered.
+
+        Raises what `commit` raises.
+        """
+        self._dirty = True
+        if not self._gathering:
+            self.commit()
+
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        """Leave changes in memory for the while; the caller commits afterwards, before any guest is answered."""
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
+
+    def commit_gathered(self) -> None:
+        """Commit if something changed since the last commit. Raises what `commit` raises."""
+        if self._dirty:
+            self.commit()
+
+    def commit(self, *, final: bool = False) -> None:
+        """Make `blobs` durable and covered by the store; `final` marks the state of a clean stop.
+
+        Raises:
+            StateNotWrittenError: the image took no state, the last acknowledged one counts.
+            CommitUnansweredError: the manager did not say whether the new one counts.
+            CommitRefusedError: the manager refused, the last acknowledged one counts.
+            ManagerGoneError, ManagerConfusedError: see ManagerLink.ask.
+
+        """
+        image, generation = self._opened(), self._generation + 1
+        try:
+            image.ensure_room(sum(map(len, self.blobs.values())))
+            saved = image.save(Blobs(self.blobs), generation, self._emulator)
+        except StorageError as error:
+            raise StateNotWrittenError(generation) from error
+        self._tell_manager(saved, final=final)
+        image.switch()
+        self._generation, self._dirty = generation, False
+        self._measure()
+
+    def _tell_manager(self, saved: Saved, *, final: bool) -> None:
+        message = Commit(saved.generation, saved.key.reveal(), saved.digest, self._lease, final)
+        saved.key.wipe()
+        try:
+            reply = self._link.ask(message, self._timeout)
+        except ManagerSilentError as error:
+            raise CommitUnansweredError(saved.generation, error.seconds) from error
+        except ManagerRefusedError as error:
+            raise CommitRefusedError(saved.generation, error.code, error.text) from error
+        if not isinstance(reply, CommitReply) or reply.generation != saved.generation:
+            raise ManagerConfusedError("Commit", repr(reply))
+
+    def has_room(self) -> bool:
+        """Tell whether the next command's state fits for certain, growing the image if need be."""
+        image = self._opened()
+        if self._needed <= image.room:
+            return True
+        try:
+            image.ensure_room(self._needed)
+        except StorageFull:
+            return False
+        return True
+
+    def _opened(self) -> StateImage:
+        assert self._image is not None, "load comes first"
+        return self._image
+
+    def _measure(self) -> None:
+        self._needed = sum(map(len, self.blobs.values())) + MARGIN

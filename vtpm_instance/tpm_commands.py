@@ -1,0 +1,79 @@
+"""The few TPM commands an instance itself sends, as bytes, and what it needs to know of a guest's commands.
+
+Source: TPM 2.0 Part 2 (command codes 6.5.2, response codes 6.6.3) and Part 3; TPM 1.2 Part 2 and Part 3.
+"""
+
+import struct
+from enum import Enum
+from typing import Final
+
+from frontend_backend.tpmhdr import Tag, TpmFamily, command
+
+CODE_OFFSET: Final = 6  # bytes before the command or response code in a header
+CODE_END: Final = 10
+
+TPM2_STARTUP: Final = 0x144
+TPM2_SHUTDOWN: Final = 0x145
+TPM2_STIR_RANDOM: Final = 0x146
+TPM2_READ_CLOCK: Final = 0x181
+TPM12_SAVE_STATE: Final = 0x98
+TPM12_STARTUP: Final = 0x99
+RC_INITIALIZE: Final = 0x100  # TPM 2.0: no Startup yet
+TPM12_INVALID_POSTINIT: Final = 0x26  # TPM 1.2: no Startup yet, or a second one
+
+# TPM 2.0 commands that never make the stored state larger, so that they may run on a full disk: SelfTest,
+# GetCapability, GetRandom, GetTestResult, Hash, PCR_Read, ReadPublic, NV_ReadPublic, ReadClock, FlushContext.
+# (libtpms may store its clock in any command, once in about 70 minutes; that does not change the size.)
+READS_20: Final = frozenset({0x143, 0x17A, 0x17B, 0x17C, 0x17D, 0x17E, 0x173, 0x169, TPM2_READ_CLOCK, 0x165})
+# TPM 1.2: PcrRead, GetCapability, GetRandom, SelfTestFull, GetTestResult, GetTicks.
+READS_12: Final = frozenset({0x15, 0x65, 0x46, 0x50, 0x54, 0xF1})
+READS: Final = {TpmFamily.TPM_2_0: READS_20, TpmFamily.TPM_1_2: READS_12}
+
+
+class Startup(Enum):
+    """How a vTPM comes up; the value is what LoadReply carries."""
+
+    CLEAR = "clear"
+    STATE = "state"
+    NONE = "none"  # the guest's firmware sends Startup itself
+    FAILED = "failed"  # an earlier instance crashed: answer failure until a platform reset
+
+
+def code_of(packet: bytes) -> int:
+    """Return the command or response code of a packet of at least 10 bytes."""
+    return int.from_bytes(packet[CODE_OFFSET:CODE_END])
+
+
+def startup(family: TpmFamily, kind: Startup) -> bytes:
+    """Return TPM2_Startup or TPM_Startup for CLEAR or STATE (TPM 2.0 Part 3, 9.3; TPM 1.2 Part 3, 3.2)."""
+    state = kind is Startup.STATE
+    if family is TpmFamily.TPM_2_0:
+        return command(TPM2_STARTUP, struct.pack(">H", 1 if state else 0))  # TPM_SU_STATE, TPM_SU_CLEAR
+    return command(TPM12_STARTUP, struct.pack(">H", 2 if state else 1), Tag.TPM12_REQUEST)  # TPM_ST_*
+
+
+def shutdowns(family: TpmFamily) -> tuple[bytes, ...]:
+    """Return what saves the volatile state before power off, best first: the next is for when one is refused."""
+    if family is TpmFamily.TPM_2_0:
+        return tuple(command(TPM2_SHUTDOWN, struct.pack(">H", kind)) for kind in (1, 0))
+    return (command(TPM12_SAVE_STATE, tag=Tag.TPM12_REQUEST),)
+
+
+def shutdown_code(family: TpmFamily) -> int:
+    """Return the command code of TPM2_Shutdown or TPM_SaveState."""
+    return TPM2_SHUTDOWN if family is TpmFamily.TPM_2_0 else TPM12_SAVE_STATE
+
+
+def not_started_code(family: TpmFamily) -> int:
+    """Return the response code that says that no Startup was sent."""
+    return RC_INITIALIZE if family is TpmFamily.TPM_2_0 else TPM12_INVALID_POSTINIT
+
+
+def stir_random(entropy: bytes) -> bytes:
+    """Return TPM2_StirRandom with at most 128 bytes (TPM 2.0 Part 3, 16.2)."""
+    return command(TPM2_STIR_RANDOM, struct.pack(">H", len(entropy)) + entropy)
+
+
+def read_clock() -> bytes:
+    """Return TPM2_ReadClock: refused with 0x100 exactly when the TPM was not started."""
+    return command(TPM2_READ_CLOCK)

@@ -1,0 +1,235 @@
+"""One vTPM as its front ends see it: running, or failed until a platform reset, or stopped.
+
+What lives here: which answer a command gets in which condition, platform reset, clean stop. What must not: sockets,
+rings, files. Conditions change by one table; a command is given to libtpms at most once.
+"""
+
+import os
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Final
+
+from frontend_backend.tpmhdr import ResponseCode, TpmFamily, error_response
+from storage.errors import StorageError
+from vtpm_instance import tpm_commands as tpm
+from vtpm_instance.errors import CrashedBeforeError, InstanceError, StartupRefusedError, WrongFamilyError
+from vtpm_instance.libtpms import Tpm
+from vtpm_instance.statekeeper import StateKeeper
+from vtpm_instance.tpm_commands import Startup
+
+ENTROPY: Final = (
+    32  # bytes stirred in after each start: forked or resumed TPMs must never draw alike (performance.md 2c)
+)
+
+
+class Condition(Enum):
+    """What a vTPM is doing."""
+
+    OFF = auto()
+    RUNNING = auto()
+    FAILED = auto()  # every command is answered with a failure until a platform reset
+    STOPPED = auto()
+
+
+class Change(Enum):
+    """What can happen to a vTPM."""
+
+    STARTED = auto()
+    FAILED = auto()
+    STOPPED = auto()
+
+
+TRANSITIONS: Final[dict[tuple[Condition, Change], Condition]] = {
+    (Condition.OFF, Change.STARTED): Condition.RUNNING,
+    (Condition.OFF, Change.FAILED): Condition.FAILED,
+    (Condition.RUNNING, Change.STARTED): Condition.RUNNING,  # platform reset of a healthy vTPM
+    (Condition.RUNNING, Change.FAILED): Condition.FAILED,
+    (Condition.RUNNING, Change.STOPPED): Condition.STOPPED,
+    (Condition.FAILED, Change.STARTED): Condition.RUNNING,  # platform reset
+    (Condition.FAILED, Change.FAILED): Condition.FAILED,
+    (Condition.FAILED, Change.STOPPED): Condition.STOPPED,
+}
+
+_FAILURES: Final = {TpmFamily.TPM_2_0: ResponseCode.FAILURE, TpmFamily.TPM_1_2: ResponseCode.TPM12_FAIL}
+_NO_ROOM: Final = {TpmFamily.TPM_2_0: ResponseCode.NV_UNAVAILABLE, TpmFamily.TPM_1_2: ResponseCode.TPM12_RETRY}
+_BAD_SIZES: Final = {
+    TpmFamily.TPM_2_0: ResponseCode.COMMAND_SIZE,
+    TpmFamily.TPM_1_2: ResponseCode.TPM12_BAD_PARAM_SIZE,
+}
+
+
+def wrong_size_response(family: TpmFamily) -> bytes:
+    """Return the answer to a command whose size cannot be."""
+    return error_response(family, _BAD_SIZES[family])
+
+
+class Vtpm:
+    """The vTPM of this process; `announce` is told each new condition with a cause (None when it is healthy)."""
+
+    def __init__(
+        self,
+        emulator: Tpm,
+        keeper: StateKeeper,
+        family: TpmFamily,
+        after_reset: Startup,
+        announce: Callable[[Condition, Exception | None], None],
+    ) -> None:
+        """Run `emulator` on `keeper`'s state; `after_reset` is CLEAR, or NONE where the guest's firmware starts it."""
+        self._tpm, self._keeper, self.family = emulator, keeper, family
+        self._after_reset, self._announce = after_reset, announce
+        self._failure = error_response(family, _FAILURES[family])
+        self._unavailable = error_response(family, _NO_ROOM[family])
+        self._reads = tpm.READS[family]
+        self._condition = Condition.OFF
+        self._cause: Exception | None = None
+        self._guest_shut_down = False
+        self._stirred = False
+
+    @property
+    def condition(self) -> Condition:
+        """What the vTPM is doing."""
+        return self._condition
+
+    @property
+    def cause(self) -> Exception | None:
+        """Why the vTPM failed, None unless its condition is FAILED."""
+        return self._cause
+
+    def _change(self, change: Change, cause: Exception | None = None) -> None:
+        self._condition = TRANSITIONS[self._condition, change]
+        self._cause = cause
+        self._announce(self._condition, cause)
+
+    # starting
+
+    def start(self) -> None:
+        """Load the state the manager names and start up as it says.
+
+        A refused Startup(STATE) leaves the vTPM FAILED, never silently cleared; so does "failed".
+
+        Raises:
+            InstanceError, StorageError: the vTPM cannot be loaded; nothing was changed.
+
+        """
+        reply = self._keeper.load()
+        if reply.family != self.family.value:
+            raise WrongFamilyError(self.family.value, reply.family)
+        kind = Startup(reply.startup)
+        if kind is Startup.FAILED:
+            if not reply.fresh:
+                self._try_out()
+            self._change(Change.FAILED, CrashedBeforeError())
+            return
+        try:
+            self._power_on(kind, fresh=reply.fresh)
+        except StartupRefusedError as error:
+            self._tpm.terminate()
+            self._change(Change.FAILED, error)
+            return
+        self._change(Change.STARTED)
+
+    def _try_out(self) -> None:
+        """Check that libtpms takes the state, without changing it."""
+        self._tpm.start(self.family, dict(self._keeper.blobs))
+        self._tpm.terminate()
+
+    def _power_on(self, kind: Startup, *, fresh: bool) -> None:
+        """Start libtpms on the keeper's blobs, start it up, stir entropy in, and commit what that changed, once."""
+        self._guest_shut_down = self._stirred = False
+        with self._keeper.gather():
+            self._tpm.start(self.family, self._keeper.blobs, self._keeper.changed, fresh=fresh)
+            if kind is not Startup.NONE:
+                code = tpm.code_of(self._tpm.process(tpm.startup(self.family, kind)))
+                if code:
+                    raise StartupRefusedError(kind.value, code)
+                self._stir()
+        self._keeper.commit_gathered()
+
+    def _stir(self) -> None:
+        if self.family is TpmFamily.TPM_2_0:
+            self._tpm.process(tpm.stir_random(os.urandom(ENTROPY)))
+        self._stirred = True
+
+    # serving
+
+    def execute(self, command: bytes, locality: int) -> bytes:
+        """Answer one framed command (10 to 4096 bytes). Never raises for what a guest sends or a save meets."""
+        if self._condition is not Condition.RUNNING:
+            return self._failure
+        code = tpm.code_of(command)
+        try:
+            if not self._keeper.has_room() and code not in self._reads:
+                return self._unavailable
+            response = self._tpm.process(command, locality)
+            if not self._stirred and self._is_startup(code, response):
+                self._stir()
+        except (InstanceError, StorageError) as error:
+            self._fail(error)
+            return self._failure
+        self._guest_shut_down = code == tpm.shutdown_code(self.family) and tpm.code_of(response) == 0
+        return response
+
+    def _is_startup(self, code: int, response: bytes) -> bool:
+        return code in (tpm.TPM2_STARTUP, tpm.TPM12_STARTUP) and tpm.code_of(response) == 0
+
+    def _fail(self, cause: Exception) -> None:
+        self._tpm.terminate()
+        self._change(Change.FAILED, cause)
+
+    # reset and stop
+
+    def reset(self) -> None:
+        """Platform reset: power off and on, then Startup(CLEAR) where no firmware does it.
+
+        A healthy vTPM goes on with the state it has; a failed one asks the manager which state counts.
+
+        Raises:
+            InstanceError, StorageError: the vTPM could not come up; it is FAILED then, the stored state is kept.
+
+        """
+        try:
+            fresh = False
+            if self._condition is Condition.RUNNING:
+                with self._keeper.gather():
+                    self._shut_down()
+                self._tpm.terminate()
+            else:
+                fresh = self._keeper.load().fresh
+            self._power_on(self._after_reset, fresh=fresh)
+        except (InstanceError, StorageError) as error:
+            self._fail(error)
+            raise
+        self._change(Change.STARTED)
+
+    def _shut_down(self) -> None:
+        """Send what saves the volatile state unless the guest just did; a refusal loses PCRs only."""
+        if self._guest_shut_down:
+            return
+        for packet in tpm.shutdowns(self.family):
+            code = tpm.code_of(self._tpm.process(packet))
+            if code in (0, tpm.not_started_code(self.family)):
+                return
+
+    def stop(self) -> bool:
+        """Clean stop: save the volatile state, one final commit, power off. Returns whether it was clean.
+
+        A failed vTPM has nothing that may be saved: it is only powered off.
+
+        Raises:
+            InstanceError, StorageError: the final state is not acknowledged; the last acknowledged one counts.
+
+        """
+        if self._condition is not Condition.RUNNING:
+            self._tpm.terminate()
+            self._change(Change.STOPPED, self._cause)
+            return False
+        try:
+            with self._keeper.gather():
+                self._shut_down()
+            self._keeper.commit(final=True)
+        except (InstanceError, StorageError) as error:
+            self._fail(error)
+            raise
+        self._tpm.terminate()
+        self._change(Change.STOPPED)
+        return True
