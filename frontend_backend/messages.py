@@ -7,6 +7,7 @@ What lives here: the codec. What each pair of processes says: `messages_instance
 
 import dataclasses
 import enum
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ import msgpack
 
 from frontend_backend.errors import MessageError, MessageVersionError
 
-_U64_LIMIT: Final = 1 << 64
+_MAX_DEPTH: Final = 32  # lists and maps inside a document; far below what msgpack, json or a stack can bear
 
 
 class Protocol:
@@ -30,11 +31,20 @@ class Protocol:
         }
 
     def encode(self, message: object) -> bytes:
-        """Return the bytes of `message`."""
+        """Return the bytes of `message`.
+
+        Raises:
+            MessageError: a value that no peer could read: a number beyond 64 bits, text that is no Unicode.
+            TypeError: not a message of this protocol, or a field of a type that messages do not have.
+
+        """
         kind = type(message).__name__
         if kind not in self._fields:
             raise TypeError(f"{kind} is no message of this protocol")
-        return bytes(msgpack.packb([self.version, kind, _plain_fields(message)], use_bin_type=True))
+        try:
+            return bytes(msgpack.packb([self.version, kind, _plain_fields(message)], use_bin_type=True))
+        except (ValueError, OverflowError) as error:
+            raise MessageError(f"{kind} holds a value that cannot be sent: {error}") from error
 
     def decode(self, untrusted: bytes) -> Any:
         """Return the message in `untrusted`, an instance of one of the declared classes.
@@ -44,12 +54,8 @@ class Protocol:
             MessageVersionError: another version.
 
         """
-        try:
-            envelope = msgpack.unpackb(untrusted, use_list=True, raw=False, strict_map_key=True)
-        except (ValueError, msgpack.UnpackException, RecursionError) as error:
-            raise MessageError(f"{len(untrusted)} bytes that are no message: {error}") from error
-        match envelope:
-            case [int(version), str(kind), dict(fields)]:
+        match _unpacked(untrusted):
+            case [int(version), str(kind), dict(fields)] if type(version) is int:
                 if version != self.version:
                     raise MessageVersionError(version, self.version)
                 return self._build(kind, fields)
@@ -62,6 +68,15 @@ class Protocol:
         except KeyError:
             raise MessageError(f"unknown kind of message {kind[:40]!r}") from None
         return _construct(message, hints, fields)
+
+
+def _unpacked(untrusted: bytes) -> Any:
+    try:
+        return msgpack.unpackb(untrusted, use_list=True, raw=False, strict_map_key=True)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        reason = str(error)
+    # not inside the handler: msgpack's exception carries what it had unpacked, which may be a key
+    raise MessageError(f"{len(untrusted)} bytes that are no message: {reason}")
 
 
 def _construct(message: type, hints: Mapping[str, Any], fields: dict[Any, Any]) -> Any:
@@ -85,7 +100,7 @@ def _checked(value: Any, wanted: Any, where: str) -> Any:
     """
     origin = typing.get_origin(wanted)
     if wanted is Any:
-        return value
+        return _checked_document(value, where, _MAX_DEPTH)
     if origin is tuple and isinstance(value, list):
         return tuple(_checked(item, typing.get_args(wanted)[0], where) for item in value)
     if origin is dict and isinstance(value, dict):
@@ -111,12 +126,34 @@ def _checked_union(value: Any, alternatives: tuple[Any, ...], where: str) -> Any
     raise MessageError(f"{where}: {_kind_of(value)} is none of the allowed types")
 
 
+def _checked_document(value: Any, where: str, depth: int) -> Any:
+    """Return `value` if it is what a document may hold: plain values, lists, and maps with text for keys."""
+    if not depth:
+        raise MessageError(f"{where}: more than {_MAX_DEPTH} levels")
+    if type(value) is list:
+        return [_checked_document(item, where, depth - 1) for item in value]
+    if type(value) is dict:
+        return {_checked_plain(k, str, where): _checked_document(v, where, depth - 1) for k, v in value.items()}
+    if value is None:
+        return None
+    if type(value) in (bool, int, float, str, bytes):
+        return _checked_plain(value, type(value), where)
+    raise MessageError(f"{where}: {_kind_of(value)} in a document")
+
+
+def _checked_enum(value: Any, wanted: type[enum.Enum], where: str) -> enum.Enum:
+    """Return the member; a truth value or a fraction that equals its number is something else."""
+    if type(value) not in {type(member.value) for member in wanted}:
+        raise MessageError(f"{where}: {_kind_of(value)} where {wanted.__name__} is due")
+    try:
+        return wanted(value)
+    except ValueError:
+        raise MessageError(f"{where}: {str(value)[:40]!r} is no {wanted.__name__}") from None
+
+
 def _checked_plain(value: Any, wanted: type, where: str) -> Any:
     if issubclass(wanted, enum.Enum):
-        try:
-            return wanted(value)
-        except (ValueError, TypeError):
-            raise MessageError(f"{where}: {str(value)[:40]!r} is no {wanted.__name__}") from None
+        return _checked_enum(value, wanted, where)
     if dataclasses.is_dataclass(wanted):
         if not isinstance(value, dict):
             raise MessageError(f"{where}: {_kind_of(value)} where {wanted.__name__} is due")
@@ -125,8 +162,8 @@ def _checked_plain(value: Any, wanted: type, where: str) -> Any:
         return float(value)
     if type(value) is not wanted:
         raise MessageError(f"{where}: {_kind_of(value)} where {wanted.__name__} is due")
-    if isinstance(value, int) and not -_U64_LIMIT < value < _U64_LIMIT:
-        raise MessageError(f"{where}: number out of range")
+    if isinstance(value, float) and math.isnan(value):
+        raise MessageError(f"{where}: not a number")
     return value
 
 

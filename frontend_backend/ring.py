@@ -187,8 +187,9 @@ class BackRing(_Page):
             return self._give_back(str(error))
         if head.state is RingState.CANCEL:
             return self._give_back("cancelled by the front end")
-        if head.state is not RingState.SUBMIT:
-            return None
+        return self._take_submitted(head) if head.state is RingState.SUBMIT else None
+
+    def _take_submitted(self, head: SharedPage) -> Request | Answered:
         if not head.length:
             # FrontRing never submits this: a back end died while it answered, and the request is lost
             return self._give_back("a request without a packet")

@@ -22,8 +22,9 @@ PCR22_AFTER_RESET: Final = (b"\xff" * DIGEST_SIZE, b"\x00" * DIGEST_SIZE)
 class Standing(Enum):
     """How an acceptable store stands to the durable anchor."""
 
-    EQUAL = "equal"  # it is the anchored state: a clean stop, or a crash right after an anchor
-    DESCENDS = "descends"  # it was written after the anchored state: an unclean stop
+    CLEAN = "clean"  # it is the state of a clean stop: no save can have been made after it
+    EQUAL = "equal"  # it is the anchored state of a manager that did not stop cleanly
+    DESCENDS = "descends"  # it was written after that state
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,11 @@ def extended(value: bytes, digest: bytes) -> bytes:
     return hashlib.sha256(value + digest).digest()
 
 
+def clean_stop(digest: bytes) -> bytes:
+    """Return what the durable anchor holds after a clean stop at `digest`; an open replaces it before serving."""
+    return hashlib.sha256(b"vtpm-manager clean stop v1" + digest).digest()
+
+
 def judge(position: StorePosition, durable: bytes, pcr22: bytes | None) -> Standing:
     """Decide whether the store at `position` may be opened.
 
@@ -80,6 +86,8 @@ def judge(position: StorePosition, durable: bytes, pcr22: bytes | None) -> Stand
         RolledBackError: it is older than, or a fork of, the store the anchors stand for.
 
     """
+    if hmac.compare_digest(clean_stop(position.digest), durable):
+        return Standing.CLEAN
     if hmac.compare_digest(position.digest, durable):
         standing = Standing.EQUAL
     elif any(hmac.compare_digest(durable, known) for known in (position.held, position.notes.pending)):
@@ -90,10 +98,10 @@ def judge(position: StorePosition, durable: bytes, pcr22: bytes | None) -> Stand
             "written by another installation. Nothing was changed. Put the newest store image and state images back; "
             "docs/rollback.md explains what else can be done"
         )
-    if standing is Standing.DESCENDS and not _agrees(position, pcr22):
+    if not _agrees(position, pcr22):
         raise RolledBackError(
-            "the store descends from the hardware TPM's durable anchor, but PCR 22 says that newer saves were made "
-            "since this machine started: it is an older copy. Nothing was changed. Put the newest store image and "
+            "PCR 22 of the hardware TPM says that newer saves were made since this machine started: the store is an "
+            "older copy (or another manager uses this TPM). Nothing was changed. Put the newest store image and "
             "state images back; docs/rollback.md explains what else can be done"
         )
     return standing

@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import trio
@@ -32,10 +33,20 @@ class Anchoring:
     """Writes the durable anchor at key events and at intervals, extends the volatile one after groups."""
 
     def __init__(
-        self, committer: Committer, hardware: Hardware, info: AnchorInfo, auth: bytes, *, volatile: bool
+        self,
+        committer: Committer,
+        hardware: Hardware,
+        info: AnchorInfo,
+        auth: bytes,
+        *,
+        volatile: bool,
+        strict: bool,
     ) -> None:
+        """Anchor `committer`'s store in `info`'s index; `strict`: each group waits for it (design section 7)."""
         self._committer, self._hardware = committer, hardware
         self._info, self._auth, self._volatile = info, auth, volatile
+        if strict:
+            committer.before_acknowledge = self.write_durable
         self._pcr22: bytes | None = None
         self._durable_lock = trio.Lock()
         self._group_done = trio.Event()
@@ -63,6 +74,18 @@ class Anchoring:
             store.note_anchored(digest)
             self._durable_writes += 1
             self._last_durable = time.time()
+
+    async def write_final(self) -> None:
+        """Make the durable anchor say that this was a clean stop. Nothing can be committed any more afterwards.
+
+        Raises:
+            TpmError: the hardware TPM did not do it; the next open takes this stop for an unclean one.
+
+        """
+        await self._durable_lock.acquire()
+        await self._committer.lock.acquire()  # for good: a save after this anchor would be locked out with the store
+        digest = anchor.clean_stop(self._committer.store.digest())
+        await self._hardware.lane.run(self._hardware.tpm.anchor_write, self._info, self._auth, digest)
 
     async def run_interval(self, seconds: float) -> None:
         """Write the durable anchor every `seconds` when the store has changed since."""
@@ -102,7 +125,7 @@ class Anchoring:
             digest = store.digest()
             after = anchor.extended(self._pcr22, digest)
             self._note(pcr_before=self._pcr22, pcr_after=after)
-            await trio.to_thread.run_sync(store.commit, ())
+            await trio.to_thread.run_sync(partial(store.commit, (), notes=True))
         await self._hardware.lane.run(self._hardware.tpm.pcr22_extend, digest)
         self._pcr22 = after
         self._volatile_extends += 1

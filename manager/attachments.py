@@ -28,7 +28,7 @@ from manager.registry import Registry, check_name
 from manager.running import Running, Stage
 from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
 from storage.catalogue import AttachmentRow, VtpmRow
-from storage.records import RecordFlags
+from storage.store_records import RecordFlags
 
 _log = logging.getLogger("vtpm.life")
 _MICROSECOND: Final = 1000  # nanoseconds

@@ -6,14 +6,16 @@ only itself; a failing device fails them all.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
+from manager.errors import ManagerError
 from storage.errors import DeviceError, StorageError
-from storage.store import Change, Store
+from storage.store import Store
+from storage.store_records import Change
 
 _INLINE_BELOW: Final = 0.0003  # seconds; a thread hop costs about 0.16 ms here (reference/performance.md 6)
 _LATENCY_WEIGHT: Final = 0.1  # of the newest flush in the moving average
@@ -38,6 +40,7 @@ class Committer:
         """Take over `store`; nobody else may call its commit any more."""
         self.store = store
         self.lock = trio.Lock()  # held while the store changes: whoever reads its digest takes it too
+        self.before_acknowledge: Callable[[], Awaitable[None]] | None = None  # strict mode: the anchor is awaited
         self._on_group = on_group
         self._queue: list[tuple[Sequence[Change], Acknowledge]] = []
         self._wake = trio.Event()
@@ -85,12 +88,23 @@ class Committer:
                 outcomes = [error] * len(group)
             else:
                 outcomes = [await self._try(list(changes)) for changes, _ in group]
+        if self.before_acknowledge is not None and None in outcomes:
+            refused = await self._anchored(self.before_acknowledge)
+            outcomes = [outcome or refused for outcome in outcomes]
         self._groups += 1
         self._entries += len(group)
         for (_, acknowledge), outcome in zip(group, outcomes, strict=True):
             acknowledge(outcome)
         if None in outcomes:
             self._on_group()
+
+    @staticmethod
+    async def _anchored(anchor: Callable[[], Awaitable[None]]) -> Exception | None:
+        try:
+            await anchor()
+        except ManagerError as error:
+            return error
+        return None
 
     async def _try(self, changes: list[Change]) -> Exception | None:
         started = time.monotonic()

@@ -1,8 +1,9 @@
 """The hardware TPM: everything the manager asks of it, synchronous, by one owner. Parts are in the hwtpm_* modules.
 
-No method may be called from two threads at once (`tpm_lane.TpmLane` sees to it), none is cancellable, each has a deadline.
-Every method sets the locality before its first command, because swtpm's belongs to the process and any client may change it.
-All raise the errors of hwtpm_errors, in particular TpmUnavailable and its children, and connect anew after a broken connection.
+No method may be called from two threads at once (`tpm_lane.TpmLane` sees to it), none is cancellable, each has a
+deadline. Every method sets the locality before its first command, because swtpm's belongs to the process and any client
+may change it. All raise the errors of hwtpm_errors, in particular TpmUnavailable and its children, and connect anew
+after a broken connection.
 """
 
 from collections.abc import Iterable
@@ -129,7 +130,7 @@ class HardwareTpm:
             self._srk.pin(pinned)
 
     def anchor_free_index(self) -> int:
-        """An unused NV index for the durable anchor, 0x01800100 or after it. Raises TpmFull."""
+        """Return an unused NV index for the durable anchor, 0x01800100 or after it. Raises TpmFull."""
         return self._anchors.free_index()
 
     def anchor_define(self, index: int, auth: bytes) -> AnchorInfo:
@@ -144,7 +145,7 @@ class HardwareTpm:
         self._anchors.undefine(info)
 
     def anchor_read(self, info: AnchorInfo, auth: bytes) -> bytes:
-        """The durable anchor's digest, 32 bytes. Raises AnchorMissing, AnchorDenied."""
+        """Return the durable anchor's digest, 32 bytes. Raises AnchorMissing, AnchorDenied."""
         return self._anchors.read(info, auth)
 
     def anchor_write(self, info: AnchorInfo, auth: bytes, digest: bytes, *, first: bool = False) -> None:
@@ -152,7 +153,7 @@ class HardwareTpm:
         self._anchors.write(info, auth, digest, first=first)
 
     def pcr22_read(self) -> bytes:
-        """The volatile anchor, 32 bytes. Raises VolatileAnchorUnavailable without locality 2."""
+        """Return the volatile anchor, 32 bytes. Raises VolatileAnchorUnavailable without locality 2."""
         return hwtpm_pcr.pcr22_read(self._link)
 
     def pcr22_extend(self, digest: bytes) -> None:
@@ -160,20 +161,20 @@ class HardwareTpm:
         hwtpm_pcr.pcr22_extend(self._link, digest)
 
     def clock(self) -> ClockState:
-        """Reset and restart counters; a TPM reset shows as a new reset_count."""
+        """Return reset and restart counters; a TPM reset shows as a new reset_count."""
         return hwtpm_pcr.clock(self._link)
 
     def pcr_read(self, selection: Iterable[int]) -> dict[int, bytes]:
-        """SHA-256 values (32 bytes) of these PCRs, any of 0..23."""
+        """Return the SHA-256 values (32 bytes) of these PCRs, any of 0..23."""
         with self._link.operation("read PCRs") as esapi:
             return hwtpm_pcr.read_pcrs(esapi, selection)
 
     def pcr_values_to_seal(self, selection: Iterable[int]) -> dict[int, bytes]:
-        """Present values of a selection fit for sealing. Raises BadSetting for PCR 16, 20, 22, 23."""
+        """Return the present values of a selection fit for sealing. Raises BadSetting for PCR 16, 20, 22, 23."""
         return self.pcr_read(check_pcrs(selection))
 
     def random(self, count: int) -> bytes:
-        """Random bytes of the TPM, encrypted on the bus once the SRK is open. count: at least 0."""
+        """Return random bytes of the TPM, encrypted on the bus once the SRK is open. count: at least 0."""
         gathered = bytearray()
         with self._link.operation("get random bytes") as esapi:
             if self._srk.pinned is None:
@@ -186,12 +187,14 @@ class HardwareTpm:
         return bytes(gathered)
 
     def properties(self) -> TpmProperties:
-        """Manufacturer, firmware, lockout state, which hierarchies have a password."""
+        """Return manufacturer, firmware, lockout state, which hierarchies have a password."""
         return hwtpm_pcr.properties(self._link)
 
     def transient_handles(self) -> tuple[int, ...]:
-        """Transient objects and loaded sessions in the TPM now; between operations there are none of ours."""
+        """Return the loaded objects and sessions in the TPM now; between operations there are none of ours."""
         with self._link.operation("list its handles") as esapi:
             return tuple(
-                handle for first in (TRANSIENT_FIRST, LOADED_SESSION_FIRST) for handle in self._link.handles(esapi, first)
+                handle
+                for first in (TRANSIENT_FIRST, LOADED_SESSION_FIRST)
+                for handle in self._link.handles(esapi, first)
             )

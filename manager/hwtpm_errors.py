@@ -1,3 +1,4 @@
+# ruff: noqa: N818 - these are named for what happened to the TPM; only the root says Error
 """What can go wrong with the hardware TPM: one tree, messages built here.
 
 Each message says what happened, what was kept and what to do. `code` is the process exit code of
@@ -10,8 +11,8 @@ from typing import Final
 from frontend_backend.messages_admin import ExitCode
 from manager.errors import ManagerError
 
-
 KEPT_ALL: Final = "Nothing was changed."
+KEPT_UNKNOWN: Final = "Whether the TPM carried the last command out is not known; nothing else was changed."
 
 
 class TpmError(ManagerError):
@@ -50,18 +51,19 @@ class TpmUnavailable(TpmError):
 
     code = ExitCode.TPM_UNAVAILABLE
 
-    def __init__(self, reason: str, todo: str) -> None:
-        super().__init__(f"The hardware TPM is not available: {reason}", KEPT_ALL, todo)
+    def __init__(self, reason: str, todo: str, kept: str = KEPT_ALL) -> None:
+        super().__init__(f"The hardware TPM is not available: {reason}", kept, todo)
         self.reason = reason
 
 
 class TpmBusy(TpmUnavailable):
     """Somebody else holds the TPM, or it asks for patience for longer than the deadline."""
 
-    def __init__(self, doing: str, seconds: float, reason: str) -> None:
+    def __init__(self, doing: str, seconds: float, reason: str, kept: str = KEPT_ALL) -> None:
         super().__init__(
             f"it stayed busy for {seconds:g} s while we tried to {doing} ({reason})",
             "Find who else uses it (`fuser /dev/tpm0`; another manager; tpm2-abrmd), or try again later.",
+            kept,
         )
 
 
@@ -102,6 +104,7 @@ class TpmTransport(TpmUnavailable):
         super().__init__(
             f"talking to it failed while we tried to {doing} ({detail})",
             "The connection is made anew at the next command. If it fails again check the TPM's wiring and log.",
+            KEPT_UNKNOWN,
         )
 
 
@@ -191,7 +194,8 @@ class PolicyMismatch(TpmError):
 
     def __init__(self, doing: str, differing: Mapping[int, tuple[bytes, bytes]]) -> None:
         pcrs = ", ".join(str(pcr) for pcr in sorted(differing)) or "none"
-        detail = "; ".join(f"PCR {p} is {new.hex()}, sealed for {old.hex()}" for p, (old, new) in sorted(differing.items()))
+        values = sorted(differing.items())
+        detail = "; ".join(f"PCR {pcr} is {new.hex()}, sealed for {old.hex()}" for pcr, (old, new) in values)
         why = f"PCRs that differ: {pcrs} ({detail})" if differing else "the policy is not satisfied here"
         super().__init__(
             f"The hardware TPM refused to {doing}: {why}",
@@ -203,6 +207,12 @@ class PolicyMismatch(TpmError):
 
 class PcrsMoving(TpmBusy):
     """TPM_RC_PCR_CHANGED again and again: something extends PCRs faster than we can unseal."""
+
+    def __init__(self, tries: int) -> None:
+        super(TpmBusy, self).__init__(
+            f"something extended PCRs during each of {tries} tries to unseal (TPM_RC_PCR_CHANGED)",
+            "Try again when the machine is quieter; a measuring service (IMA) may be extending PCRs.",
+        )
 
 
 class RecoveryRefused(TpmError):

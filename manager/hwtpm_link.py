@@ -1,7 +1,7 @@
 """The one connection to the hardware TPM: opening, locality, sessions, handles, and making it anew after a failure.
 
-Everything here belongs to one owner (TpmLane); a second thread inside an operation is a bug and raises. What a command means is
-the business of the modules above; what its failure is called is the business of hwtpm_rc.
+Everything here belongs to one owner (TpmLane); a second thread inside an operation is a bug and raises. What a command
+means is the business of the modules above; what its failure is called is the business of hwtpm_rc.
 """
 
 import errno
@@ -33,6 +33,7 @@ _CC_FLUSH_CONTEXT: Final = 0x165
 # Part 2, 7.2: first handles of loaded transient objects and of loaded HMAC and policy sessions.
 TRANSIENT_FIRST: Final = 0x80000000
 LOADED_SESSION_FIRST: Final = 0x02000000
+POLICY_SESSION_KIND: Final = 0x03
 SALTED_CIPHER: Final = "aes128cfb"
 _ALL_FLAGS: Final = 0xFF
 
@@ -72,12 +73,12 @@ class TpmLink:
 
     @property
     def commands_sent(self) -> int:
-        """Commands put on the wire since the link was made, retries included."""
+        """Return the commands put on the wire since the link was made, retries included."""
         return self._sent_before + (0 if self._tcti is None else int(self._tcti.commands_sent))
 
     @property
     def localities(self) -> tuple[int, ...]:
-        """Localities the transport can ask for; empty while not connected."""
+        """Return the localities the transport can ask for; empty while not connected."""
         return () if self._transport is None else self._transport.localities
 
     def close(self) -> None:
@@ -87,7 +88,7 @@ class TpmLink:
 
     @contextmanager
     def operation(self, doing: str, *, locality: int | None = None) -> Iterator[Any]:
-        """The ESAPI context, connected and at our locality, for the commands of one operation.
+        """Give the ESAPI context, connected and at our locality, for the commands of one operation.
 
         doing: completes "refused to ..." in messages. locality: only for probing another one.
         Raises the errors of hwtpm_errors and nothing of the TSS. After a failure below the TPM the context is
@@ -97,7 +98,7 @@ class TpmLink:
             raise RuntimeError(f"two threads use the hardware TPM at once (to {doing}); go through TpmLane")
         try:
             esapi = self._connected()
-            self._be_at(self.locality if locality is None else locality)
+            self._be_at(self.locality if locality is None else locality, self._command_seconds)
             yield esapi
         except TSS2_Exception as error:
             failure = None if self._tcti is None else self._tcti.failure
@@ -123,7 +124,7 @@ class TpmLink:
             self._tcti = Tcti(self._transport, min(self._command_seconds, self._open_seconds))
             self._esapi = ESAPI(self._tcti)
             self.connections += 1
-            self._be_at(self.locality)
+            self._be_at(self.locality, self._open_seconds)
             self._check_health()
             if self._transport.owns_handles:
                 self._flush_strays()
@@ -154,15 +155,15 @@ class TpmLink:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    def _be_at(self, locality: int) -> None:
+    def _be_at(self, locality: int, seconds: float) -> None:
         assert self._transport is not None, "set by _connect"
         if locality not in self._transport.localities:
             raise WrongLocality(locality, f"{self.setting.text} gives locality {self._transport.localities[0]} only")
         try:
-            self._transport.set_locality(locality, time.monotonic() + self._command_seconds)
+            self._transport.set_locality(locality, time.monotonic() + seconds)
         except TimeoutError:
             self._drop()
-            raise TpmBusy("set the locality", self._command_seconds, "its control channel does not answer") from None
+            raise TpmBusy("set the locality", seconds, "its control channel does not answer") from None
         except OSError as error:
             self._drop()
             raise TpmTransport("set the locality", error.strerror or str(error)) from error
@@ -200,13 +201,15 @@ class TpmLink:
 
     @staticmethod
     def handles(esapi: Any, first: int) -> tuple[int, ...]:
-        """Handles in use from this one on, in its handle range (at most 254 of them)."""
+        """Return the handles in use from this one on, in its handle range (at most 254 of them)."""
         _, data = esapi.get_capability(TPM2_CAP.HANDLES, first, 254)
-        return tuple(int(handle) for handle in data.data.handles if int(handle) >> 24 == first >> 24)
+        # Loaded sessions are asked for as HMAC sessions and answered with policy sessions among them.
+        kinds = {first >> 24, POLICY_SESSION_KIND} if first == LOADED_SESSION_FIRST else {first >> 24}
+        return tuple(int(handle) for handle in data.data.handles if int(handle) >> 24 in kinds)
 
     @contextmanager
     def session(self, esapi: Any, salt: Any, *, policy: bool = False) -> Iterator[Any]:
-        """A session salted with `salt` (an ESYS_TR, the SRK) that encrypts both directions; flushed at the end.
+        """Start a session salted with `salt` (an ESYS_TR, the SRK) that encrypts both directions; flushed at the end.
 
         salt ESYS_TR.NONE gives an unsalted one without encryption, for what has to be done before there is an SRK.
         """

@@ -41,7 +41,7 @@ class Anchors:
         self._srk = srk
 
     def free_index(self) -> int:
-        """The first unused index from 0x01800100 to 0x018001ff. Raises TpmFull if there is none."""
+        """Return the first unused index from 0x01800100 to 0x018001ff. Raises TpmFull if there is none."""
         with self._link.operation("look for a free NV index") as esapi:
             used = set(self._link.handles(esapi, _NV_RANGE))
         free = next((index for index in range(DEFAULT_INDEX, LAST_INDEX + 1) if index not in used), None)
@@ -83,7 +83,7 @@ class Anchors:
                 esapi.nv_undefine_space(handle, session1=owner)
 
     def read(self, info: AnchorInfo, auth: bytes) -> bytes:
-        """The anchored digest, 32 bytes.
+        """Return the anchored digest, 32 bytes.
 
         Raises AnchorMissing: no such index, never written, or not the one defined. AnchorDenied: other `auth`.
         """
@@ -119,7 +119,7 @@ class Anchors:
                     esapi.nv_write(handle, digest, 0, handle, session1=session)
 
     def _open(self, esapi: Any, info: AnchorInfo, *, unwritten_too: bool) -> Any:
-        """ESYS_TR of the index whose Name the TSS will use is the pinned one. Raises AnchorMissing."""
+        """Return the ESYS_TR of the index if the Name the TSS will use is the pinned one. Raises AnchorMissing."""
         gone = {rc.RC_HANDLE: lambda: AnchorMissing(info.index, "it does not exist")}
         with rc.meaning(gone):
             handle = esapi.tr_from_tpmpublic(info.index)
@@ -163,5 +163,3 @@ def _meanings(info: AnchorInfo, doing: str) -> rc.Special:
         rc.RC_NV_UNINITIALIZED: lambda: AnchorMissing(info.index, "it was never written"),
         rc.RC_LOCALITY: lambda: WrongLocality(2, f"it refused to {doing}, the anchor wants locality 2"),
     }
-
-

@@ -4,14 +4,13 @@ The probe uses PCR 20, never PCR 22: resetting 22 would forget the volatile anch
 """
 
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import Any, Final
 
 from tpm2_pytss import (
     ESYS_TR,
     TPM2_ALG,
     TPM2_CAP,
-    TPM2_PT,
-    TPM2_PT_VENDOR,
     TPML_DIGEST_VALUES,
     TPMT_HA,
     TPMU_HA,
@@ -30,13 +29,30 @@ _READ_PER_COMMAND: Final = 8  # TPML_DIGEST holds 8, Part 2, 10.9.9
 _OWNER_AUTH_SET, _ENDORSEMENT_AUTH_SET, _LOCKOUT_AUTH_SET, _IN_LOCKOUT = 1, 2, 4, 1 << 9
 
 
+class Property(IntEnum):
+    """The properties we read. Source: Part 2, 6.13 TPM_PT."""
+
+    MANUFACTURER = 0x105
+    VENDOR_1 = 0x106
+    VENDOR_2 = 0x107
+    VENDOR_3 = 0x108
+    VENDOR_4 = 0x109
+    FIRMWARE_1 = 0x10B
+    FIRMWARE_2 = 0x10C
+    PERMANENT = 0x200
+    LOCKOUT_COUNTER = 0x20E
+    MAX_AUTH_FAIL = 0x20F
+    LOCKOUT_INTERVAL = 0x210
+    LOCKOUT_RECOVERY = 0x211
+
+
 def selection_text(selection: Iterable[int]) -> str:
-    """A PCR selection of the SHA-256 bank as tpm2_pytss reads it."""
+    """Write a PCR selection of the SHA-256 bank as tpm2_pytss reads it."""
     return "sha256:" + ",".join(str(pcr) for pcr in sorted(selection))
 
 
 def read_pcrs(esapi: Any, selection: Iterable[int]) -> dict[int, bytes]:
-    """Values of these PCRs (SHA-256 bank, 32 bytes each), eight to a command. Inside an operation.
+    """Read the values of these PCRs (SHA-256 bank, 32 bytes each), eight to a command. Inside an operation.
 
     Raises TpmTransport if the TPM leaves one out: then it has no SHA-256 bank.
     """
@@ -82,7 +98,7 @@ def _try_reset(link: TpmLink, locality: int) -> int | None:
 
 
 def pcr22_read(link: TpmLink) -> bytes:
-    """The volatile anchor, 32 bytes. Raises VolatileAnchorUnavailable at another locality than 2."""
+    """Return the volatile anchor, 32 bytes. Raises VolatileAnchorUnavailable at another locality than 2."""
     _need_two(link)
     with link.operation("read PCR 22") as esapi:
         return read_pcrs(esapi, {VOLATILE_ANCHOR_PCR})[VOLATILE_ANCHOR_PCR]
@@ -104,48 +120,43 @@ def _need_two(link: TpmLink) -> None:
 
 
 def clock(link: TpmLink) -> ClockState:
-    """TPM2_ReadClock. Part 3, 29.1."""
+    """Read the clock by TPM2_ReadClock. Part 3, 29.1."""
     with link.operation("read the clock") as esapi:
         info = esapi.read_clock().clockInfo
         return ClockState(int(info.resetCount), int(info.restartCount), bool(info.safe))
 
 
 def properties(link: TpmLink) -> TpmProperties:
-    """Manufacturer, firmware, dictionary-attack state and which hierarchies have a password."""
+    """Read manufacturer, firmware, dictionary-attack state and which hierarchies have a password."""
     with link.operation("read its properties") as esapi:
-        fixed = _property_table(esapi, TPM2_PT.PT_FIXED)
-        variable = _property_table(esapi, TPM2_PT.PT_VAR)
-    permanent = variable.get(int(TPM2_PT.PERMANENT), 0)
-    version = fixed.get(int(TPM2_PT.FIRMWARE_VERSION_1), 0), fixed.get(int(TPM2_PT.FIRMWARE_VERSION_2), 0)
-    vendor = [
-        fixed.get(int(number), 0)
-        for number in (
-            TPM2_PT_VENDOR.STRING_1,
-            TPM2_PT_VENDOR.STRING_2,
-            TPM2_PT_VENDOR.STRING_3,
-            TPM2_PT_VENDOR.STRING_4,
-        )
-    ]
+        values = {Property(number): _property(esapi, number) for number in Property}
+    permanent = values[Property.PERMANENT]
+    version = values[Property.FIRMWARE_1], values[Property.FIRMWARE_2]
+    vendor = (Property.VENDOR_1, Property.VENDOR_2, Property.VENDOR_3, Property.VENDOR_4)
     return TpmProperties(
-        manufacturer=_text(fixed.get(int(TPM2_PT.MANUFACTURER), 0)),
-        vendor="".join(map(_text, vendor)),
+        manufacturer=_text(values[Property.MANUFACTURER]).strip(),
+        vendor="".join(_text(values[number]) for number in vendor).strip(),
         firmware=".".join(str(half) for word in version for half in (word >> 16, word & 0xFFFF)),
         owner_auth_set=bool(permanent & _OWNER_AUTH_SET),
         endorsement_auth_set=bool(permanent & _ENDORSEMENT_AUTH_SET),
         lockout_auth_set=bool(permanent & _LOCKOUT_AUTH_SET),
         in_lockout=bool(permanent & _IN_LOCKOUT),
-        lockout_counter=variable.get(int(TPM2_PT.LOCKOUT_COUNTER), 0),
-        max_auth_fail=variable.get(int(TPM2_PT.MAX_AUTH_FAIL), 0),
-        lockout_interval=variable.get(int(TPM2_PT.LOCKOUT_INTERVAL), 0),
-        lockout_recovery=variable.get(int(TPM2_PT.LOCKOUT_RECOVERY), 0),
+        lockout_counter=values[Property.LOCKOUT_COUNTER],
+        max_auth_fail=values[Property.MAX_AUTH_FAIL],
+        lockout_interval=values[Property.LOCKOUT_INTERVAL],
+        lockout_recovery=values[Property.LOCKOUT_RECOVERY],
     )
 
 
-def _property_table(esapi: Any, first: int) -> dict[int, int]:
-    _, data = esapi.get_capability(TPM2_CAP.TPM_PROPERTIES, first, 127)
-    return {int(item.property): int(item.value) for item in data.data.tpmProperties}
+def _property(esapi: Any, number: int) -> int:
+    """Read one property; the TPM answers with the next one it has if it lacks this one."""
+    _, data = esapi.get_capability(TPM2_CAP.TPM_PROPERTIES, number, 1)
+    found = {int(item.property): int(item.value) for item in data.data.tpmProperties}
+    if number not in found:
+        raise TpmTransport("read its properties", f"property 0x{number:x} is missing")
+    return found[number]
 
 
 def _text(word: int) -> str:
-    """Four characters packed into a u32; what is not printable ASCII is left out."""
-    return "".join(chr(byte) for byte in word.to_bytes(4) if 0x20 < byte < 0x7F)
+    """Unpack four characters packed into a u32; what is not printable ASCII is left out."""
+    return "".join(chr(byte) for byte in word.to_bytes(4) if 0x20 <= byte < 0x7F)

@@ -11,7 +11,6 @@ from tpm2_pytss import TSS2_Exception
 
 from manager.hwtpm_errors import (
     OwnerAuthWanted,
-    TpmBusy,
     TpmError,
     TpmFailureMode,
     TpmFull,
@@ -34,19 +33,12 @@ RC_NEEDS_TEST: Final = 0x153
 RC_LOCALITY: Final = 0x907
 RC_LOCKOUT: Final = 0x921
 # Format-one codes, without the number of the handle, session or parameter they are about.
-RC_ATTRIBUTES: Final = 0x82
 RC_VALUE: Final = 0x84
-RC_TYPE: Final = 0x8A
 RC_HANDLE: Final = 0x8B
 RC_AUTH_FAIL: Final = 0x8E
-RC_SIZE: Final = 0x95
-RC_INSUFFICIENT: Final = 0x9A
 RC_SIGNATURE: Final = 0x9B
-RC_KEY: Final = 0x9C
 RC_POLICY_FAIL: Final = 0x9D
-RC_INTEGRITY: Final = 0x9F
 RC_BAD_AUTH: Final = 0xA2
-RC_BINDING: Final = 0xA5
 
 _FORMAT_ONE: Final = 0x80
 _FORMAT_ONE_BITS: Final = 0xBF
@@ -68,11 +60,6 @@ _GENERAL: Final[Mapping[int, Callable[[str], TpmError]]] = {
     0x903: lambda doing: TpmFull(doing, "a loaded session"),
     0x904: lambda doing: TpmFull(doing, "its own work"),
     0x905: lambda doing: TpmFull(doing, "an active session"),
-    0x908: lambda doing: TpmBusy(doing, 0, "TPM_RC_YIELDED"),
-    0x90A: lambda doing: TpmBusy(doing, 0, "TPM_RC_TESTING"),
-    0x920: lambda doing: TpmBusy(doing, 0, "it limits NV writes, TPM_RC_NV_RATE"),
-    0x922: lambda doing: TpmBusy(doing, 0, "TPM_RC_RETRY"),
-    0x923: lambda doing: TpmBusy(doing, 0, "NV memory is not available, TPM_RC_NV_UNAVAILABLE"),
 }
 
 Special = Mapping[int, Callable[[], TpmError]]
@@ -80,20 +67,26 @@ Special = Mapping[int, Callable[[], TpmError]]
 
 
 def tpm_code(error: TSS2_Exception) -> int:
-    """The TPM's own code without handle, session and parameter numbers; -1 if it came from the TSS, not the TPM."""
+    """Return the TPM's own code without handle, session and parameter numbers; -1 if it came from the TSS."""
     rc = int(error.rc)
     if rc >> _LAYER_SHIFT not in _TPM_LAYERS:
         return -1
     return rc & _FORMAT_ONE_BITS if rc & _FORMAT_ONE else rc & 0xFFFF
 
 
+def is_about_arguments(error: TSS2_Exception) -> bool:
+    """Say True if the TPM found a handle or parameter wrong (a format-one code), passwords left aside."""
+    code = tpm_code(error)
+    return code != -1 and bool(code & _FORMAT_ONE) and code not in {RC_AUTH_FAIL, RC_BAD_AUTH}
+
+
 def context_survives(error: TSS2_Exception) -> bool:
-    """False if the ESAPI context may be dead: after failures of the TSS or the bus it never recovers."""
+    """Say False if the ESAPI context may be dead: after failures of the TSS or the bus it never recovers."""
     return tpm_code(error) != -1
 
 
 def translate(error: TSS2_Exception, doing: str) -> TpmError:
-    """The error of our tree for a code; `doing` completes "refused to ...". Unknown codes: UnknownTpmCode."""
+    """Return the error of our tree for a code; `doing` completes "refused to ...". Unknown codes: UnknownTpmCode."""
     code = tpm_code(error)
     if code == -1:
         return TpmTransport(doing, f"0x{int(error.rc):x}: {error}")
@@ -103,7 +96,7 @@ def translate(error: TSS2_Exception, doing: str) -> TpmError:
 
 @contextmanager
 def meaning(special: Special) -> Iterator[None]:
-    """Inside, these codes raise these errors; others pass for `translate`."""
+    """Make these codes raise these errors inside; others pass for `translate`."""
     try:
         yield
     except TSS2_Exception as error:

@@ -21,7 +21,7 @@ class SealedBlob:
     policy: SealPolicy
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able form (bytes as hex)."""
+        """Return a JSON-able form (bytes as hex)."""
         return {"public": self.public.hex(), "private": self.private.hex(), "policy": self.policy.to_json()}
 
     @classmethod
@@ -44,7 +44,7 @@ class AnchorInfo:
     locality: int | None = 2
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able form."""
+        """Return a JSON-able form."""
         return {"index": self.index, "name": self.name.hex(), "locality": self.locality}
 
     @classmethod

@@ -4,7 +4,7 @@ Secrets cross the bus only inside sessions salted with the pinned SRK. Every han
 """
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import utils as asymmetric_utils
@@ -12,26 +12,14 @@ from tpm2_pytss import (
     ESYS_TR,
     TPM2_ALG,
     TPM2_CC,
-    TPM2_ECC,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
     TPMA_LOCALITY,
-    TPMA_OBJECT,
     TPML_DIGEST,
-    TPMS_ECC_PARMS,
-    TPMS_ECC_POINT,
-    TPMS_KEYEDHASH_PARMS,
     TPMS_SENSITIVE_CREATE,
     TPMS_SIGNATURE_ECC,
-    TPMT_ECC_SCHEME,
-    TPMT_KDF_SCHEME,
-    TPMT_KEYEDHASH_SCHEME,
-    TPMT_PUBLIC,
     TPMT_SIGNATURE,
-    TPMT_SYM_DEF_OBJECT,
-    TPMU_PUBLIC_ID,
-    TPMU_PUBLIC_PARMS,
     TPMU_SIGNATURE,
     TSS2_Exception,
 )
@@ -50,7 +38,8 @@ from manager.hwtpm_link import TpmLink, flushed
 from manager.hwtpm_pcr import read_pcrs, selection_text
 from manager.hwtpm_records import SealedBlob
 from manager.hwtpm_srk import Srk
-from manager.policy import Branch, PcrBranch, PlainBranch, SealPolicy, SignedBranch, p256_key_name, signed_statement
+from manager.hwtpm_templates import recovery_key_template, seal_template
+from manager.policy import Branch, PcrBranch, PlainBranch, SealPolicy, SignedBranch, signed_statement
 
 # MAX_SYM_DATA, Part 2, 11.1.13: what a KEYEDHASH object can carry.
 MAX_SECRET_BYTES: Final = 128
@@ -59,57 +48,6 @@ PCR_TRIES: Final = 16
 
 SignStatement = Callable[[bytes], bytes]
 """Signs a digest of 32 bytes with the recovery signing key: ECDSA P-256, DER (RecoveryPrivate.sign_statement)."""
-
-_DAMAGED_CODES: Final = (
-    rc.RC_INTEGRITY,
-    rc.RC_SIZE,
-    rc.RC_BINDING,
-    rc.RC_INSUFFICIENT,
-    rc.RC_ATTRIBUTES,
-    rc.RC_VALUE,
-    rc.RC_TYPE,
-    rc.RC_KEY,
-)
-
-
-def seal_template(policy_digest: bytes) -> Any:
-    """TPM2B_PUBLIC: sealed data, policy only (no userWithAuth), adminWithPolicy, noDA (reference section 0)."""
-    return TPM2B_PUBLIC(
-        TPMT_PUBLIC(
-            type=TPM2_ALG.KEYEDHASH,
-            nameAlg=TPM2_ALG.SHA256,
-            objectAttributes=TPMA_OBJECT.FIXEDTPM
-            | TPMA_OBJECT.FIXEDPARENT
-            | TPMA_OBJECT.ADMINWITHPOLICY
-            | TPMA_OBJECT.NODA,
-            authPolicy=policy_digest,
-            parameters=TPMU_PUBLIC_PARMS(
-                keyedHashDetail=TPMS_KEYEDHASH_PARMS(scheme=TPMT_KEYEDHASH_SCHEME(scheme=TPM2_ALG.NULL))
-            ),
-            unique=TPMU_PUBLIC_ID(keyedHash=b""),
-        )
-    )
-
-
-def recovery_key_template(point: bytes) -> Any:
-    """TPM2B_PUBLIC of the external P-256 recovery signing key; its Name is policy.p256_key_name(point)."""
-    parameters = TPMS_ECC_PARMS(
-        symmetric=TPMT_SYM_DEF_OBJECT(algorithm=TPM2_ALG.NULL),
-        scheme=TPMT_ECC_SCHEME(scheme=TPM2_ALG.NULL),
-        curveID=TPM2_ECC.NIST_P256,
-        kdf=TPMT_KDF_SCHEME(scheme=TPM2_ALG.NULL),
-    )
-    public = TPM2B_PUBLIC(
-        TPMT_PUBLIC(
-            type=TPM2_ALG.ECC,
-            nameAlg=TPM2_ALG.SHA256,
-            objectAttributes=TPMA_OBJECT.USERWITHAUTH | TPMA_OBJECT.SIGN_ENCRYPT | TPMA_OBJECT.NODA,
-            parameters=TPMU_PUBLIC_PARMS(eccDetail=parameters),
-            unique=TPMU_PUBLIC_ID(ecc=TPMS_ECC_POINT(x=point[1:33], y=point[33:])),
-        )
-    )
-    assert bytes(public.get_name()) == p256_key_name(point), "policy.py and the TSS name the key alike"
-    return public
 
 
 class Sealer:
@@ -147,7 +85,7 @@ class Sealer:
         SrkChanged, WrongLocality, PcrsMoving, and what TpmLink.operation raises.
         """
         usable = [branch for branch in blob.policy.branches if not isinstance(branch, SignedBranch)]
-        with self._link.operation("unseal") as esapi, _Loaded(self, esapi, blob) as sealed:
+        with self._link.operation("unseal") as esapi, flushed(esapi, self._load(esapi, blob)) as sealed:
             for branch in usable:
                 try:
                     return self._open_by(esapi, sealed, blob.policy, branch)
@@ -163,7 +101,10 @@ class Sealer:
         branch = next((item for item in blob.policy.branches if isinstance(item, SignedBranch)), None)
         if branch is None:
             raise RecoveryRefused("it was sealed without one")
-        with self._link.operation("unseal with the recovery key") as esapi, _Loaded(self, esapi, blob) as sealed:
+        with (
+            self._link.operation("unseal with the recovery key") as esapi,
+            flushed(esapi, self._load(esapi, blob)) as sealed,
+        ):
             return self._open_by(esapi, sealed, blob.policy, branch, sign)
 
     def _open_by(
@@ -181,7 +122,7 @@ class Sealer:
                         raise
                 # A failed use does not reset the policy of a session (reference section 2).
                 esapi.policy_restart(session)
-        raise PcrsMoving("unseal", 0, f"PCRs changed during {PCR_TRIES} tries, TPM_RC_PCR_CHANGED")
+        raise PcrsMoving(PCR_TRIES)
 
     def _satisfy(
         self, esapi: Any, session: Any, policy: SealPolicy, branch: Branch, sign: SignStatement | None
@@ -200,30 +141,17 @@ class Sealer:
         if len(policy.branches) > 1:
             esapi.policy_or(session, TPML_DIGEST(list(policy.branch_digests())))
 
-    def load(self, esapi: Any, blob: SealedBlob) -> Any:
+    def _load(self, esapi: Any, blob: SealedBlob) -> Any:
         """Load a blob whose policy description is the true one; ESYS_TR. Raises SealDamaged, SrkChanged, TpmCleared."""
         public, private = _unmarshal(blob)
         srk = self._srk.handle(esapi)
         try:
             return esapi.load(srk, private, public)
         except TSS2_Exception as error:
-            if rc.tpm_code(error) == rc.RC_HANDLE or rc.tpm_code(error) in _DAMAGED_CODES:
+            if rc.is_about_arguments(error):
                 damaged = SealDamaged(f"the TPM does not accept it (0x{int(error.rc):x}, {error})")
                 raise self._srk.recheck(esapi, damaged) from error
             raise
-
-
-class _Loaded:
-    """Context manager: a sealed object in the TPM, flushed at the end."""
-
-    def __init__(self, sealer: Sealer, esapi: Any, blob: SealedBlob) -> None:
-        self._flush = flushed(esapi, sealer.load(esapi, blob))
-
-    def __enter__(self) -> Any:
-        return self._flush.__enter__()
-
-    def __exit__(self, *exc: Any) -> bool | None:
-        return self._flush.__exit__(*exc)
 
 
 class _BranchDoesNotHoldError(TpmError):
@@ -273,7 +201,7 @@ def _tpm_signature(der: bytes) -> Any:
     return TPMT_SIGNATURE(sigAlg=TPM2_ALG.ECDSA, signature=TPMU_SIGNATURE(ecdsa=ecdsa))
 
 
-def _nearest_difference(esapi: Any, branches: list[Branch]) -> dict[int, tuple[bytes, bytes]]:
+def _nearest_difference(esapi: Any, branches: Iterable[Branch]) -> dict[int, tuple[bytes, bytes]]:
     """PCR -> (wanted, present) for the PCR branch that is nearest to the present values."""
     wanted = [dict(branch.values) for branch in branches if isinstance(branch, PcrBranch)]
     present = read_pcrs(esapi, {pcr for values in wanted for pcr in values})

@@ -75,7 +75,7 @@ class TctiSetting:
 
 
 def check_socket_path(path: str) -> None:
-    """Raises BadSetting if a Unix socket cannot have this path (107 bytes at most)."""
+    """Raise BadSetting if a Unix socket cannot have this path (107 bytes at most)."""
     length = len(path.encode())
     if length > UNIX_PATH_BYTES:
         raise BadSetting(

@@ -1,69 +1,22 @@
 """The storage root key: template, provisioning, and the check that it is the pinned one.
 
-A salted session protects nothing if somebody between the TPM and us supplied the public key that it is salted with. So the Name
-is computed from the very public area the TSS is going to use, and compared with the pinned one.
+A salted session protects nothing if somebody between the TPM and us supplied the public key that it is salted with. So
+the Name is computed from the very public area the TSS is going to use, and compared with the pinned one.
 """
 
 import struct
 from typing import Any, Final
 
-from tpm2_pytss import (
-    ESYS_TR,
-    TPM2_ALG,
-    TPM2_ECC,
-    TPM2B_PUBLIC,
-    TPMA_OBJECT,
-    TPMS_ECC_PARMS,
-    TPMS_ECC_POINT,
-    TPMT_ECC_SCHEME,
-    TPMT_KDF_SCHEME,
-    TPMT_PUBLIC,
-    TPMT_SYM_DEF_OBJECT,
-    TPMU_PUBLIC_ID,
-    TPMU_PUBLIC_PARMS,
-    TPMU_SYM_KEY_BITS,
-    TPMU_SYM_MODE,
-)
+from tpm2_pytss import ESYS_TR, TPM2_ALG, TPM2B_PUBLIC, TPMA_OBJECT
 
 from manager.hwtpm_errors import SrkChanged, SrkUnusable, TpmCleared, TpmError
 from manager.hwtpm_link import TpmLink, flushed
 from manager.hwtpm_rc import RC_HANDLE, meaning
+from manager.hwtpm_templates import SRK_ATTRIBUTES, srk_template
 
 # TCG TPM v2.0 Provisioning Guidance, 7.5.1: the handle of the storage primary key.
 SRK_HANDLE: Final = 0x81000001
 _PERSISTENT_RANGE: Final = 0x81000000
-_SRK_ATTRIBUTES: Final = (
-    TPMA_OBJECT.FIXEDTPM
-    | TPMA_OBJECT.FIXEDPARENT
-    | TPMA_OBJECT.SENSITIVEDATAORIGIN
-    | TPMA_OBJECT.USERWITHAUTH
-    | TPMA_OBJECT.RESTRICTED
-    | TPMA_OBJECT.DECRYPT
-)
-
-
-def srk_template() -> Any:
-    """TPM2B_PUBLIC: ECC P-256 storage key, AES-128-CFB, noDA, unique = zeros (reference section 2)."""
-    symmetric = TPMT_SYM_DEF_OBJECT(
-        algorithm=TPM2_ALG.AES,
-        keyBits=TPMU_SYM_KEY_BITS(aes=128),
-        mode=TPMU_SYM_MODE(aes=TPM2_ALG.CFB),
-    )
-    parameters = TPMS_ECC_PARMS(
-        symmetric=symmetric,
-        scheme=TPMT_ECC_SCHEME(scheme=TPM2_ALG.NULL),
-        curveID=TPM2_ECC.NIST_P256,
-        kdf=TPMT_KDF_SCHEME(scheme=TPM2_ALG.NULL),
-    )
-    return TPM2B_PUBLIC(
-        TPMT_PUBLIC(
-            type=TPM2_ALG.ECC,
-            nameAlg=TPM2_ALG.SHA256,
-            objectAttributes=_SRK_ATTRIBUTES | TPMA_OBJECT.NODA,
-            parameters=TPMU_PUBLIC_PARMS(eccDetail=parameters),
-            unique=TPMU_PUBLIC_ID(ecc=TPMS_ECC_POINT(x=bytes(32), y=bytes(32))),
-        )
-    )
 
 
 class Srk:
@@ -77,7 +30,7 @@ class Srk:
 
     @property
     def pinned(self) -> bytes | None:
-        """The pinned Name (34 bytes), or None before provision_srk or open_srk."""
+        """Return the pinned Name (34 bytes), or None before provision_srk or open_srk."""
         return self._pinned
 
     def provision(self) -> bytes:
@@ -88,12 +41,9 @@ class Srk:
         with self._link.operation("provision the storage root key") as esapi:
             if SRK_HANDLE not in self._link.handles(esapi, _PERSISTENT_RANGE):
                 self._create(esapi)
-            handle = esapi.tr_from_tpmpublic(SRK_HANDLE)
-            public = _public_in_use(esapi, handle)
-            _check_template(public)
-            name = bytes(public.get_name())
-            self._pinned, self._handle, self._connection = name, handle, self._link.connections
-            return name
+            self._open(esapi, None)
+            assert self._pinned is not None, "_open pins what it accepts"
+            return self._pinned
 
     def _create(self, esapi: Any) -> None:
         with self._link.session(esapi, ESYS_TR.NONE) as owner:
@@ -107,7 +57,7 @@ class Srk:
             self._open(esapi, name)
 
     def handle(self, esapi: Any) -> Any:
-        """ESYS_TR of the pinned SRK, inside an operation. Raises TpmCleared, SrkChanged."""
+        """Return the ESYS_TR of the pinned SRK, inside an operation. Raises TpmCleared, SrkChanged."""
         if self._pinned is None:
             raise RuntimeError("provision_srk or open_srk must come first")
         if self._handle is None or self._connection != self._link.connections:
@@ -117,27 +67,33 @@ class Srk:
     def recheck(self, esapi: Any, otherwise: TpmError) -> TpmError:
         """Inside an operation, after the TPM refused an object: TpmCleared or SrkChanged if that is why."""
         assert self._pinned is not None, "an object was loaded under it"
-        self._handle = None
         try:
             self._open(esapi, self._pinned)
         except (TpmCleared, SrkChanged) as reason:
             return reason
         return otherwise
 
-    def _open(self, esapi: Any, pinned: bytes) -> None:
-        with meaning({RC_HANDLE: lambda: TpmCleared(SRK_HANDLE, pinned)}):
+    def _open(self, esapi: Any, pinned: bytes | None) -> None:
+        # While a reference is held the TSS answers from its own copy, not from the TPM.
+        if self._handle is not None and self._connection == self._link.connections:
+            esapi.tr_close(self._handle)
+        self._handle = None
+        with meaning({RC_HANDLE: lambda: TpmCleared(SRK_HANDLE, pinned or b"")}):
             handle = esapi.tr_from_tpmpublic(SRK_HANDLE)
-        public = _public_in_use(esapi, handle)
-        found = bytes(public.get_name())
-        if found != pinned:
+        try:
+            public = _public_in_use(esapi, handle)
+            found = bytes(public.get_name())
+            if pinned not in {None, found}:
+                raise SrkChanged(SRK_HANDLE, pinned or b"", found)
+            _check_template(public)
+        except TpmError:
             esapi.tr_close(handle)
-            raise SrkChanged(SRK_HANDLE, pinned, found)
-        _check_template(public)
-        self._pinned, self._handle, self._connection = pinned, handle, self._link.connections
+            raise
+        self._pinned, self._handle, self._connection = found, handle, self._link.connections
 
 
 def _public_in_use(esapi: Any, handle: Any) -> Any:
-    """The TPM2B_PUBLIC inside the TSS's own resource: what sessions are salted with.
+    """Return the TPM2B_PUBLIC inside the TSS's own resource: what sessions are salted with.
 
     Esys_TR_Serialize gives u32 handle, TPM2B_NAME, u32 resource type, TPM2B_PUBLIC (tpm2-tss esys_mu.c).
     Raises SrkUnusable if the Name the TPM claimed does not belong to that public area.
@@ -152,14 +108,15 @@ def _public_in_use(esapi: Any, handle: Any) -> Any:
 
 
 def _check_template(public: Any) -> None:
-    """Raises SrkUnusable unless it is a storage key made inside this TPM, usable with an empty password."""
+    """Raise SrkUnusable unless it is a storage key made inside this TPM, usable with an empty password."""
     area = public.publicArea
-    wanted = int(_SRK_ATTRIBUTES)
+    wanted = int(SRK_ATTRIBUTES)
     if int(area.nameAlg) != int(TPM2_ALG.SHA256):
         raise SrkUnusable(SRK_HANDLE, "its name algorithm is not SHA-256")
-    if int(area.objectAttributes) & wanted != wanted:
-        raise SrkUnusable(SRK_HANDLE, f"it has attributes 0x{int(area.objectAttributes):08x}, needed are 0x{wanted:08x}")
-    if int(area.objectAttributes) & int(TPMA_OBJECT.SIGN_ENCRYPT):
+    attributes = int(area.objectAttributes)
+    if attributes & wanted != wanted:
+        raise SrkUnusable(SRK_HANDLE, f"it has attributes 0x{attributes:08x}, needed are 0x{wanted:08x}")
+    if attributes & int(TPMA_OBJECT.SIGN_ENCRYPT):
         raise SrkUnusable(SRK_HANDLE, "it is a signing key")
     match int(area.type):
         case int(TPM2_ALG.ECC):
@@ -170,5 +127,3 @@ def _check_template(public: Any) -> None:
             raise SrkUnusable(SRK_HANDLE, f"its type is 0x{kind:04x}, neither ECC nor RSA")
     if int(symmetric.algorithm) != int(TPM2_ALG.AES):
         raise SrkUnusable(SRK_HANDLE, "it does not protect its children with AES")
-
-

@@ -1,23 +1,27 @@
 """The TSS end of a transport: a TCTI in Python. Counts commands, waits out a busy TPM, lets no exception into C.
 
-An exception that leaves a cffi callback is printed and becomes "success"; a BaseException gets past tpm2_pytss's own guard. So
-everything is caught here, kept in `failure`, and raised by the owner once the C call returned
-(reference hardware-tpm.md section 5).
+An exception that leaves a cffi callback is printed and becomes "success"; a BaseException gets past tpm2_pytss's own
+guard. So everything is caught here, kept in `failure`, and raised by the owner once the C call returned (reference
+hardware-tpm.md section 5).
 """
 
+import os
 import time
 from typing import Final
 
 from tpm2_pytss import TSS2_RC, PyTCTI, TCTILdr, TSS2_Exception
 
-from manager.hwtpm_errors import TpmBusy, TpmTransport, TpmUnavailable, WrongLocality
+from manager.hwtpm_errors import KEPT_UNKNOWN, TpmBusy, TpmTransport, TpmUnavailable, WrongLocality
 from manager.hwtpm_setting import TctiKind, TctiSetting
 from manager.hwtpm_transport import HEADER, MAX_RESPONSE, Transport, check_response, connect
 
-# Part 2, 6.6.3 warnings that mean "again": TPM_RC_RETRY, TPM_RC_YIELDED, TPM_RC_TESTING.
-AGAIN: Final = frozenset({0x922, 0x908, 0x90A})
+# Part 2, 6.6.3, warnings that mean "the same again": YIELDED, TESTING, NV_RATE, RETRY, NV_UNAVAILABLE.
+AGAIN: Final = frozenset({0x908, 0x90A, 0x920, 0x922, 0x923})
 FIRST_PAUSE_SECONDS: Final = 0.005
 LONGEST_PAUSE_SECONDS: Final = 0.25
+
+# The TSS prints every refused command to standard error, also those we expect; ours is the message that counts.
+os.environ.setdefault("TSS2_LOG", "all+NONE")
 
 
 class Tcti(PyTCTI):  # type: ignore[misc] # tpm2_pytss is untyped
@@ -28,7 +32,7 @@ class Tcti(PyTCTI):  # type: ignore[misc] # tpm2_pytss is untyped
         self.transport = transport
         self.failure: BaseException | None = None
         self.commands_sent = 0
-        self._command_seconds = command_seconds
+        self.command_seconds = command_seconds
         self._command = b""
 
     def do_transmit(self, command: bytes) -> None:
@@ -39,13 +43,13 @@ class Tcti(PyTCTI):  # type: ignore[misc] # tpm2_pytss is untyped
         """Send the kept command until the TPM takes it. Never raises anything but TSS2_Exception."""
         try:
             return self.exchange(self._command)
-        except BaseException as error:  # noqa: BLE001 - nothing may escape into the C callback; the owner raises it
+        except BaseException as error:  # nothing may escape into the C callback; the owner raises it
             self.failure = error
             raise TSS2_Exception(TSS2_RC.TCTI_RC_IO_ERROR) from error
 
     def exchange(self, command: bytes) -> bytes:
-        """One raw command and its response, waiting out RETRY, YIELDED and TESTING. Raises TpmBusy, TpmTransport."""
-        deadline = time.monotonic() + self._command_seconds
+        """One raw command and its response, waiting out AGAIN. Raises TpmBusy, TpmTransport."""
+        deadline = time.monotonic() + self.command_seconds
         pause = FIRST_PAUSE_SECONDS
         while True:
             self.commands_sent += 1
@@ -54,7 +58,7 @@ class Tcti(PyTCTI):  # type: ignore[misc] # tpm2_pytss is untyped
             if code not in AGAIN:
                 return response
             if time.monotonic() + pause >= deadline:
-                raise TpmBusy("run a command", self._command_seconds, f"it answered 0x{code:x} to every try")
+                raise TpmBusy("run a command", self.command_seconds, f"it answered 0x{code:x} to every try")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -62,7 +66,7 @@ class Tcti(PyTCTI):  # type: ignore[misc] # tpm2_pytss is untyped
         try:
             return check_response(self.transport.exchange(command, deadline))
         except TimeoutError:
-            raise TpmBusy("run a command", self._command_seconds, "it does not answer") from None
+            raise TpmBusy("run a command", self.command_seconds, "it does not answer", KEPT_UNKNOWN) from None
         except OSError as error:
             raise TpmTransport("run a command", error.strerror or str(error)) from error
 
@@ -102,7 +106,7 @@ class LoaderTransport:
 
 
 def open_transport(setting: TctiSetting, deadline: float) -> Transport:
-    """The transport of any setting but `embedded`. Raises OSError, TimeoutError, TpmUnavailable, BadSetting."""
+    """Open the transport of any setting but `embedded`. Raises OSError, TimeoutError, TpmUnavailable, BadSetting."""
     if setting.kind is TctiKind.LOADER:
         return LoaderTransport(setting)
     return connect(setting, deadline)

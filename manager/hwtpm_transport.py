@@ -1,7 +1,7 @@
 """Bytes to and from a hardware TPM: one command, one response, with a deadline. No tpm2_pytss, no policy.
 
-Failures of sockets and descriptors leave as they are (OSError, TimeoutError at the deadline): the owner knows what was being
-done and says so. A transport that raised is finished: a late reply would answer the wrong command.
+Failures of sockets and descriptors leave as they are (OSError, TimeoutError at the deadline): the owner knows what was
+being done and says so. A transport that raised is finished: a late reply would answer the wrong command.
 """
 
 import os
@@ -43,7 +43,7 @@ class Transport(Protocol):
 
 
 def check_response(response: bytes) -> bytes:
-    """The response, if its header is whole and tells its true length. Raises TpmTransport."""
+    """Return the response if its header is whole and tells its true length. Raises TpmTransport."""
     if len(response) < HEADER.size or HEADER.unpack_from(response)[1] != len(response):
         raise TpmTransport("read a response", f"{len(response)} bytes with a header that does not fit them")
     return response

@@ -70,7 +70,7 @@ def policy_or(branches: Iterable[bytes]) -> bytes:
 
 
 def signed_statement(nonce_tpm: bytes, reference: bytes, expiration: int = 0) -> bytes:
-    """The digest (aHash) a recovery key signs for TPM2_PolicySigned, without a cpHash. Part 3, 23.2.2.
+    """Return the digest (aHash) a recovery key signs for TPM2_PolicySigned, without a cpHash. Part 3, 23.2.2.
 
     nonce_tpm must not be empty: a statement without it could be replayed for ever.
     """
@@ -87,7 +87,7 @@ def pcr_selection_bytes(selection: Iterable[int]) -> bytes:
 
 
 def p256_key_name(point: bytes) -> bytes:
-    """Name of an external P-256 verification key (sign only, no scheme) as our hwtpm modules load it.
+    """Compute the Name of an external P-256 verification key (sign only, no scheme) as our hwtpm modules load it.
 
     point: SEC1 uncompressed, 65 bytes. Result: 34 bytes. Source: Part 2, 12.2.4 TPMT_PUBLIC; Part 1, 16.
     """
@@ -100,13 +100,13 @@ def p256_key_name(point: bytes) -> bytes:
 
 
 def nv_index_name(index: int, attributes: int, auth_policy: bytes, size: int) -> bytes:
-    """Name of an NV index with these public values, 34 bytes. Source: Part 2, 13.5 TPMS_NV_PUBLIC."""
+    """Compute the Name of an NV index with these public values, 34 bytes. Source: Part 2, 13.5 TPMS_NV_PUBLIC."""
     public = struct.pack(">IHIH", index, ALG_SHA256, attributes, len(auth_policy)) + auth_policy
     return struct.pack(">H", ALG_SHA256) + _hash(public, struct.pack(">H", size))
 
 
 def anchor_write_policy(locality: int | None) -> bytes:
-    """Write policy of the durable anchor: PolicyLocality(2) where we have it, then PolicyAuthValue."""
+    """Compute the write policy of the durable anchor: PolicyLocality(2) where we have it, then PolicyAuthValue."""
     start = ZERO_DIGEST if locality is None else after_locality(ZERO_DIGEST)
     return after_auth_value(start)
 
@@ -131,7 +131,7 @@ def parse_pcrs(text: str) -> tuple[int, ...]:
 
 
 def check_pcrs(selection: Iterable[int]) -> tuple[int, ...]:
-    """Sorted selection; raises BadSetting for PCRs that anybody (or we ourselves) may reset or extend."""
+    """Return the sorted selection; raises BadSetting for PCRs that anybody (or we ourselves) may reset or extend."""
     chosen = tuple(sorted(set(selection)))
     if unfit := sorted(UNFIT_PCRS.intersection(chosen)):
         names = ", ".join(map(str, unfit))
@@ -168,7 +168,7 @@ class PcrBranch:
         return _hash(*(value for _, value in self.values))
 
     def digest(self, reference: bytes) -> bytes:  # noqa: ARG002 - PolicyPCR takes no policyRef; all branches share this signature
-        """Policy digest of this branch before the locality is added."""
+        """Return the policy digest of this branch before the locality is added."""
         return after_pcr(ZERO_DIGEST, self.selection, self.pcr_digest)
 
 
@@ -177,7 +177,7 @@ class PlainBranch:
     """Opens at the policy's locality, whatever the PCRs (`--pcrs none`); for TPM2_Unseal only."""
 
     def digest(self, reference: bytes) -> bytes:  # noqa: ARG002 - as above
-        """Policy digest of this branch before the locality is added; never empty, also without a locality."""
+        """Return the policy digest of this branch before the locality is added; never empty."""
         return after_command_code(ZERO_DIGEST, CC_UNSEAL)
 
 
@@ -188,7 +188,7 @@ class SignedBranch:
     point: bytes
 
     def digest(self, reference: bytes) -> bytes:
-        """Policy digest of this branch before the locality is added."""
+        """Return the policy digest of this branch before the locality is added."""
         return after_signed(ZERO_DIGEST, p256_key_name(self.point), reference)
 
 
@@ -226,7 +226,7 @@ class SealPolicy:
         reference: bytes = b"",
         locality: int | None = 2,
     ) -> Self:
-        """The policy of design section 5 without an approver.
+        """Make the policy of design section 5 without an approver.
 
         pcrs: value sets (PCR -> 32 bytes): the present ones first, predicted ones after them; none of
         them means that PCRs are not bound. recovery_point: signing key of the recovery file or None.
@@ -237,12 +237,12 @@ class SealPolicy:
         return cls(bound + recovery, reference, locality)
 
     def branch_digests(self) -> tuple[bytes, ...]:
-        """Policy digest of each branch with its locality, 32 bytes each, in order."""
+        """Return the policy digest of each branch with its locality, 32 bytes each, in order."""
         plain = (branch.digest(self.reference) for branch in self.branches)
         return tuple(digest if self.locality is None else after_locality(digest) for digest in plain)
 
     def digest(self) -> bytes:
-        """The authPolicy of the sealed object, 32 bytes: the branch itself, or their PolicyOR."""
+        """Return the authPolicy of the sealed object, 32 bytes: the branch itself, or their PolicyOR."""
         digests = self.branch_digests()
         return digests[0] if len(digests) == 1 else policy_or(digests)
 
@@ -252,7 +252,7 @@ class SealPolicy:
         return next((branch.point for branch in self.branches if isinstance(branch, SignedBranch)), None)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able description; holds no secret (PCR values and public keys only)."""
+        """Return a JSON-able description; holds no secret (PCR values and public keys only)."""
         return {
             "version": 1,
             "locality": self.locality,

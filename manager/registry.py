@@ -13,9 +13,8 @@ from manager.committer import Committer
 from manager.errors import ConflictError, DeniedError, NotFoundError, UsageError
 from storage.catalogue import Catalogue, VtpmRow
 from storage.errors import GroupClosed, NoSuchVtpm
-from storage.records import RecordFlags, VtpmRecord
 from storage.secrets import StateKey
-from storage.store import PutVtpm, RemoveVtpm
+from storage.store_records import PutVtpm, RecordFlags, RemoveVtpm, VtpmRecord
 
 NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NO_FLAGS: Final = RecordFlags(0)
@@ -118,12 +117,20 @@ class Registry:
         return row
 
     def _refuse_taken(self, vtpm: UUID, name: str, state_image: str) -> None:
-        if self.catalogue.find_vtpm(vtpm) is not None or self._committer.store.knows(vtpm):
+        if self.catalogue.find_vtpm(vtpm) is not None or self._in_store(vtpm):
             raise ConflictError(f"there is a vTPM {vtpm} already")
         if self.catalogue.find_vtpm_by_name(name) is not None:
             raise ConflictError(f"there is a vTPM named '{name}' already")
         if state_image and any(row.state_image == state_image for row in self.catalogue.vtpms()):
             raise ConflictError(f"{state_image} is the state image of another vTPM")
+
+    def _in_store(self, vtpm: UUID) -> bool:
+        """Tell whether an open group of the store has this vTPM (a closed one cannot tell)."""
+        try:
+            self._committer.store.get(vtpm)
+        except (NoSuchVtpm, GroupClosed):
+            return False
+        return True
 
     async def reset(self, row: VtpmRow) -> None:
         """Give a detached vTPM's state up: its key is gone, and the next attach makes a new TPM under the same UUID."""

@@ -21,9 +21,8 @@ from manager.errors import ManagerError
 from manager.hardware import Hardware
 from manager.running import Running
 from storage.errors import StorageError
-from storage.records import RecordFlags, VtpmRecord
 from storage.secrets import StateKey
-from storage.store import PutVtpm
+from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
 
 _log = logging.getLogger("vtpm.ring")
 _MAX_RANDOM: Final = 64  # bytes a Random may ask for

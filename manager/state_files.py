@@ -3,12 +3,13 @@
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
 from uuid import UUID
 
 from manager.errors import ConflictError, IntegrityError, ManagerError
 from storage.errors import ImageExists, StorageError
-from storage.state_format import Family
+from storage.state_format import HEADER_BYTES, Family
 from storage.state_image import StateImage
 
 
@@ -78,6 +79,18 @@ def discard(path: Path, *, ours: bool) -> None:
         if ours:
             path.unlink(missing_ok=True)
         else:
-            StateImage.erase(path)
+            _empty(path)
     except OSError as error:
         raise ManagerError(f"the state image {path} could not be removed: {error.strerror}; its key is gone") from error
+
+
+def _empty(path: Path) -> None:
+    """Overwrite the head of a file or device that the administrator named, and cut a file to nothing."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.pwrite(descriptor, bytes(HEADER_BYTES), 0)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.ftruncate(descriptor, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -42,7 +42,7 @@ class TpmLane:
         return result
 
     def _counted(self, call: Callable[[*_Ts], _T], args: tuple[*_Ts]) -> _T:
-        """Runs in the worker thread; the limiter lets one in at a time, so the counters need no lock."""
+        """Run in the worker thread; the limiter lets one in at a time, so the counters need no lock."""
         try:
             return call(*args)
         except BaseException:

@@ -29,6 +29,9 @@ class Disk(Protocol):
     def fdatasync(self) -> None:
         """Return once all earlier writes, and the size, survive a power cut."""
 
+    def forget_cache(self) -> None:
+        """Drop what memory caches of the file, so that later reads see what the device holds; best effort."""
+
     def fallocate(self, offset: int, length: int) -> None:
         """Make sure that writes to this range cannot meet a full disk; extends the file."""
 
@@ -62,6 +65,10 @@ class FdDisk:
         """See Disk."""
         os.fdatasync(self._fd)
 
+    def forget_cache(self) -> None:
+        """See Disk."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def fallocate(self, offset: int, length: int) -> None:
         """See Disk."""
         os.posix_fallocate(self._fd, offset, length)
@@ -90,10 +97,11 @@ def _wrapped(operation: str, error: OSError) -> DeviceError:
 class Device:
     """Whole reads and writes on a `Disk`. Every method raises DeviceError, or StorageFull for a full disk."""
 
-    __slots__ = ("_disk",)
+    __slots__ = ("_disk", "broken")
 
     def __init__(self, disk: Disk | int) -> None:
         self._disk = FdDisk(disk) if isinstance(disk, int) else disk
+        self.broken = False  # a write or flush failed: what the device holds is not known any more
 
     def read(self, length: int, offset: int) -> bytes:
         """Read `length` bytes, or as many as there are before the end."""
@@ -122,6 +130,7 @@ class Device:
                 rest = rest[taken:]
                 offset += taken
         except OSError as error:
+            self.broken = True
             raise _wrapped(operation, error) from error
 
     def flush(self) -> None:
@@ -129,7 +138,20 @@ class Device:
         try:
             self._disk.fdatasync()
         except OSError as error:
+            self.broken = True
             raise _wrapped("flush", error) from error
+
+    def settle(self) -> None:
+        """Make what a predecessor wrote durable, or find out that it is not there.
+
+        After a killed process its writes may be in memory only, and after a failed flush memory may hold
+        what the device does not: neither must be taken for durable.
+        """
+        self.flush()
+        try:
+            self._disk.forget_cache()
+        except OSError as error:
+            raise _wrapped("drop the cache", error) from error
 
     def size(self) -> int:
         """Bytes in the file or device."""

@@ -178,3 +178,180 @@ class ImageFailed(ImageError):
         super().__init__(
             "an earlier flush of this state image failed; the last acknowledged state is kept. Open the image again"
         )
+
+
+# --- store -----------------------------------------------------------------------------------------
+
+
+class StoreError(StorageError):
+    """Base of what can be wrong with the store image or a call on it."""
+
+
+class StoreExists(StoreError):
+    """Caller's fault: a store was to be made where bytes already are."""
+
+    def __init__(self, offset: int) -> None:
+        super().__init__(
+            f"the place for a new store is not empty (first byte in use at {offset}); nothing was changed. "
+            "Give an empty file, or clear the device first if its content is not wanted"
+        )
+
+
+class NotAStore(StoreError):
+    """These bytes never were a store, or a creation that did not end."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"not a store image: {found}; nothing was changed")
+
+
+class StoreTooNew(StoreError):
+    """Written by a later version in a way that this one must not touch."""
+
+    def __init__(self, what: str, needs: int, reads: int) -> None:
+        super().__init__(
+            f"{what} of the store needs format version {needs}, this program reads up to {reads}; nothing was changed. "
+            "Use a later version of the program"
+        )
+        self.needs, self.reads = needs, reads
+
+
+class StoreDamaged(StoreError):
+    """Bytes of the store fail a checksum, an authentication or a bound."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(f"store damaged: {where}: {problem}; nothing was changed. Keep the image and restore a backup")
+        self.where, self.problem = where, problem
+
+
+class WrongStoreKey(StoreError):
+    """The header is sound, but the store was made with another key."""
+
+    def __init__(self, store: UUID) -> None:
+        super().__init__(f"the key given is not that of store {store}; nothing was changed")
+
+
+class WrongGroupKey(StoreError):
+    """The group record is sound, but the group has another key."""
+
+    def __init__(self, group: UUID) -> None:
+        super().__init__(f"the key given is not that of group {group}; nothing was changed")
+        self.group = group
+
+
+class StoreFailed(StoreError):
+    """A write or flush failed earlier; after that nothing is known about what the disk holds."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(
+            f"the store stopped after a failed write ({cause}); everything acknowledged is kept. Open it again"
+        )
+
+
+class StoreClosed(StoreError):
+    """Caller's fault: the store was closed."""
+
+    def __init__(self) -> None:
+        super().__init__("this store has been closed")
+
+
+class BootAreaTooLarge(StoreError):
+    """Caller's fault: more than a boot copy holds."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"{size} bytes for the boot area, which holds {limit}; nothing was changed")
+
+
+class GroupClosed(StoreError):
+    """The group's key has not been given, so its records can be neither read nor changed."""
+
+    def __init__(self, groups: Sequence[UUID]) -> None:
+        super().__init__(f"closed: group {', '.join(map(str, groups))}; nothing was changed. Unlock it first")
+        self.groups = tuple(groups)
+
+
+class NoSuchVtpm(StoreError):
+    """Caller's fault: the store has no record of this UUID, in any group."""
+
+    def __init__(self, vtpm: UUID) -> None:
+        super().__init__(f"the store has no vTPM {vtpm}")
+        self.vtpm = vtpm
+
+
+class NoSuchGroup(StoreError):
+    """Caller's fault: the store has no group of this UUID."""
+
+    def __init__(self, group: UUID) -> None:
+        super().__init__(f"the store has no group {group}")
+        self.group = group
+
+
+class GroupNotEmpty(StoreError):
+    """Caller's fault: a group with vTPMs was to be removed."""
+
+    def __init__(self, group: UUID, vtpms: int) -> None:
+        super().__init__(f"group {group} still has {vtpms} vTPMs; nothing was changed. Remove them first")
+        self.group, self.vtpms = group, vtpms
+
+
+class CommitRefused(StoreError):
+    """Caller's fault: changes or values that make no sense; the whole commit is refused."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"commit refused: {problem}; nothing was changed")
+
+
+class CommitTooLarge(StoreError):
+    """More changes than one frame of the log holds; commit them in several steps."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"a commit of {size} bytes, but the log holds {limit} at a time; nothing was changed. Commit in steps"
+        )
+
+
+# --- catalogue -------------------------------------------------------------------------------------
+
+
+class CatalogueError(StorageError):
+    """Base of what can be wrong with the catalogue."""
+
+
+class CatalogueDamaged(CatalogueError):
+    """The file is no catalogue, or the database refuses it."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"the catalogue cannot be read: {problem}. Nothing was changed; it holds names and attachments, no keys"
+        )
+
+
+class CatalogueTooNew(CatalogueError):
+    """A newer version wrote it."""
+
+    def __init__(self, version: int, ours: int) -> None:
+        super().__init__(f"the catalogue has schema {version}, this version reads {ours}: use the newer manager")
+
+
+class RowTampered(CatalogueError):
+    """A row that decides who gets which vTPM was not written by the manager that holds the store key."""
+
+    def __init__(self, table: str, row: str) -> None:
+        super().__init__(
+            f"the row of {row} in the catalogue's table '{table}' fails authentication: it was edited, or comes from "
+            "another installation. Nothing was changed; put the right catalogue back"
+        )
+        self.table, self.row = table, row
+
+
+class NameTaken(CatalogueError):
+    """Caller's fault: a name or UUID that another row has."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} is in the catalogue already")
+
+
+class NoSuchRow(CatalogueError):
+    """Caller's fault: no such row."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} is not in the catalogue")

@@ -59,7 +59,7 @@ def unseal(key: Secret, purpose: Purpose, sealed: bytes, context: bytes) -> byte
 
 
 def sector_digest(sector: bytes) -> bytes:
-    """What a reference keeps of a sector."""
+    """Digest that a reference keeps of a sector: 18 bytes."""
     return hashlib.sha256(sector).digest()[: fmt.REF_DIGEST_BYTES]
 
 
@@ -68,7 +68,7 @@ def part_context(store: UUID, group: UUID, sequence: int) -> bytes:
     return fmt.PartContext(store, group, sequence).pack()
 
 
-def seal_part(key: GroupKey, store: UUID, group: UUID, sequence: int, plaintext: bytes) -> bytes:
+def seal_part(key: GroupKey, store: UUID, group: UUID, sequence: int, plaintext: bytes | bytearray) -> bytes:
     """Seal a group's part of a frame."""
     return seal(key, Purpose.PART, plaintext, part_context(store, group, sequence))
 

@@ -35,7 +35,7 @@ BOOT_MAGIC: Final = b"VTPMBOOT"
 ROOT_MAGIC: Final = b"VTPMROOT"
 FRAME_MAGIC: Final = b"VFRM"
 
-MAX_VOLATILE_BYTES: Final = 64
+MAX_VOLATILE_BYTES: Final = 96  # three digests
 MAX_GROUP_BLOB: Final = 2048
 DEFAULT_SIZE: Final = 2 * 1024 * 1024
 MIN_LOG_SECTORS: Final = 24  # a frame of 1,000 records is 93 KiB: 23 sectors
@@ -80,7 +80,7 @@ class RootHeader(WireRecord):
     magic: bytes = wire("8s", "`VTPMROOT`")
     version: int = wire("H", "format version of the writer")
     min_version: int = wire("H", "a reader below this version must refuse")
-    reserved: int = wire("I", "zero")
+    check: int = wire("I", "CRC-32 of this header with zero here, so that a newer version is told from damage")
     sequence: int = wire("Q", "the authentic root with the higher one counts")
 
 
@@ -93,10 +93,11 @@ class RootBody(WireRecord):
     log_sectors: int = wire("I", "sectors of the log")
     log_unit: int = wire("I", "where the first frame after this root begins, in 512-byte units of the log")
     log_previous: bytes = wire("32s", "digest that this frame must name as `previous`")
+    log_head: bytes = wire("32s", "digest of the last frame when the root was written; a replay must meet it")
     checkpoints: int = wire("Q", "roots written since the store was made")
     map_sectors: int = wire("I", "references that follow")
     volatile_length: int = wire("I", "bytes in use of the next field")
-    volatile: bytes = wire("64s", "value expected in the volatile anchor, opaque")
+    volatile: bytes = wire("96s", "what the manager notes of its anchors, opaque")
     anchored: bytes = wire("32s", "digest that the durable anchor is known to hold")
 
 
@@ -169,7 +170,7 @@ class EnvelopeHead(WireRecord):
 
     anchored: bytes = wire("32s", "as in the root")
     volatile_length: int = wire("B", "bytes in use of the next field")
-    volatile: bytes = wire("64s", "as in the root")
+    volatile: bytes = wire("96s", "as in the root")
     group_changes: int = wire("H", "number of group changes")
 
 
@@ -227,7 +228,7 @@ REF_DIGEST_BYTES: Final = 18
 assert StoreHeader.size() == 512, "one device sector, so that creation is atomic"
 assert BootHeader.size() == 40
 assert RootHeader.size() == 24
-assert RootBody.size() == 160
+assert RootBody.size() == 224
 assert SectorRef.size() == 32
 assert VtpmRow.size() == 92
 assert ROWS_PER_LEAF * VtpmRow.size() == PAYLOAD, "44 records fill a sector (design section 5)"
@@ -250,3 +251,8 @@ def kind_and_group(owner_field: int) -> tuple[Kind, int]:
 def units(byte_count: int) -> int:
     """Log units that so many bytes take."""
     return -(-byte_count // UNIT)
+
+
+def log_sectors(total: int) -> int:
+    """Sectors of the log in an image of `total` sectors; 2 MiB keeps the least, to hold 20,000 vTPMs."""
+    return max(MIN_LOG_SECTORS, min((total - DEFAULT_SIZE // SECTOR) // 16, MAX_LOG_SECTORS))

@@ -104,6 +104,7 @@ class BusRelay:
         self.responses: list[bytes] = []
         self.alter: dict[int, bytes] = {}  # command code -> response to give instead of the next one
         self.flip: set[int] = set()  # command codes whose next response gets a bit flipped
+        self.before: dict[int, list[bytes]] = {}  # command code -> commands of somebody else, one before each
         self._stop_reader, self._stop_writer = socket.socketpair()
         self._target = swtpm.socket
         self._threads = [self._serve("", record=True), self._serve(".ctrl", record=False)]
@@ -162,10 +163,16 @@ class BusRelay:
                 if record and source is near:
                     code = int.from_bytes(packet[6:10])
                     self.commands.append(packet)
+                    self._inject(far, self.before.get(code, []))
                 elif record:
                     packet = self._altered(code, packet)
                     self.responses.append(packet)
                 sink.sendall(packet)
+
+    def _inject(self, far: socket.socket, foreign: list[bytes]) -> None:
+        if foreign:
+            far.sendall(foreign.pop())
+            assert int.from_bytes(far.recv(8192)[6:10]) == 0
 
     def _altered(self, code: int, packet: bytes) -> bytes:
         if code in self.alter:
@@ -174,6 +181,12 @@ class BusRelay:
             self.flip.remove(code)
             return packet[:20] + bytes([packet[20] ^ 1]) + packet[21:]
         return packet
+
+
+def extend_command(pcr: int, digest: bytes = b"\x5a" * 32) -> bytes:
+    """Raw TPM2_PCR_Extend of the SHA-256 bank by a password session. Source: Part 3, 22.2."""
+    body = pcr.to_bytes(4) + bytes.fromhex("00000009 40000009 0000 00 0000") + bytes.fromhex("00000001 000b") + digest
+    return bytes.fromhex("8002") + (10 + len(body)).to_bytes(4) + (0x182).to_bytes(4) + body
 
 
 @contextmanager

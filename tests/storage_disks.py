@@ -106,6 +106,9 @@ class MemoryDisk:
     def fdatasync(self) -> None:
         """Memory is as durable as it gets."""
 
+    def forget_cache(self) -> None:
+        """There is no other copy."""
+
     def fallocate(self, offset: int, length: int) -> None:
         if offset + length > len(self.content):
             self.content.extend(bytes(offset + length - len(self.content)))

@@ -2,6 +2,8 @@ import array
 import fcntl
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -122,17 +124,12 @@ def test_the_peer_is_who_the_kernel_says(pair: Pair) -> None:
 
 
 def test_a_peer_in_another_process_keeps_its_credentials_after_its_death() -> None:
-    with no_descriptor_leaks():
-        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with here, there, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind("")  # an address of the kernel's choice, in the abstract name space
-            listener.listen(1)
-            child = os.fork()
-            if not child:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
-                    client.connect(listener.getsockname())
-                    os._exit(0)
-            os.waitpid(child, 0)
-            connection, _ = listener.accept()
-            with connection:
-                assert PeerCredentials.of(connection) == PeerCredentials(child, os.getuid(), os.getgid())
+    program = "import socket; socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET).connect({!r})"
+    with no_descriptor_leaks(), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind("")  # an address of the kernel's choice, in the abstract name space
+        listener.listen(1)
+        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", program.format(listener.getsockname())])
+        assert child.wait() == 0
+        connection, _ = listener.accept()
+        with connection:
+            assert PeerCredentials.of(connection) == PeerCredentials(child.pid, os.getuid(), os.getgid())

@@ -96,6 +96,4 @@ class RingModel(RuleBasedStateMachine):
 
 
 def test_the_ends_agree_with_the_model() -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        RingModel, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
-    )
+    run_state_machine_as_test(RingModel, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))

@@ -161,6 +161,10 @@ def transact(sock: socket.socket, packet: bytes) -> bytes:
     return receive_response(sock)
 
 
+def page_state(ring: LocalRing) -> int:
+    return ring.page[4]
+
+
 def until(condition: Callable[[], bool], what: str) -> None:
     limit = time.monotonic() + DEADLINE
     while not condition():
@@ -200,6 +204,10 @@ class SmallManager:
         self.ring, self.record = ring, record
         self.orders = Orders.NONE
         self.silent = False
+        self.mute = False
+        self._held: bytes | None = None
+        self.refused = 0
+        self.garbage = b""
         self.refuse: RefusalCode | None = None
         self.closed = False
         self._wake, self._waker = os.pipe()
@@ -222,12 +230,24 @@ class SmallManager:
                 alive = self.ring.drain()
 
     def _serve(self, back: BackRing) -> None:
+        if self._held is not None and not self.mute:
+            held, self._held = self._held, None
+            back.finish(held)
+            self.ring.ring()
         match back.take():
             case None:
                 return
             case Request(packet, _):
                 reply = self._answer(packet)
                 orders, self.orders = self.orders, Orders.NONE
+                if self.garbage:
+                    back.finish(self.garbage)
+                    self.garbage = b""
+                    self.ring.ring()
+                    return
+                if self.mute:
+                    self._held = encode_reply(reply, orders)
+                    return
                 back.finish(encode_reply(reply, orders))
                 self.ring.ring()
             case _:
@@ -259,6 +279,7 @@ class SmallManager:
     def _commit(self, commit: Commit) -> Reply:
         record = self.record
         if self.refuse is not None:
+            self.refused += 1
             return Refusal(self.refuse, "as the test wants")
         if commit.lease != record.lease:
             return Refusal(RefusalCode.STALE_LEASE, "another lease")
@@ -270,7 +291,12 @@ class SmallManager:
         record.fresh, record.resumable = False, commit.final
         return CommitReply(commit.generation)
 
-    def set_silent(self, silent: bool) -> None:  # noqa: FBT001
+    def set_mute(self, *, mute: bool) -> None:
+        """Do what is asked, but answer only when no longer mute."""
+        self.mute = mute
+        os.write(self._waker, b"x")
+
+    def set_silent(self, silent: bool) -> None:
         self.silent = silent
         os.write(self._waker, b"x")
 
@@ -326,7 +352,12 @@ class KeeperProcess:
         line = os.read(ready, 64)
         os.close(ready)
         assert line == b"ready\n", self.log.read_text()
-        self.client = KeeperClient(self.path)
+        try:
+            self.client = KeeperClient(self.path)
+        except OSError:
+            self.process.kill()
+            self.process.wait()
+            raise
         reply, _ = self.client.call(Hello(1))
         assert reply == HelloReply(1, self.process.pid)
 
@@ -383,7 +414,9 @@ class Bench:
         self.pid = 0
         self.pidfd = -1
         with self.image.open("x+b") as file:
-            StateImage.create(file.fileno(), self.record.vtpm, uuid4(), Family.TPM20 if family == "2.0" else Family.TPM12)
+            StateImage.create(
+                file.fileno(), self.record.vtpm, uuid4(), Family.TPM20 if family == "2.0" else Family.TPM12
+            )
 
     def _listen(self, path: Path) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -393,7 +426,14 @@ class Bench:
         listener.listen(16)
         return listener
 
-    def spawn(self, startup: str = "clear", *, wait: bool = True) -> SmallManager:
+    def spawn(
+        self,
+        startup: str = "clear",
+        *,
+        lock: bool = True,
+        before: Callable[[], None] | None = None,
+        record_says: dict[str, object] | None = None,
+    ) -> SmallManager:
         """Start an instance as a manager does, and wait for its first report."""
         record = self.record
         record.startup = startup
@@ -402,7 +442,10 @@ class Bench:
         page, doorbell = front.descriptors()
         _, own_doorbell = back.descriptors()
         image = os.open(self.image, os.O_RDWR | os.O_CLOEXEC)
-        fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if before is not None:
+            before()
+        if lock:
+            fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with self._listen(self.data_path) as data, self._listen(self.control_path) as control:
             request = Spawn(
                 record.vtpm.bytes,
@@ -421,9 +464,10 @@ class Bench:
         front.close()
         assert isinstance(reply, Spawned), reply
         self.pid, (self.pidfd,) = reply.pid, received
+        for name, value in (record_says or {}).items():
+            setattr(record, name, value)
         self.manager = SmallManager(back, record)
-        if wait:
-            until(lambda: bool(record.reports), "the first report")
+        until(lambda: bool(record.reports), "the first report")
         return self.manager
 
     def fetch(self) -> SmallManager:

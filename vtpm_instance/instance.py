@@ -21,7 +21,14 @@ from frontend_backend.tpmhdr import TpmFamily
 from storage.errors import StorageError
 from storage.state_image import Emulator
 from vtpm_instance.control import FrontEnd
-from vtpm_instance.errors import ImageBusyError, InstanceError, ManagerError, ManagerGoneError, ManagerSilentError
+from vtpm_instance.errors import (
+    CommitUnansweredError,
+    ImageBusyError,
+    InstanceError,
+    ManagerError,
+    ManagerGoneError,
+    ManagerSilentError,
+)
 from vtpm_instance.journal import note, speak_as
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.managerlink import ManagerLink
@@ -154,8 +161,11 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
     except (InstanceError, StorageError) as error:
         return _give_up(link, error)
     owners = frozenset({0, order.manager_uid, order.owner_uid})
-    server = Server(vtpm, link, order.front_end, owners, wakeup)
-    server.on_asked = lambda: link.report(report_on(vtpm.condition, vtpm.cause))
+
+    def on_asked() -> None:
+        link.report(report_on(vtpm.condition, vtpm.cause))
+
+    server = Server(vtpm, link, order.front_end, owners, wakeup, on_asked)
     try:
         _open_ports(server, order)
         server.run()
@@ -185,7 +195,8 @@ def _stop(vtpm: Vtpm, link: ManagerLink) -> int:
         clean = vtpm.stop()
     except (InstanceError, StorageError) as error:
         note(f"the last state could not be saved: {explain(error)}")
-        _last_word(link, report_on(Condition.STOPPED, error))
+        if not isinstance(error, CommitUnansweredError):  # a manager that is away takes no report either
+            _last_word(link, report_on(Condition.STOPPED, error))
         return EXIT_FAILURE
     _last_word(link, Report(InstanceState.STOPPED, "clean" if clean else "not-clean"))
     return EXIT_OK

@@ -63,7 +63,7 @@ class Keeper:
         self._manager: socket.socket | None = None
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
-        self._unused_since = time.monotonic()
+        self._unused_since = 0.0
         self._stop_by: float | None = None
         listener.setblocking(False)
         self._watch(listener.fileno(), self._on_connect)
@@ -81,6 +81,7 @@ class Keeper:
 
     def run(self) -> int:
         """Serve, and return the exit status: 0, or 1 when instances did not end in time."""
+        self._unused_since = time.monotonic()
         while (left := self._seconds_left()) > 0:
             for descriptor, _ in self._poll.poll(None if left == float("inf") else left * 1000 + 1):
                 handler = self._handlers.get(descriptor)

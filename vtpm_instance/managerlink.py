@@ -5,6 +5,7 @@ the next manager finds the request there), and may give a request back. All requ
 given back is sent again until its deadline. Orders that travel with any answer are kept until they are taken.
 """
 
+import os
 import select
 import time
 from typing import Final
@@ -25,6 +26,7 @@ from frontend_backend.messages_instance import (
 from vtpm_instance.errors import ManagerConfusedError, ManagerGoneError, ManagerRefusedError, ManagerSilentError
 
 RETRY_PAUSE: Final = 0.25  # seconds before a request is sent again that the manager gave back or could not serve yet
+LOOK_AGAIN: Final = 1.0  # seconds between looks at the page: a manager may die between its answer and its ring
 STOP_GRACE: Final = 10.0  # seconds a request may still wait once this process was told to stop
 
 
@@ -36,6 +38,7 @@ class ManagerLink:
         self._front = RingFrontEnd(ring)
         self._orders = Orders.NONE
         self._outstanding = False  # something of ours may still be on the page
+        self._surplus = 0  # rings less answers
         self._queued: Report | None = None
         self._wakeup: int | None = None
 
@@ -63,7 +66,7 @@ class ManagerLink:
 
         """
         verb = type(request).__name__
-        wait = _Wait(self._front.ring, verb, seconds, self._wakeup)
+        wait = _Wait(self, verb, seconds, self._wakeup)
         packet = encode_request(request)
         while True:
             self._settle(wait)
@@ -88,21 +91,42 @@ class ManagerLink:
         self._queued = report
         self._send_queued()
 
-    def on_doorbell(self) -> bool:
-        """Deal with a ring of the manager's; returns True when it asks for a report.
+    def take_asked(self) -> bool:
+        """Return whether the manager has rung without giving an answer since the last call: it wants a report."""
+        asked = self._surplus > 0
+        if asked:
+            self._surplus = 0
+        return asked
+
+    def on_doorbell(self) -> None:
+        """Deal with a ring of the manager's.
 
         Raises:
             ManagerGoneError: nobody holds the other end.
             ManagerConfusedError: the answer is unreadable.
 
         """
-        alive = self._front.ring.drain()
-        asked = not self._outstanding
+        alive = self.count_rings()
         self._poll_outstanding()
         self._send_queued()
         if not alive:
             raise ManagerGoneError
-        return asked
+
+    def count_rings(self) -> bool:
+        """Swallow what has been rung, counting it; returns False once the peer is gone.
+
+        An answer is one ring. Those beyond that are the manager's wish to be asked, which must not get lost when
+        it rings right after an answer, so this counts where LocalRing.drain only swallows.
+        """
+        while True:
+            try:
+                if not os.read(self.fileno(), 1):
+                    return False
+            except BlockingIOError:
+                return True
+            except ConnectionResetError:
+                return False
+            self._surplus += 1
 
     def close(self) -> None:
         """Close the ring."""
@@ -119,21 +143,30 @@ class ManagerLink:
         except RingError as error:
             raise ManagerConfusedError(verb, str(error)) from error
         self._outstanding = True
+        self._surplus = max(self._surplus, 0)  # a ring that never came (its manager died) is not waited for
 
     def _poll_outstanding(self) -> None:
         """Collect the answer to a report or to an abandoned request, if it is there."""
         if not self._outstanding:
             return
+        _, answer = self._look("a request")
+        if answer is not None:
+            self._decode("a request", answer)
+
+    def _look(self, verb: str) -> tuple[bool, bytes | None]:
+        """Return (whether the request was given back, its answer if it is there)."""
         try:
             answer = self._front.finish()
         except RingCancelledError:
-            self._outstanding = False
-            return
+            answer, given_back = None, True
         except PageError as error:
-            raise ManagerConfusedError("a request", str(error)) from error
-        if answer is not None:
+            raise ManagerConfusedError(verb, str(error)) from error
+        else:
+            given_back = False
+        if given_back or answer is not None:
             self._outstanding = False
-            self._decode("a request", answer)
+            self._surplus -= 1
+        return given_back, answer
 
     def _settle(self, wait: "_Wait") -> None:
         """Wait until the page is free for a new request."""
@@ -143,19 +176,17 @@ class ManagerLink:
             self._poll_outstanding()
 
     def _collect(self, wait: "_Wait") -> bytes | None:
-        """Wait for the answer to what was begun; None when it was given back."""
+        """Wait for the answer to what was begun; None when it was given back.
+
+        Looks at the page only after a doorbell: the manager rings after each answer, and an answer that is taken
+        before its ring makes the count of rings wrong for a while.
+        """
         while True:
-            try:
-                answer = self._front.finish()
-            except RingCancelledError:
-                self._outstanding = False
-                return None
-            except PageError as error:
-                raise ManagerConfusedError(wait.verb, str(error)) from error
-            if answer is not None:
-                self._outstanding = False
-                return answer
             wait.for_doorbell()
+            given_back, answer = self._look(wait.verb)
+            if given_back or answer is not None:
+                return answer
+            wait.check()
 
     def _decode(self, verb: str, answer: bytes) -> Reply:
         try:
@@ -169,39 +200,41 @@ class ManagerLink:
 class _Wait:
     """One bounded wait for the manager."""
 
-    def __init__(self, ring: LocalRing, verb: str, seconds: float, wakeup: int | None) -> None:
+    def __init__(self, link: ManagerLink, verb: str, seconds: float, wakeup: int | None) -> None:
         self.verb = verb
-        self._ring, self._seconds = ring, seconds
+        self._link, self._seconds = link, seconds
         self._limit = time.monotonic() + seconds
         self._gone = False
         self._poll = select.poll()
-        self._poll.register(ring.fileno(), select.POLLIN)
+        self._poll.register(link.fileno(), select.POLLIN)
         self._wakeup = wakeup
         if wakeup is not None:
             self._poll.register(wakeup, select.POLLIN)
 
     def for_doorbell(self) -> None:
-        """Return after the next doorbell; the caller looks at the page before it calls again.
+        """Return after the next doorbell, at the latest after LOOK_AGAIN; the caller then looks at the page.
 
         Raises:
-            ManagerSilentError: the time is over.
-            ManagerGoneError: the peer had gone before the caller looked at the page last.
+            ManagerSilentError: the time was over when the caller looked last.
+            ManagerGoneError: the peer had gone when the caller looked last.
 
         """
+        self.check()
+        left = min(self._limit - time.monotonic(), LOOK_AGAIN)
+        ready = [descriptor for descriptor, _ in self._poll.poll(max(left, 0.0) * 1000)]
+        if self._wakeup is not None and self._wakeup in ready:
+            self._poll.unregister(self._wakeup)
+            self._wakeup = None
+            self._limit = min(self._limit, time.monotonic() + STOP_GRACE)
+        if self._link.fileno() in ready:
+            self._gone = not self._link.count_rings()
+
+    def check(self) -> None:
+        """Raise what `for_doorbell` raises, without waiting."""
         if self._gone:
             raise ManagerGoneError
-        while True:
-            left = self._limit - time.monotonic()
-            if left <= 0:
-                raise ManagerSilentError(self.verb, self._seconds)
-            ready = [descriptor for descriptor, _ in self._poll.poll(left * 1000)]
-            if self._wakeup is not None and self._wakeup in ready:
-                self._poll.unregister(self._wakeup)
-                self._wakeup = None
-                self._limit = min(self._limit, time.monotonic() + STOP_GRACE)
-            if self._ring.fileno() in ready:
-                self._gone = not self._ring.drain()
-                return
+        if time.monotonic() >= self._limit:
+            raise ManagerSilentError(self.verb, self._seconds)
 
     def pause(self, seconds: float) -> None:
         """Let `seconds` pass, or less when the manager rings.
@@ -211,10 +244,10 @@ class _Wait:
             ManagerGoneError: the peer is gone.
 
         """
-        left = self._limit - time.monotonic()
-        if left <= 0:
-            raise ManagerSilentError(self.verb, self._seconds)
+        self.check()
         doorbell = select.poll()
-        doorbell.register(self._ring.fileno(), select.POLLIN)
-        if doorbell.poll(min(left, seconds) * 1000) and not self._ring.drain():
-            raise ManagerGoneError
+        doorbell.register(self._link.fileno(), select.POLLIN)
+        left = self._limit - time.monotonic()
+        if doorbell.poll(max(min(left, seconds), 0.0) * 1000):
+            self._gone = not self._link.count_rings()
+        self.check()

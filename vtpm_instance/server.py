@@ -61,17 +61,27 @@ class ControlPortSession(ControlSession):
 class Server:
     """Serves one vTPM until it is told to stop. Knows who its owners are; everything else is in the sessions."""
 
-    def __init__(self, vtpm: Vtpm, link: ManagerLink, front_end: FrontEnd, owners: frozenset[int], wakeup: int) -> None:
-        """Serve `vtpm`; `owners` are the uids that may reset its platform, `wakeup` is readable after SIGTERM."""
+    def __init__(
+        self,
+        vtpm: Vtpm,
+        link: ManagerLink,
+        front_end: FrontEnd,
+        owners: frozenset[int],
+        wakeup: int,
+        on_asked: Callable[[], None],
+    ) -> None:
+        """Serve `vtpm`; `owners` are the uids that may reset its platform, `wakeup` is readable after SIGTERM.
+
+        `on_asked` sends a report when the manager wants one.
+        """
         self.vtpm, self._link, self._front_end, self._owners = vtpm, link, front_end, owners
-        self._wakeup = wakeup
+        self._wakeup, self._on_asked = wakeup, on_asked
         self.locality = 0
         self._stopping = False
         self._ports: list[Port] = []
         self._busy: dict[int, tuple[Port, Connection]] = {}
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[int], None]] = {}
-        self.on_asked: Callable[[], None] = lambda: None
         self._watch(wakeup, self._on_wakeup)
         self._watch(link.fileno(), self._on_doorbell)
 
@@ -163,12 +173,9 @@ class Server:
 
     def _on_doorbell(self, _events: int) -> None:
         try:
-            asked = self._link.on_doorbell()
+            self._link.on_doorbell()
         except ManagerConfusedError as error:
             note(f"an answer nobody waits for is dropped: {error}")
-            return
-        if asked:
-            self.on_asked()
 
     def _on_wakeup(self, _events: int) -> None:
         os.read(self._wakeup, _WAKEUP_BYTES)
@@ -180,6 +187,8 @@ class Server:
             self.platform_reset()
         if orders & Orders.STOP:
             self._stopping = True
+        if self._link.take_asked():
+            self._on_asked()
 
     # the loop
 

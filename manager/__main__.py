@@ -1,0 +1,204 @@
+"""The command `vtpm-manager`: init, run, check, reseal, status, stop."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NoReturn
+
+from frontend_backend.messages_admin import ExitCode
+from manager.cli import EXIT_CODES, add_output_options, report, run_verb
+from manager.config import SYSTEM_CONFIG, SYSTEM_RUNTIME_DIR, SYSTEM_STATE_DIR, Config, Layout, TpmConfig
+from manager.errors import ManagerError, UsageError
+from manager.verb_table import BY_NAME, SCHEMA_VERSION
+
+_DEFAULTS: Final = TpmConfig()
+_LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(int(ExitCode.USAGE), f"{self.prog}: {message}\n")
+
+
+def _layout(options: argparse.Namespace) -> Layout:
+    return Layout(Path(options.state_dir).absolute(), Path(options.runtime_dir).absolute())
+
+
+def _config(options: argparse.Namespace, layout: Layout) -> Config:
+    """Return the configuration: --config, else the state directory's, else the system's."""
+    if options.config:
+        return Config.load(Path(options.config))
+    if layout.state_dir == SYSTEM_STATE_DIR and SYSTEM_CONFIG.exists():
+        return Config.load(SYSTEM_CONFIG)
+    return Config.load(layout.config)
+
+
+def _prepare_state_dir(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ManagerError(f"cannot make the state directory {path}: {error.strerror}") from error
+
+
+def _init(options: argparse.Namespace) -> int:
+    from manager.opening import open_tpm  # noqa: PLC0415 - --help should not load the TPM's libraries
+    from manager.provision import InitOptions, check_options, initialise, refuse_existing  # noqa: PLC0415
+
+    layout = _layout(options)
+    locality = _DEFAULTS.locality if options.allow_locality is None else options.allow_locality
+    if options.no_recovery and options.recovery:
+        raise UsageError("--recovery and --no-recovery exclude each other")
+    chosen = InitOptions(
+        tcti=options.tcti,
+        locality=locality,
+        pcrs=options.pcrs,
+        recovery=Path(options.recovery) if options.recovery else None,
+        store_size=options.store_size,
+    )
+    if chosen.recovery is None and not options.no_recovery:
+        raise UsageError(
+            "give the recovery public key, --recovery PUB.pem ('vtpm-recovery-key new FILE' makes one), or do without: "
+            "--no-recovery --pcrs none"
+        )
+    check_options(chosen)
+    refuse_existing(layout)
+    _prepare_state_dir(layout.state_dir)
+    with open_tpm(layout, Config(tpm=TpmConfig(tcti=options.tcti, locality=locality))) as tpm:
+        store = initialise(layout, chosen, tpm)
+    document = {
+        "schema": SCHEMA_VERSION,
+        "store": str(store),
+        "state_dir": str(layout.state_dir),
+        "config": str(layout.config),
+        "tpm": options.tcti,
+        "locality": locality,
+        "pcrs": options.pcrs,
+        "recovery_key": bool(options.recovery),
+    }
+    if options.form == "json":
+        print(json.dumps(document, indent=2))
+    else:
+        print(
+            f"made store {store} in {layout.state_dir}; start it with 'vtpm-manager run --state-dir {layout.state_dir}'"
+        )
+    return int(ExitCode.OK)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from manager.daemon import run  # noqa: PLC0415 - as above
+
+    layout = _layout(options)
+    config = _config(options, layout)
+    run(layout, config)
+    return int(ExitCode.OK)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from manager.maintenance import Verdict, check  # noqa: PLC0415 - as above
+
+    layout = _layout(options)
+    findings = check(layout, _config(options, layout))
+    if options.form == "json":
+        rows = [
+            {"schema": SCHEMA_VERSION, "check": f.what, "verdict": f.verdict.value, "text": f.text, "code": int(f.code)}
+            for f in findings
+        ]
+        print(json.dumps(rows, indent=2))
+    else:
+        for finding in findings:
+            print(f"{finding.verdict.value:7}{finding.what}: {finding.text}")
+    failed = [finding.code for finding in findings if finding.verdict is Verdict.FAILED]
+    weak = [finding.code for finding in findings if finding.verdict is Verdict.WEAK]
+    if failed:
+        return int(failed[-1])
+    return int(weak[0]) if weak and not options.allow_weak else int(ExitCode.OK)
+
+
+def _reseal(options: argparse.Namespace) -> int:
+    from manager.maintenance import parse_predicted, reseal  # noqa: PLC0415 - as above
+    from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
+
+    layout = _layout(options)
+    config = _config(options, layout)
+    recovery = None
+    if options.recovery_key:
+        passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
+        recovery = RecoveryPrivate.load(options.recovery_key, passphrase)
+    for what in reseal(layout, config, recovery, parse_predicted(options.predict), options.pcrs):
+        print(f"resealed {what}")
+    return int(ExitCode.OK)
+
+
+def _verb(options: argparse.Namespace) -> int:
+    if options.socket is None and options.runtime_dir != str(SYSTEM_RUNTIME_DIR):
+        options.socket = str(_layout(options).admin_socket)
+    return run_verb(BY_NAME[options.verb], options)
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--state-dir", default=str(SYSTEM_STATE_DIR), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--runtime-dir", default=str(SYSTEM_RUNTIME_DIR), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--config", metavar="FILE", help="default: DIR/config.toml, written by init")
+    parser.add_argument("--log-level", choices=sorted(_LEVELS), default="info")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vtpm-manager", description="The vTPM manager.", epilog=EXIT_CODES)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+        _add_places(made)
+        made.set_defaults(call=call, form="people")
+        return made
+
+    init = verb("init", _init, "make a new installation: keys sealed to the hardware TPM, an empty store")
+    init.add_argument(
+        "--tcti", default=_DEFAULTS.tcti, help="embedded | swtpm:path=P | device:/dev/tpmrm0 (default: %(default)s)"
+    )
+    init.add_argument(
+        "--pcrs", default=_DEFAULTS.pcrs, help="PCRs that the keys are bound to, or none (default: %(default)s)"
+    )
+    init.add_argument("--recovery", metavar="PUB.pem", help="recovery public key, made by vtpm-recovery-key")
+    init.add_argument("--no-recovery", action="store_true", help="no escrow: a lost TPM loses everything")
+    init.add_argument("--allow-locality", type=int, choices=(0,), help="use the weaker locality 0")
+    init.add_argument("--store-size", type=int, default=2 * 1024 * 1024, metavar="BYTES", help="default: %(default)s")
+    init.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
+    verb("run", _run, "serve until SIGTERM")
+    check = verb("check", _check, "check configuration, permissions, TPM and store; fails on weak settings")
+    check.add_argument("--allow-weak", action="store_true", help="weak settings are shown, but do not fail")
+    check.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
+    reseal = verb("reseal", _reseal, "seal the keys anew to the PCRs of now, after or before a firmware change")
+    reseal.add_argument("--recovery-key", metavar="FILE", help="open the old seals with it (PCRs have changed)")
+    reseal.add_argument("--passphrase-file", metavar="FILE", help="passphrase of the recovery key")
+    reseal.add_argument("--predict", action="append", default=[], metavar="PCR=HEX", help="also seal to this value")
+    reseal.add_argument("--pcrs", help="bind to another selection from now on")
+    for name in ("status", "stop"):
+        add_output_options(verb(name, _verb, BY_NAME[name].help))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vtpm-manager VERB`. Returns the exit code."""
+    options = _parser().parse_args(argv)
+    under_systemd = "JOURNAL_STREAM" in os.environ
+    logging.basicConfig(
+        level=_LEVELS[options.log_level],
+        format="%(levelname)s %(name)s: %(message)s"
+        if under_systemd
+        else "%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        return int(options.call(options))
+    except ManagerError as error:
+        return report(error, options.form, f"vtpm-manager {options.verb}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""`vtpm-manager run`: opens the installation, serves rings and administrators, stops cleanly.
+
+SIGTERM and SIGINT: clean stop of everything. SIGHUP: step down; instances go on and wait for the next manager.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from dataclasses import asdict
+from typing import Any
+
+import trio
+
+from frontend_backend import messages_keeper as k
+from manager import admin_server
+from manager.admin_server import AdminServer
+from manager.anchor import Standing
+from manager.anchoring import Anchoring
+from manager.attachments import Attachments
+from manager.committer import Committer
+from manager.config import Config, Layout
+from manager.errors import KeeperError
+from manager.hardware import Hardware
+from manager.instances import Instances
+from manager.keeper_client import Keeper
+from manager.keys import catalogue_key
+from manager.notify import notify
+from manager.opening import Opened, locked_store, open_store, open_tpm
+from manager.registry import Registry
+from manager.ring_server import RingServer
+from manager.running import Running
+from manager.verb_table import SCHEMA_VERSION
+from manager.verbs import Services, timestamp, uptime
+from storage.catalogue import Catalogue
+
+_log = logging.getLogger("vtpm.manager")
+READY: str = "Waiting for commands from vTPMs"
+
+
+class Daemon:
+    """One running manager: made of its parts, wired here and nowhere else."""
+
+    def __init__(self, layout: Layout, config: Config, opened: Opened, hardware: Hardware) -> None:
+        """Build the parts that need no task yet."""
+        self._layout, self._config, self._opened, self._hardware = layout, config, opened, hardware
+        self._started = time.monotonic()
+        self._stop_requested = trio.Event()
+        self._keep_instances = False
+        self._committer = Committer(opened.store, self._group_committed)
+        self._anchoring = Anchoring(
+            self._committer,
+            hardware,
+            opened.boot.anchor,
+            opened.secret.anchor_auth,
+            volatile=hardware.tpm.locality == 2,
+            strict=config.anchor.strict,
+        )
+        store_uuid = opened.store.uuid
+        self._catalogue = Catalogue.open(layout.catalogue, catalogue_key(opened.secret.store_key, store_uuid))
+        self._registry = Registry(self._committer, self._catalogue, self._anchoring, layout.state_images)
+        self._attachments: Attachments
+
+    def _group_committed(self) -> None:
+        self._anchoring.group_committed()
+
+    async def run(self) -> None:
+        """Serve until told to stop."""
+        if self._opened.standing is not Standing.CLEAN:
+            _log.warning("the last stop was not clean; the store is the newest one all the same")
+        await self._anchoring.write_durable()  # before anything is served: no fork can be older than this open
+        keeper = await Keeper.connect(self._layout.keeper_socket)
+        try:
+            async with trio.open_nursery() as nursery:
+                await self._serve(nursery, keeper)
+                nursery.cancel_scope.cancel()
+        finally:
+            keeper.close()
+            self._catalogue.close()
+            self._opened.store.close()
+            self._opened.secret.wipe()
+
+    async def _serve(self, nursery: trio.Nursery, keeper: Keeper) -> None:
+        config = self._config
+        rings = RingServer(self._committer, self._hardware, nursery, config.instance.commit_timeout)
+        instances = Instances(keeper, rings, nursery, config.instance, self._ended)
+        self._attachments = Attachments(self._registry, instances, self._layout, config, self._opened.store.uuid)
+        nursery.start_soon(self._committer.run)
+        nursery.start_soon(rings.run)
+        nursery.start_soon(self._anchoring.run_volatile)
+        nursery.start_soon(self._anchoring.run_interval, config.anchor.interval_seconds)
+        nursery.start_soon(self._signals)
+        await self._attachments.take_over(await keeper.list())
+        services = Services(
+            self._registry, self._attachments, self._layout.sockets, self._status, self._stop_requested.set
+        )
+        with admin_server.listen(self._layout.admin_socket, config.admin) as listener:
+            nursery.start_soon(AdminServer(services, config.admin).run, listener)
+            _log.info(READY)
+            notify("READY=1")
+            await self._stop_requested.wait()
+            notify("STOPPING=1")
+            self._layout.admin_socket.unlink(missing_ok=True)
+        await self._wind_up(keeper)
+        rings.close()
+
+    async def _ended(self, running: Running, status: int | None) -> None:
+        await self._attachments.ended(running, status)
+
+    async def _signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+            async for number in received:
+                self._keep_instances = number == signal.SIGHUP and not self._stop_requested.is_set()
+                _log.info(
+                    "%s: %s", signal.Signals(number).name, "stepping down" if self._keep_instances else "stopping"
+                )
+                self._stop_requested.set()
+
+    async def _wind_up(self, keeper: Keeper) -> None:
+        """Stop instances (unless they are to go on), write the last anchor, end the keeper."""
+        if self._keep_instances:
+            await self._anchoring.write_durable()
+            _log.info("instances go on without a manager; their saves wait for the next one")
+        else:
+            unclean = await self._attachments.stop_all()
+            if unclean:
+                _log.error("%d instances did not stop cleanly; what they acknowledged is durable", unclean)
+            with contextlib.suppress(KeeperError):
+                await keeper.ask(k.Stop())
+            await self._anchoring.write_final()
+            _log.info("stopped; the hardware TPM's anchor stands for the store as it is now")
+
+    def _status(self) -> dict[str, Any]:
+        store = self._opened.store
+        anchors = self._anchoring.statistics()
+        commits = self._committer.statistics()
+        return {
+            "schema": SCHEMA_VERSION,
+            "pid": os.getpid(),
+            "uptime_seconds": uptime(self._started),
+            "state_dir": str(self._layout.state_dir),
+            "store": str(store.uuid),
+            "vtpms": sum(1 for _ in self._catalogue.vtpms()),
+            "closed_groups": ", ".join(sorted(map(self._registry.group_name, self._opened.closed))) or None,
+            "tpm": self._config.tpm.tcti,
+            "locality": self._hardware.tpm.locality,
+            "tpm_commands": self._hardware.tpm.commands_sent,
+            "pcrs": self._config.tpm.pcrs,
+            "recovery_key": bool(self._opened.boot.recovery),
+            "anchor_mode": "strict"
+            if self._config.anchor.strict
+            else f"every {self._config.anchor.interval_seconds:g} s",
+            "anchor_written": timestamp(anchors.last_durable),
+            "anchor_writes": anchors.durable_writes,
+            "pcr22_extends": anchors.volatile_extends,
+            "group_commits": commits.groups,
+            "commits": commits.entries,
+            **{f"store_{name}": value for name, value in asdict(store.statistics()).items() if name != "vtpms"},
+        }
+
+
+def run(layout: Layout, config: Config) -> None:
+    """Run a manager until it is told to stop.
+
+    Raises:
+        ManagerError: it could not start, or could not stop cleanly.
+
+    """
+    layout.check()
+    make_runtime_directory(layout)
+    with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
+        layout.admin_socket.unlink(missing_ok=True)
+        opened = open_store(descriptor, tpm, config)
+        trio.run(Daemon(layout, config, opened, Hardware(tpm)).run)
+
+
+def make_runtime_directory(layout: Layout) -> None:
+    """Make the runtime directories: others may pass through to the sockets they own, not look around."""
+    for path in (layout.runtime_dir, layout.sockets):
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o711)

@@ -1,0 +1,196 @@
+"""Checkpoints: from the log and memory into leaves, map and a new root, in as many rounds as there is room for.
+
+A round: write sectors and maps to free places, flush, write the other root, flush. The durable root never leads
+to anything that a round overwrites, so a power cut leaves the state before or after it. Only the last round moves
+the start of the log; replaying the log over newer leaves gives the same records again, as the last change wins.
+"""
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from storage import store_format as fmt
+from storage.errors import StorageFull
+from storage.secrets import Secret
+from storage.store_crypto import Purpose
+from storage.store_group import Group
+from storage.store_head import Root, write_root
+from storage.store_log import Log
+from storage.store_state import State
+from storage.store_tree import Extent
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A sector to be written: payload and what to note once it is."""
+
+    entry: int
+    key: Secret
+    purpose: Purpose
+    payload: Callable[[], bytes]
+    written: Callable[[], None]
+
+
+def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None) -> None:
+    """Empty the log, leaving a place for a frame of `frame_bytes`; optionally move it to `new_log`.
+
+    Raises: StorageFull before the last round when closed groups' parts have no room, with everything kept;
+    DeviceError for a failed write or flush, after which the store must be opened again.
+    """
+    items = _items(state)
+    while items:
+        room = _fitting(state, items)
+        if room == len(items) and _final_fits(state, items):
+            break
+        _write(state, items[:room])
+        _commit_root(state, state.root.body.log_unit, state.root.body.log_previous)
+        del items[:room]
+    if not _final_fits(state, items):
+        grow(state, sum(len(group.carry_pieces()) for group in state.groups.values()))
+    _write(state, items)
+    _drop(state)
+    _carry(state)
+    log = state.log
+    if new_log is not None:
+        state.tree.give_back(Extent(log.first, log.sectors))
+        state.log = Log(state.device, new_log.first, new_log.sectors, 0, log.head)
+        _commit_root(state, 0, log.head)
+        return
+    start = log.restart(frame_bytes)
+    _commit_root(state, start, log.head)
+    log.emptied(start)
+
+
+def ensure_room(state: State, new_entries: int) -> None:
+    """Make sure that checkpoints will have room for so many further sectors; grow the image if not.
+
+    Raises StorageFull with nothing changed, or DeviceError.
+    """
+    if state.tree.map_count(new_entries) > fmt.MAX_MAPS:
+        raise StorageFull("add to the store", OSError(errno.ENOSPC, "the format holds no more"))
+    pool = state.tree.total - fmt.POOL_FIRST - state.log.sectors
+    missing = state.tree.needed(new_entries) + fmt.MIN_SPARE - pool
+    if missing > 0:
+        grow(state, missing)
+
+
+def grow(state: State, sectors: int) -> None:
+    """Extend the image by at least so many sectors, and the log in proportion. Raises StorageFull or DeviceError."""
+    before = state.tree.total
+    total = before + max(sectors, before // 8)
+    log_sectors = fmt.log_sectors(total)
+    new_log = Extent(total, log_sectors) if log_sectors >= 2 * state.log.sectors else None
+    if new_log is not None:
+        total += log_sectors
+    state.device.reserve(total * fmt.SECTOR)
+    state.flush()
+    state.tree.extend(total, new_log or Extent(0, 0))
+    if new_log is not None:
+        checkpoint(state, new_log=new_log)
+
+
+# --- rounds ----------------------------------------------------------------------------------------
+
+
+def _items(state: State) -> list[_Item]:
+    """List what is dirty: group records before leaves, so that no root has leaves without their group."""
+    records = [_record_item(state, group) for group in state.groups.values() if group.dirty]
+    leaves = [item for group in state.groups.values() for item in _leaf_items(group)]
+    return records + sorted(leaves, key=lambda item: item.entry)
+
+
+def _record_item(state: State, group: Group) -> _Item:
+    def written() -> None:
+        group.dirty = False
+
+    return _Item(group.entry, state.key, Purpose.GROUP, group.pack, written)
+
+
+def _leaf_items(group: Group) -> list[_Item]:
+    table, key = group.table, group.key
+    if table is None or key is None:
+        return []
+    empty = set(table.empty_leaves())
+
+    def item(entry: int) -> _Item:
+        return _Item(entry, key, Purpose.LEAF, lambda: table.leaf(entry), lambda: table.dirty.discard(entry))
+
+    return [item(entry) for entry in table.dirty if entry not in empty]
+
+
+def _fitting(state: State, items: list[_Item]) -> int:
+    """Count how many items a round can write with their map sectors. Raises StorageFull for none."""
+    low, high = 0, min(len(items), state.tree.free)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if middle + state.tree.cost(item.entry for item in items[:middle]) <= state.tree.free:
+            low = middle
+        else:
+            high = middle - 1
+    if not low:
+        raise StorageFull("write a checkpoint", OSError(errno.ENOSPC, "no spare sectors"))
+    return low
+
+
+def _final_fits(state: State, items: list[_Item]) -> bool:
+    """Tell whether items, drops and carried parts fit one round; counts map sectors that carrying may add."""
+    pieces = sum(len(group.carry_pieces()) for group in state.groups.values())
+    entries = [item.entry for item in items] + list(_to_drop(state))
+    maps = state.tree.cost(entries) + (pieces and pieces // fmt.REFS_PER_MAP + 2)
+    return len(items) + pieces + maps <= state.tree.free
+
+
+def _to_drop(state: State) -> set[int]:
+    drops = set(state.drops)
+    for group in state.groups.values():
+        if group.table is not None:
+            drops.update(group.table.empty_leaves(), group.carry)
+    return drops
+
+
+def _write(state: State, items: list[_Item]) -> None:
+    for item in items:
+        state.tree.write(item.entry, item.payload(), item.key, item.purpose, state.sequence + 1)
+        item.written()
+
+
+def _drop(state: State) -> None:
+    for entry in _to_drop(state):
+        state.tree.drop(entry)
+    for group in state.groups.values():
+        if group.table is not None:
+            group.table.drop(set(group.table.empty_leaves()))
+            group.carry.clear()
+    state.drops.clear()
+
+
+def _carry(state: State) -> None:
+    for group in state.groups.values():
+        for piece in group.carry_pieces():
+            entry = state.tree.allocate(fmt.owner(fmt.Kind.CARRY, group.number))
+            state.tree.write(entry, piece, state.key, Purpose.CARRY, state.sequence + 1)
+            group.carry.append(entry)
+        group.pending.clear()
+
+
+def _commit_root(state: State, log_unit: int, log_previous: bytes) -> None:
+    state.tree.write_maps(state.sequence + 1)
+    state.flush()
+    body = fmt.RootBody(
+        total_sectors=state.tree.total,
+        log_first=state.log.first,
+        log_sectors=state.log.sectors,
+        log_unit=log_unit,
+        log_previous=log_previous,
+        log_head=state.log.head,
+        checkpoints=state.root.body.checkpoints + 1,
+        map_sectors=len(state.tree.maps),
+        volatile_length=len(state.anchors.volatile),
+        volatile=state.anchors.volatile,
+        anchored=state.anchors.anchored,
+    )
+    root = Root(state.sequence + 1, body, tuple(state.tree.maps), 1 - state.root.slot)
+    state.root = write_root(state.device, state.store, state.key, root)
+    state.flush()
+    state.sequence += 1
+    state.tree.settle()

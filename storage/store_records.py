@@ -1,0 +1,122 @@
+"""What goes into the store and comes out of it: records, changes, statistics. No bytes of the format here."""
+
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Final
+from uuid import UUID
+
+from storage.errors import CommitRefused
+from storage.secrets import GroupKey, StateKey
+from storage.store_format import MAX_GROUP_BLOB
+
+_NO_UUID: Final = UUID(int=0)
+_U64: Final = 2**64
+_U32: Final = 2**32
+
+
+class RecordFlags(IntFlag):
+    """State of a vTPM that must be as safe as its key. Unknown bits are kept; 32 bits on disk."""
+
+    NONE = 0
+    FRESH = 1  # never started: the only case in which an empty TPM is right
+    TPM12 = 2  # family 1.2; 2.0 without it
+    RESUMABLE = 4  # stopped cleanly, the state may be resumed
+    QUARANTINED = 8  # not to be started
+    TOMBSTONE = 16  # removed, kept until the retention time is over
+    CONSUMED = 32  # the volatile state was resumed once and must not be again (design section 8)
+
+
+@dataclass(frozen=True, slots=True)
+class VtpmRecord:
+    """One vTPM: `digest` is SHA-256 of its state slot (32 bytes), `generation` counts durable states.
+
+    Raises CommitRefused for values that have no place in the format.
+    """
+
+    uuid: UUID
+    group: UUID
+    key: StateKey
+    digest: bytes = bytes(32)
+    generation: int = 0
+    flags: RecordFlags = RecordFlags.FRESH
+
+    def __post_init__(self) -> None:
+        if self.uuid == _NO_UUID:
+            raise CommitRefused("the zero UUID names no vTPM")
+        if len(self.digest) != 32 or not 0 <= self.generation < _U64 or not 0 <= self.flags < _U32:
+            raise CommitRefused(f"digest, generation or flags of vTPM {self.uuid} are out of range")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """One group: `blob` is the manager's, opaque, at most 2048 bytes; readable while the group is closed."""
+
+    uuid: UUID
+    flags: int = 0
+    blob: bytes = b""
+
+    def __post_init__(self) -> None:
+        if self.uuid == _NO_UUID:
+            raise CommitRefused("the zero UUID names no group")
+        if len(self.blob) > MAX_GROUP_BLOB or not 0 <= self.flags < _U32:
+            raise CommitRefused(f"blob or flags of group {self.uuid} are out of range")
+
+
+@dataclass(frozen=True, slots=True)
+class PutVtpm:
+    """Add a vTPM, or replace its record; `force` allows an older generation."""
+
+    record: VtpmRecord
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveVtpm:
+    """Remove a vTPM; its key leaves memory at once and the live image with the next checkpoint."""
+
+    uuid: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class PutGroup:
+    """Add a group, with its key, or replace its record, with the same key or None."""
+
+    record: GroupRecord
+    key: GroupKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveGroup:
+    """Remove a group that has no vTPMs."""
+
+    uuid: UUID
+
+
+Change = PutVtpm | RemoveVtpm | PutGroup | RemoveGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A sector that fails its check while the rest of the store is sound; its bytes are kept."""
+
+    where: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Figures of an open store. Sectors are 4096 bytes; the log is counted in 512-byte units."""
+
+    bytes: int
+    sectors: int
+    sectors_used: int
+    sectors_spare: int
+    log_units: int
+    log_units_used: int
+    vtpms: int
+    groups: int
+    groups_closed: int
+    sequence: int
+    checkpoints: int
+    commits: int
+    flushes: int

@@ -1,0 +1,128 @@
+"""Everything an open store knows, and how a frame changes it. What is written when is in `store_checkpoint`."""
+
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from storage import store_format as fmt
+from storage.disk import Device
+from storage.errors import StoreDamaged
+from storage.secrets import GroupKey, StoreKey
+from storage.store_crypto import Purpose
+from storage.store_frame import Anchors, Frame, GroupDrop, GroupPut
+from storage.store_group import Group
+from storage.store_head import Root, read_root
+from storage.store_log import Log
+from storage.store_records import Damage, GroupRecord
+from storage.store_tree import Extent, Tree
+
+
+@dataclass(slots=True)
+class State:
+    """An open store. `drops`: entries that no longer mean anything, to be forgotten by the next checkpoint."""
+
+    device: Device
+    store: UUID
+    key: StoreKey
+    tree: Tree
+    log: Log
+    root: Root
+    sequence: int
+    anchors: Anchors
+    groups: dict[UUID, Group] = field(default_factory=dict)
+    drops: set[int] = field(default_factory=set)
+    damage: list[Damage] = field(default_factory=list)
+    flushes: int = 0
+    commits: int = 0
+
+    def flush(self) -> None:
+        """Flush and count. Raises DeviceError."""
+        self.device.flush()
+        self.flushes += 1
+
+    def numbers(self) -> set[int]:
+        """Group numbers that are taken, those of removed groups included while the map still names them."""
+        return {number for _, kind, number in self.tree.by_owner() if kind is not fmt.Kind.MAP}
+
+
+def load(device: Device, store: UUID, key: StoreKey) -> State:
+    """Read root, map, group records and log; check every sector against the map. Writes nothing.
+
+    Raises: StoreDamaged (roots, map, group records, log; leaves are collected in `damage`), StoreTooNew, DeviceError.
+    """
+    root = read_root(device, store, key)
+    body = root.body
+    extent = Extent(body.log_first, body.log_sectors)
+    if device.size() < body.total_sectors * fmt.SECTOR:
+        raise StoreDamaged("image", f"cut short: {device.size()} bytes of {body.total_sectors * fmt.SECTOR}")
+    if not fmt.POOL_FIRST <= body.log_first <= body.total_sectors - body.log_sectors or not body.log_sectors:
+        raise StoreDamaged("root", "authentic, but its log is outside the image")
+    tree = Tree(device, store, key, body.total_sectors, extent)
+    tree.load(root.maps)
+    log = Log(device, body.log_first, body.log_sectors, body.log_unit, body.log_previous)
+    anchors = Anchors(body.anchored, body.volatile[: body.volatile_length])
+    state = State(device, store, key, tree, log, root, root.sequence, anchors)
+    _load_groups(state)
+    for frame in log.replay(key, store, root.sequence, body.log_head):
+        replay(state, frame)
+    return state
+
+
+def _load_groups(state: State) -> None:
+    bad = dict(state.tree.check())
+    by_number: dict[int, Group] = {}
+    for entry, kind, number in state.tree.by_owner():
+        if kind is fmt.Kind.GROUP:
+            if entry in bad:
+                raise StoreDamaged(f"group record (entry {entry})", bad[entry])
+            group = Group.unpack(state.tree.read(entry, state.key, Purpose.GROUP), entry)
+            if group.number != number or number in by_number or group.record.uuid in state.groups:
+                raise StoreDamaged(f"group record (entry {entry})", "it contradicts the map")
+            by_number[number] = state.groups[group.record.uuid] = group
+    for entry, kind, number in state.tree.by_owner():
+        if kind is fmt.Kind.GROUP:
+            continue
+        owner = by_number.get(number)
+        if owner is None or kind is fmt.Kind.MAP:
+            raise StoreDamaged(f"entry {entry} of the map", "it belongs to no group")
+        (owner.leaves if kind is fmt.Kind.LEAF else owner.carry).append(entry)
+        if entry in bad:
+            owner.damaged.append(entry)
+            what = f"{kind.name.lower()} (entry {entry}) of group {owner.record.uuid}"
+            state.damage.append(Damage(what, bad[entry]))
+
+
+def replay(state: State, frame: Frame) -> None:
+    """Take in a frame of the log while all groups are closed. Raises StoreDamaged."""
+    put_groups(state, [change for change in frame.groups if isinstance(change, GroupPut)], {})
+    for uuid, sealed in frame.parts:
+        group = state.groups.get(uuid)
+        if group is None:
+            raise StoreDamaged(f"log frame {frame.sequence}", f"it changes group {uuid}, which is not there")
+        group.pending[frame.sequence] = sealed
+    drop_groups(state, [change for change in frame.groups if isinstance(change, GroupDrop)])
+    state.sequence = max(state.sequence, frame.sequence)
+    state.anchors = frame.anchors
+
+
+def put_groups(state: State, puts: list[GroupPut], keys: dict[UUID, GroupKey]) -> None:
+    """Add or replace group records; a new group is open if its key is in `keys`."""
+    for put in puts:
+        record = GroupRecord(put.head.group, put.head.flags, put.blob)
+        group = state.groups.get(record.uuid)
+        if group is None:
+            entry = state.tree.allocate(fmt.owner(fmt.Kind.GROUP, put.head.number))
+            group = state.groups[record.uuid] = Group(record, put.head.number, put.head.key_check, entry)
+            if record.uuid in keys:
+                group.open_empty(keys[record.uuid], state.tree)
+        group.record, group.dirty = record, True
+
+
+def drop_groups(state: State, drops: list[GroupDrop]) -> None:
+    """Forget groups; their entries go with the next checkpoint. Raises StoreDamaged for an unknown one."""
+    for drop in drops:
+        group = state.groups.pop(drop.group, None)
+        if group is None:
+            raise StoreDamaged("log", f"it removes group {drop.group}, which is not there")
+        entries = group.table.entries() if group.table is not None else group.leaves
+        state.drops.update([group.entry, *entries, *group.carry])
+        group.close()

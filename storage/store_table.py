@@ -1,0 +1,177 @@
+"""The records of one open group in memory: the plaintext of its leaves and an index. Knows no device and no key.
+
+A leaf is named by its entry number in the map. Which leaf a record is in means nothing: any free row will do.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final
+from uuid import UUID
+
+from storage import store_format as fmt
+from storage.errors import StoreDamaged
+from storage.secrets import StateKey
+from storage.store_records import RecordFlags, VtpmRecord
+
+_ROW: Final = fmt.VtpmRow.size()
+_ROWS: Final = fmt.ROWS_PER_LEAF
+_SIZES: Final = {int(fmt.Operation.PUT): _ROW, int(fmt.Operation.REMOVE): 16}
+_EMPTY_ID: Final = bytes(16)
+_EMPTY_ROW: Final = bytes(_ROW)
+
+
+def pack_row(record: VtpmRecord) -> bytes:
+    """Lay a record out as in a leaf."""
+    return fmt.VtpmRow.codec().pack(
+        record.uuid.bytes, record.key.view.tobytes(), record.digest, record.generation, record.flags
+    )
+
+
+def unpack_row(raw: bytes | bytearray | memoryview, group: UUID) -> VtpmRecord:
+    """Undo `pack_row`."""
+    uuid, key, digest, generation, flags = fmt.VtpmRow.codec().unpack(raw)
+    return VtpmRecord(UUID(bytes=uuid), group, StateKey(key), digest, generation, RecordFlags(flags))
+
+
+class GroupTable:
+    """Rows by vTPM UUID (16 bytes). `new_leaf` is called for the entry number of each further leaf."""
+
+    def __init__(self, new_leaf: Callable[[], int]) -> None:
+        self._new_leaf = new_leaf
+        self._leaves: dict[int, bytearray] = {}
+        self._index: dict[bytes, int] = {}  # position = entry * rows per leaf + row
+        self._free: list[int] = []
+        self._used: dict[int, int] = {}  # rows in use by entry
+        self._stale: set[bytes] = set()
+        self.dirty: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, uuid: bytes) -> bool:
+        return uuid in self._index
+
+    def uuids(self) -> Iterator[bytes]:
+        """Iterate over the UUIDs of all records."""
+        return iter(self._index)
+
+    def row(self, uuid: bytes) -> bytearray:
+        """Copy out the row of a vTPM that is in the table."""
+        entry, row = divmod(self._index[uuid], _ROWS)
+        return self._leaves[entry][row * _ROW : (row + 1) * _ROW]
+
+    def generation(self, uuid: bytes) -> int:
+        """Return the generation of a vTPM that is in the table."""
+        return int(fmt.VtpmRow.codec().unpack(self.row(uuid))[3])
+
+    # --- leaves ------------------------------------------------------------------------------------
+
+    def load_leaf(self, entry: int, plaintext: bytes) -> None:
+        """Take in a leaf as read from disk. Raises StoreDamaged for a row that is neither used nor empty.
+
+        A UUID seen twice is what a checkpoint that was cut short leaves behind; the log then says which
+        row counts, and `check_settled` makes sure that it did.
+        """
+        leaf = self._leaves[entry] = bytearray(plaintext)
+        self._used[entry] = 0
+        for row in range(_ROWS):
+            position = entry * _ROWS + row
+            uuid = plaintext[row * _ROW : row * _ROW + 16]
+            if uuid == _EMPTY_ID:
+                if plaintext[row * _ROW : (row + 1) * _ROW] != _EMPTY_ROW:
+                    raise StoreDamaged(f"leaf {entry}", f"row {row} has content but no UUID")
+                self._free.append(position)
+            elif uuid in self._index:
+                leaf[row * _ROW : (row + 1) * _ROW] = _EMPTY_ROW
+                self._free.append(position)
+                self._stale.add(uuid)
+                self.dirty.add(entry)
+            else:
+                self._index[uuid] = position
+                self._used[entry] += 1
+
+    def check_settled(self) -> None:
+        """Make sure that the log spoke of every UUID that was in two leaves. Raises StoreDamaged."""
+        if self._stale:
+            raise StoreDamaged(
+                f"vTPM {UUID(bytes=min(self._stale))}", "it is in two leaves and the log does not say why"
+            )
+
+    def leaf(self, entry: int) -> bytes:
+        """Copy out the plaintext of a leaf, to be written."""
+        return bytes(self._leaves[entry])
+
+    def entries(self) -> list[int]:
+        """List the entry numbers of all leaves."""
+        return list(self._leaves)
+
+    def empty_leaves(self) -> list[int]:
+        """List leaves without any record."""
+        return [entry for entry, used in self._used.items() if not used]
+
+    def drop(self, entries: set[int]) -> None:
+        """Forget leaves, which must be empty."""
+        self._free = [position for position in self._free if position // _ROWS not in entries]
+        for entry in entries:
+            del self._leaves[entry], self._used[entry]
+        self.dirty -= entries
+
+    def free_rows(self) -> int:
+        """Count the records that fit without another leaf."""
+        return len(self._free)
+
+    # --- changes -----------------------------------------------------------------------------------
+
+    def put(self, row: bytes | bytearray) -> None:
+        """Add or replace the record of the UUID that the row begins with."""
+        uuid = bytes(row[:16])
+        position = self._index.get(uuid)
+        if position is None:
+            if not self._free:
+                self._add_leaf()
+            position = self._index[uuid] = self._free.pop()
+            self._used[position // _ROWS] += 1
+        self._stale.discard(uuid)
+        self._write(position, row)
+
+    def remove(self, uuid: bytes) -> None:
+        """Overwrite the record; one that is not there is no error, as the log is replayed over newer leaves."""
+        self._stale.discard(uuid)
+        position = self._index.pop(uuid, None)
+        if position is None:
+            return
+        self._used[position // _ROWS] -= 1
+        self._free.append(position)
+        self._write(position, _EMPTY_ROW)
+
+    def apply(self, part: bytes | bytearray) -> None:
+        """Carry out a part's plaintext. Raises StoreDamaged for one that cannot be parsed."""
+        position = 0
+        while position < len(part):
+            operation = part[position]
+            size = _SIZES.get(operation, 0)
+            item = part[position + 1 : position + 1 + size]
+            if not size or len(item) != size:
+                raise StoreDamaged("log part", f"operation {operation} at byte {position} cannot be parsed")
+            if operation == fmt.Operation.PUT:
+                self.put(item)
+            else:
+                self.remove(bytes(item))
+            position += 1 + size
+
+    def wipe(self) -> None:
+        """Overwrite all leaves with zeros and forget them."""
+        for leaf in self._leaves.values():
+            leaf[:] = bytes(len(leaf))
+        self._leaves.clear()
+        self._index.clear()
+
+    def _add_leaf(self) -> None:
+        entry = self._new_leaf()
+        self._leaves[entry] = bytearray(fmt.PAYLOAD)
+        self._used[entry] = 0
+        self._free.extend(range(entry * _ROWS + _ROWS - 1, entry * _ROWS - 1, -1))
+
+    def _write(self, position: int, row: bytes | bytearray) -> None:
+        entry, index = divmod(position, _ROWS)
+        self._leaves[entry][index * _ROW : (index + 1) * _ROW] = row
+        self.dirty.add(entry)

@@ -1,0 +1,210 @@
+"""The map: which sector holds which leaf, group record or carried part, and which sectors are free.
+
+Copy on write: a sector goes only where the durable root and its map lead to nothing. What it replaces
+becomes free when `settle` says that a root without it is durable.
+"""
+
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+from cryptography.exceptions import InvalidTag
+
+from storage import store_format as fmt
+from storage.disk import Device
+from storage.errors import StoreDamaged
+from storage.secrets import Secret, StoreKey
+from storage.store_crypto import Purpose, seal, sector_digest, unseal
+
+_UNWRITTEN: Final = 0  # sector 0 is the header, so no reference leads there
+_REF: Final = fmt.SectorRef.size()
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of sectors."""
+
+    first: int
+    sectors: int
+
+    def __contains__(self, location: int) -> bool:
+        return 0 <= location - self.first < self.sectors
+
+
+class Tree:
+    """Entries (index -> reference or None) and map sectors of an open store."""
+
+    def __init__(self, device: Device, store: UUID, key: StoreKey, total: int, log: Extent) -> None:
+        self._device = device
+        self._store: Final = store
+        self.key = key
+        self.total = total
+        self.entries: list[fmt.SectorRef | None] = []
+        self.maps: list[fmt.SectorRef] = []
+        self._free = [location for location in range(fmt.POOL_FIRST, total) if location not in log]
+        self._free_entries: list[int] = []
+        self._released: list[int] = []
+        self._touched: set[int] = set()
+        self._in_use = 0
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    def load(self, maps: Iterable[fmt.SectorRef]) -> None:
+        """Read the map that a root names. Raises: StoreDamaged, DeviceError."""
+        free = set(self._free)
+        for number, ref in enumerate(maps):
+            where = f"map sector {number} at sector {ref.location}"
+            plaintext = self._open(ref, self.key, Purpose.MAP, where)
+            self._claim(free, ref, where)
+            self.maps.append(ref)
+            for index in range(fmt.REFS_PER_MAP):
+                entry = fmt.SectorRef.unpack(plaintext, index * _REF)
+                if entry.location == _UNWRITTEN:
+                    self.entries.append(None)
+                    continue
+                self._claim(free, entry, f"entry {len(self.entries)} of the map")
+                self.entries.append(entry)
+                self._in_use += 1
+        while self.entries and self.entries[-1] is None:
+            self.entries.pop()
+        self._free_entries = [index for index, entry in enumerate(self.entries) if entry is None]
+        self._free = sorted(free)
+
+    def check(self) -> Iterator[tuple[int, str]]:
+        """Yield (entry, problem) for every sector whose bytes are not those that the map names; needs no key."""
+        for index, ref in enumerate(self.entries):
+            if ref is not None and ref.location != _UNWRITTEN and sector_digest(self._read(ref)) != ref.digest:
+                yield index, f"sector {ref.location} is not what the map names"
+
+    def read(self, entry: int, key: Secret, purpose: Purpose) -> bytes:
+        """Read and open the sector of an entry. Raises: StoreDamaged, DeviceError."""
+        ref = self.entries[entry]
+        if ref is None or ref.location == _UNWRITTEN:
+            raise StoreDamaged(f"entry {entry}", "it leads to no sector")
+        return self._open(ref, key, purpose, f"{purpose.name.lower()} (entry {entry}) at sector {ref.location}")
+
+    def by_owner(self) -> Iterator[tuple[int, fmt.Kind, int]]:
+        """Yield (entry, kind, group number) of all entries."""
+        for index, ref in enumerate(self.entries):
+            if ref is not None:
+                yield index, *fmt.kind_and_group(ref.owner)
+
+    # --- room --------------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        """Sectors that may be written now."""
+        return len(self._free)
+
+    def needed(self, more: int = 0) -> int:
+        """Count the sectors that hold everything, with `more` further entries: entries and map sectors."""
+        return self._in_use + more + self.map_count(more)
+
+    def map_count(self, more: int = 0) -> int:
+        """Count the map sectors for all entries and `more` further ones."""
+        entries = max(len(self.entries), self._in_use + more)
+        return max(len(self.maps), -(-entries // fmt.REFS_PER_MAP))
+
+    def cost(self, entries: Iterable[int]) -> int:
+        """Count the sectors that a round needs to write or drop these entries' map sectors, without their own."""
+        touched = {entry // fmt.REFS_PER_MAP for entry in entries} | self._touched
+        return len(touched.union(range(len(self.maps), self.map_count())))
+
+    def extend(self, total: int, log: Extent) -> None:
+        """Take further sectors into use, but for those of `log`."""
+        for location in range(self.total, total):
+            if location not in log:
+                heapq.heappush(self._free, location)
+        self.total = total
+
+    def give_back(self, extent: Extent) -> None:
+        """Free a run of sectors, formerly the log, with the next `settle`."""
+        self._released.extend(range(extent.first, extent.first + extent.sectors))
+
+    # --- changing ----------------------------------------------------------------------------------
+
+    def allocate(self, owner: int) -> int:
+        """Reserve an entry for something yet to be written."""
+        ref = fmt.SectorRef(_UNWRITTEN, owner, 0, b"")
+        self._in_use += 1
+        if self._free_entries:
+            entry = heapq.heappop(self._free_entries)
+            self.entries[entry] = ref
+            return entry
+        self.entries.append(ref)
+        return len(self.entries) - 1
+
+    def write(self, entry: int, payload: bytes, key: Secret, purpose: Purpose, sequence: int) -> None:
+        """Seal a payload into a free sector and lead the entry there; not yet durable. Raises DeviceError."""
+        old = self.entries[entry]
+        assert old is not None, "only allocated entries are written"
+        self.entries[entry] = self._seal(old.owner, payload, key, purpose, sequence)
+        self._release(old)
+        self._touched.add(entry // fmt.REFS_PER_MAP)
+
+    def drop(self, entry: int) -> None:
+        """Forget an entry; its sector becomes free with `settle`."""
+        old = self.entries[entry]
+        assert old is not None, "only allocated entries are dropped"
+        self._release(old)
+        self.entries[entry] = None
+        heapq.heappush(self._free_entries, entry)
+        self._in_use -= 1
+        self._touched.add(entry // fmt.REFS_PER_MAP)
+
+    def write_maps(self, sequence: int) -> None:
+        """Write the map sectors of all entries written or dropped since the last time. Raises DeviceError."""
+        touched = self._touched.union(range(len(self.maps), self.map_count()))
+        for number in sorted(touched):
+            entries = self.entries[number * fmt.REFS_PER_MAP : (number + 1) * fmt.REFS_PER_MAP]
+            plaintext = b"".join(
+                bytes(_REF) if ref is None or ref.location == _UNWRITTEN else ref.pack() for ref in entries
+            )
+            ref = self._seal(
+                fmt.owner(fmt.Kind.MAP), plaintext.ljust(fmt.PAYLOAD, b"\0"), self.key, Purpose.MAP, sequence
+            )
+            if number < len(self.maps):
+                self._release(self.maps[number])
+                self.maps[number] = ref
+            else:
+                self.maps.append(ref)
+        self._touched.clear()
+
+    def settle(self) -> None:
+        """Free what was replaced: a root that does not lead there is durable."""
+        for location in self._released:
+            heapq.heappush(self._free, location)
+        self._released.clear()
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _release(self, ref: fmt.SectorRef) -> None:
+        if ref.location != _UNWRITTEN:
+            self._released.append(ref.location)
+
+    def _claim(self, free: set[int], ref: fmt.SectorRef, where: str) -> None:
+        if ref.location not in free:
+            raise StoreDamaged(where, f"sector {ref.location} is outside the pool or named twice")
+        free.remove(ref.location)
+
+    def _read(self, ref: fmt.SectorRef) -> bytes:
+        return self._device.read(fmt.SECTOR, ref.location * fmt.SECTOR)
+
+    def _open(self, ref: fmt.SectorRef, key: Secret, purpose: Purpose, where: str) -> bytes:
+        raw = self._read(ref)
+        if sector_digest(raw) != ref.digest:
+            raise StoreDamaged(where, "it is not the sector that was written")
+        context = fmt.SealContext(self._store, ref.location, ref.sequence).pack()
+        try:
+            return unseal(key, purpose, raw, context)
+        except InvalidTag:
+            raise StoreDamaged(where, "it does not open under its key") from None
+
+    def _seal(self, owner: int, payload: bytes, key: Secret, purpose: Purpose, sequence: int) -> fmt.SectorRef:
+        location = heapq.heappop(self._free)
+        raw = seal(key, purpose, payload, fmt.SealContext(self._store, location, sequence).pack())
+        assert len(raw) == fmt.SECTOR, "a sealed payload fills its sector"
+        self._device.write(raw, location * fmt.SECTOR)
+        return fmt.SectorRef(location, owner, sequence, sector_digest(raw))

@@ -1,0 +1,259 @@
+import random
+from collections.abc import Iterator
+from uuid import UUID
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from storage_disks import MemoryDisk, RecordingDisk, Write
+from storage_histories import (
+    KEY,
+    SECTOR,
+    Content,
+    Model,
+    content,
+    content_of_image,
+    group_key,
+    new_store,
+    record_of,
+    reopen,
+    uuid_of,
+)
+
+from storage import store_format as fmt
+from storage.errors import NotAStore
+from storage.store import Change, GroupRecord, PutGroup, PutVtpm, RemoveGroup, RemoveVtpm, Store
+
+GROUPS = [uuid_of(1), uuid_of(2), uuid_of(3)]
+
+
+class History:
+    """A recorded store, the content after each acknowledged commit, and how many steps had been issued by then."""
+
+    def __init__(self, start: bytes) -> None:
+        self.disk = RecordingDisk(start=start)
+        self.store = reopen(self.disk)
+        self.model = Model(*content(self.store))
+        self.states: list[tuple[int, Content]] = [(0, self.model.content())]
+        self.disk.steps.clear()
+
+    def commit(self, *changes: Change) -> None:
+        self.store.commit(changes)
+        self.model.apply(changes)
+        self.states.append((len(self.disk.steps), self.model.content()))
+
+    def allowed(self, steps: int) -> list[Content]:
+        """Give what may be found after a cut: the last acknowledged content, or the one that was in flight."""
+        last = max(index for index, (count, _) in enumerate(self.states) if count <= steps)
+        return [state for _, state in self.states[last : last + 2]]
+
+    def check_all_cuts(self, seed: int, subsets: int = 3) -> int:
+        count = 0
+        seen: set[bytes] = set()
+        for steps, image in self.disk.cuts(random.Random(seed), subsets):
+            if image in seen:
+                continue
+            seen.add(image)
+            count += 1
+            assert content_of_image(image) in self.allowed(steps), f"cut after step {steps}"
+        return count
+
+
+def image_of(vtpms: int, sectors: int, groups: int = 3) -> bytes:
+    disk = MemoryDisk()
+    with new_store(disk, GROUPS[:groups], sectors * SECTOR) as store:
+        for batch in batches(vtpms):
+            store.commit([PutVtpm(record_of(uuid_of(100 + number), GROUPS[number % groups])) for number in batch])
+        store.checkpoint()
+    return bytes(disk.content)
+
+
+def batches(count: int) -> Iterator[range]:
+    return (range(start, min(count, start + 400)) for start in range(0, count, 400))
+
+
+@pytest.fixture(scope="module")
+def small_image() -> bytes:
+    return image_of(100, 64)
+
+
+@pytest.fixture(scope="module")
+def full_image() -> bytes:
+    """An image with many leaves and few spare sectors: checkpoints take several rounds."""
+    image = image_of(1320, 77)
+    with reopen(MemoryDisk(image)) as store:
+        assert store.statistics().sectors_spare == fmt.MIN_SPARE
+    return image
+
+
+def test_every_cut_of_single_commits_leaves_whole_acknowledged_commits(small_image: bytes) -> None:
+    history = History(small_image)
+    rng = random.Random(1)
+    for _ in range(12):
+        history.commit(*history.model.some_changes(rng, 1))
+    assert history.check_all_cuts(1) > 12
+
+
+def test_every_cut_of_group_commits_and_checkpoints_leaves_whole_acknowledged_commits(small_image: bytes) -> None:
+    history = History(small_image)
+    rng = random.Random(2)
+    for round_ in range(6):
+        history.commit(*history.model.some_changes(rng, 40))
+        if round_ % 2:
+            history.store.checkpoint()
+    history.commit(*history.model.some_changes(rng, 5))
+    assert history.check_all_cuts(2) > 50
+
+
+def test_every_cut_of_a_checkpoint_of_several_rounds_leaves_everything(full_image: bytes) -> None:
+    history = History(full_image)
+    vtpms = sorted(history.model.rows)
+    for start in range(0, len(vtpms), 400):
+        batch = vtpms[start : start + 400]
+        history.commit(*(PutVtpm(record_of(uuid, history.model.rows[uuid][0], 1)) for uuid in batch))
+    removed = vtpms[::7]
+    history.commit(*(RemoveVtpm(uuid) for uuid in removed))
+    history.commit(*(PutVtpm(record_of(uuid, GROUPS[index % 3], 2)) for index, uuid in enumerate(removed[::-1])))
+    before = history.store.statistics().checkpoints
+    history.store.checkpoint()
+    assert history.store.statistics().checkpoints >= before + 2
+    history.commit(*history.model.some_changes(random.Random(3), 30))
+    assert history.check_all_cuts(3, subsets=1) > 60
+
+
+def test_every_cut_of_groups_made_emptied_and_removed_leaves_whole_commits(small_image: bytes) -> None:
+    history = History(small_image)
+    new, old = uuid_of(7), GROUPS[0]
+    history.commit(PutGroup(GroupRecord(new, 2, b"new"), group_key(new)), PutVtpm(record_of(uuid_of(700), new)))
+    mine = [uuid for uuid, row in history.model.rows.items() if row[0] == old]
+    history.commit(*(RemoveVtpm(uuid) for uuid in mine))
+    history.commit(RemoveGroup(old))
+    history.commit(PutGroup(GroupRecord(old, 3, b"again"), group_key(old)), PutVtpm(record_of(mine[0], new)))
+    history.store.checkpoint()
+    history.commit(PutVtpm(record_of(uuid_of(701), old)), RemoveVtpm(uuid_of(700)))
+    history.store.checkpoint()
+    assert history.check_all_cuts(4) > 30
+
+
+def test_every_cut_of_growth_leaves_whole_commits_and_a_store_that_goes_on(full_image: bytes) -> None:
+    history = History(full_image)
+    for start in range(0, 1200, 300):
+        numbers = range(5000 + start, 5300 + start)
+        history.commit(*(PutVtpm(record_of(uuid_of(number), GROUPS[0])) for number in numbers))
+    assert history.store.statistics().sectors > 80
+    assert history.check_all_cuts(5, subsets=1) > 30
+
+
+def test_every_cut_of_a_wrapping_log_leaves_whole_commits(small_image: bytes) -> None:
+    disk = MemoryDisk(small_image)
+    with reopen(disk) as store:
+        while store._state.log.next < store._state.log.units - 5:
+            store.commit([PutVtpm(record_of(uuid_of(100), GROUPS[0], store.sequence))])
+        store.checkpoint()
+    history = History(bytes(disk.content))
+    for generation in range(1000, 1012):
+        history.commit(PutVtpm(record_of(uuid_of(100), GROUPS[0], generation)))
+    wrapped = [step.offset for step in history.disk.steps if isinstance(step, Write)]
+    assert min(wrapped) < wrapped[0]
+    assert history.check_all_cuts(6) > 12
+
+
+def test_every_cut_of_a_boot_area_write_leaves_the_old_or_the_new_one(small_image: bytes) -> None:
+    disk = RecordingDisk(start=small_image)
+    store = Store.open(disk, KEY)
+    disk.steps.clear()
+    contents = [b"boot area", b"first" * 700, b"second", b""]
+    marks = [0]
+    for boot in contents[1:]:
+        store.write_boot_area(boot)
+        marks.append(len(disk.steps))
+    for steps, image in disk.cuts(random.Random(7), 10):
+        last = max(index for index, mark in enumerate(marks) if mark <= steps)
+        assert Store.read_boot_area(MemoryDisk(image))[1] in contents[last : last + 2]
+
+
+def test_every_cut_of_a_creation_leaves_no_store_or_the_whole_one() -> None:
+    disk = RecordingDisk()
+    new_store(disk).close()
+    header = next(count for count, step in enumerate(disk.steps, 1) if isinstance(step, Write) and not step.offset)
+    for steps, image in disk.cuts(random.Random(8), 5):
+        if steps < header:
+            with pytest.raises(NotAStore):
+                Store.open(MemoryDisk(image), KEY)
+        elif steps > header:
+            with Store.open(MemoryDisk(image), KEY) as store:
+                assert not store.groups()
+
+
+def test_a_store_that_was_cut_and_goes_on_can_be_cut_again(small_image: bytes) -> None:
+    image = small_image
+    rng = random.Random(9)
+    for _ in range(15):
+        history = History(image)
+        for _ in range(3):
+            history.commit(*history.model.some_changes(rng, rng.choice([1, 5, 60])))
+        if rng.random() < 0.5:
+            history.store.checkpoint()
+        cuts = list(history.disk.cuts(rng, 2))
+        for steps, cut in rng.sample(cuts, min(8, len(cuts))):
+            assert content_of_image(cut) in history.allowed(steps)
+            image = cut
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), plan=st.lists(st.sampled_from(["one", "many", "checkpoint"]), max_size=8))
+def test_generated_histories_survive_every_cut(small_image: bytes, seed: int, plan: list[str]) -> None:
+    history = History(small_image)
+    rng = random.Random(seed)
+    for step in plan:
+        if step == "checkpoint":
+            history.store.checkpoint()
+        else:
+            history.commit(*history.model.some_changes(rng, 1 if step == "one" else rng.randrange(2, 60)))
+    history.check_all_cuts(seed, subsets=1)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32),
+    plan=st.lists(st.sampled_from(["one", "many", "checkpoint", "reopen", "partly", "lock"]), min_size=3, max_size=15),
+)
+def test_a_store_equals_its_model_through_checkpoints_reopens_and_closed_groups(
+    small_image: bytes, seed: int, plan: list[str]
+) -> None:
+    rng = random.Random(seed)
+    disk = MemoryDisk(small_image)
+    store = reopen(disk)
+    model = Model(*content(store))
+    for step in plan:
+        match step:
+            case "checkpoint":
+                store.checkpoint()
+            case "reopen":
+                digest = store.digest()
+                store = reopen(disk)
+                assert store.digest() == digest
+            case "partly" | "lock":
+                store = Store.open(disk, KEY)
+                for group in sorted(store.groups()):
+                    if step == "partly" and rng.random() < 0.5:
+                        store.unlock_group(group, group_key(group))
+                store.checkpoint()
+                change_what_is_open(store, model, rng)
+                for group in store.groups():
+                    store.unlock_group(group, group_key(group))
+            case _:
+                changes = model.some_changes(rng, 1 if step == "one" else rng.randrange(2, 80))
+                store.commit(changes)
+                model.apply(changes)
+        assert content(store) == model.content()
+    assert content(reopen(disk)) == model.content()
+
+
+def change_what_is_open(store: Store, model: Model, rng: random.Random) -> None:
+    open_groups = [group for group in sorted(store.groups()) if store.is_open(group)]
+    if open_groups:
+        new = PutVtpm(record_of(UUID(int=rng.getrandbits(128) | 1), rng.choice(open_groups)))
+        store.commit([new])
+        model.apply([new])
+        store.checkpoint()

@@ -1,0 +1,176 @@
+"""Conditions of a vTPM, and its commands with the real library in this process."""
+
+import os
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from vtpm_instance_rig import (
+    SHUTDOWN_STATE,
+    STARTUP_CLEAR,
+    Record,
+    SmallManager,
+    extended,
+    get_random,
+    nv_define,
+    pcr_extend,
+    pcr_read,
+    rc,
+)
+
+from frontend_backend.local import LocalRing
+from frontend_backend.messages_instance import RefusalCode
+from frontend_backend.tpmhdr import TpmFamily
+from storage.state_image import Emulator, Family, StateImage
+from vtpm_instance.errors import CommitRefusedError, CrashedBeforeError, WrongFamilyError
+from vtpm_instance.libtpms import the_tpm
+from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.statekeeper import StateKeeper
+from vtpm_instance.tpm_commands import Startup
+from vtpm_instance.vtpm import TRANSITIONS, Change, Condition, Vtpm
+
+INDEX = 0x01500001
+
+
+class Parts:
+    """A vTPM and what it stands on."""
+
+    def __init__(self, path: Path) -> None:
+        self.record = Record(uuid4(), commit_timeout=0.2)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        StateImage.create(self.descriptor, self.record.vtpm, uuid4(), Family.TPM20)
+        front, back = LocalRing.pair()
+        self.link, self.manager = ManagerLink(front), SmallManager(back, self.record)
+        self.announced: list[tuple[Condition, type[Exception] | None]] = []
+
+    def vtpm(self, after_reset: Startup = Startup.CLEAR, family: TpmFamily = TpmFamily.TPM_2_0) -> Vtpm:
+        emulator = Emulator("libtpms", "0.9.2")
+        keeper = StateKeeper(self.record.vtpm, self.record.lease, self.descriptor, self.link, emulator)
+
+        def announce(condition: Condition, cause: Exception | None) -> None:
+            self.announced.append((condition, type(cause) if cause else None))
+
+        return Vtpm(the_tpm(), keeper, family, after_reset, announce)
+
+    def close(self) -> None:
+        the_tpm().terminate()
+        self.manager.close()
+        self.link.close()
+        os.close(self.descriptor)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    made = Parts(tmp_path / "state.img")
+    yield made
+    made.close()
+
+
+def test_the_table_of_conditions_ends_with_stopped_and_never_loses_a_failure() -> None:
+    for condition, change in product(Condition, Change):
+        target = TRANSITIONS.get((condition, change))
+        assert condition is not Condition.STOPPED or target is None
+        assert change is not Change.FAILED or target in (Condition.FAILED, None)
+    assert set(TRANSITIONS.values()) == set(Condition) - {Condition.OFF}
+
+
+def test_a_start_is_one_commit(parts: Parts) -> None:
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert (vtpm.condition, parts.record.commits) == (Condition.RUNNING, 1)
+    assert parts.announced == [(Condition.RUNNING, None)]
+
+
+def test_a_stop_shuts_down_for_the_guest_and_commits_once(parts: Parts) -> None:
+    vtpm = parts.vtpm()
+    vtpm.start()
+    vtpm.execute(pcr_extend(7), 0)
+    assert vtpm.stop()
+    assert (parts.record.commits, parts.record.resumable) == (2, True)
+    assert the_tpm().running is None
+    parts.record.startup = "state"
+    again = parts.vtpm()
+    again.start()
+    assert again.execute(pcr_read(7), 0)[-32:] == extended(b"\x11" * 32)
+
+
+def test_a_stop_after_the_guests_own_shutdown_sends_none_and_is_final_all_the_same(parts: Parts) -> None:
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert rc(vtpm.execute(SHUTDOWN_STATE, 0)) == 0
+    state = dict(the_tpm().blobs)
+    assert vtpm.stop()
+    assert the_tpm().blobs == state
+    assert parts.record.resumable
+
+
+def test_a_stop_that_is_not_acknowledged_is_raised_and_not_final(parts: Parts) -> None:
+    vtpm = parts.vtpm()
+    vtpm.start()
+    parts.manager.refuse = RefusalCode.STORE_FAILED
+    with pytest.raises(CommitRefusedError):
+        vtpm.stop()
+    assert not parts.record.resumable
+    assert vtpm.condition is Condition.FAILED
+
+
+def test_after_a_crash_the_state_is_checked_but_not_changed_until_the_reset(parts: Parts) -> None:
+    parts.vtpm().start()
+    the_tpm().terminate()
+    parts.record.startup = "failed"
+    before = parts.record.commits
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert (vtpm.condition, parts.record.commits) == (Condition.FAILED, before)
+    assert isinstance(vtpm.cause, CrashedBeforeError)
+    assert not vtpm.stop()
+    assert parts.record.commits == before
+
+
+def test_a_crash_before_the_first_commit_makes_no_tpm_until_the_reset(parts: Parts) -> None:
+    parts.record.startup = "failed"
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert rc(vtpm.execute(get_random(), 0)) == 0x101
+    vtpm.reset()
+    assert rc(vtpm.execute(get_random(), 0)) == 0
+
+
+def test_a_failed_reset_leaves_it_failed_and_the_next_one_brings_it_back(parts: Parts) -> None:
+    vtpm = parts.vtpm()
+    vtpm.start()
+    parts.manager.refuse = RefusalCode.STORE_FAILED
+    with pytest.raises(CommitRefusedError):
+        vtpm.reset()
+    assert rc(vtpm.execute(get_random(), 0)) == 0x101
+    parts.manager.refuse = None
+    vtpm.reset()
+    assert rc(vtpm.execute(get_random(), 0)) == 0
+
+
+def test_where_firmware_starts_the_tpm_it_is_stirred_after_that(parts: Parts) -> None:
+    parts.record.startup = "none"
+    vtpm = parts.vtpm(Startup.NONE)
+    vtpm.start()
+    assert rc(vtpm.execute(get_random(), 0)) == 0x100
+    assert rc(vtpm.execute(STARTUP_CLEAR, 0)) == 0
+    assert rc(vtpm.execute(get_random(), 0)) == 0
+    vtpm.reset()
+    assert rc(vtpm.execute(get_random(), 0)) == 0x100
+
+
+def test_a_command_that_failed_to_save_is_not_executed_again(parts: Parts) -> None:
+    vtpm = parts.vtpm()
+    vtpm.start()
+    parts.manager.refuse = RefusalCode.STORE_FAILED
+    assert rc(vtpm.execute(nv_define(INDEX, 8), 0)) == 0x101
+    assert parts.manager.refused == 1
+    assert rc(vtpm.execute(nv_define(INDEX, 8), 0)) == 0x101
+    assert parts.manager.refused == 1
+
+
+def test_a_record_of_another_family_is_refused(parts: Parts) -> None:
+    with pytest.raises(WrongFamilyError):
+        parts.vtpm(family=TpmFamily.TPM_1_2).start()
