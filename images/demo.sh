@@ -16,7 +16,7 @@ if [ -t 1 ]; then B=$'\e[1m' D=$'\e[2m' N=$'\e[0m'; else B='' D='' N=''; fi
 step() { printf '\n%s%s%s\n' "$B" "$*" "$N"; }
 note() { printf '    %s\n' "$*"; }
 fail() { printf 'demo: FAILED: %s\n' "$*"; printf '%s\n' "--- manager's log"; tail -n 20 "$LOG" 2>/dev/null || true; exit 1; }
-run() { printf '%s  $ %s%s\n' "$D" "$*" "$N"; "$@" >"$DIR/out" 2>&1 || { cat "$DIR/out"; fail "$1"; }; sed 's/^/    /' "$DIR/out" | head -n "${SHOW:-6}"; }
+run() { printf '%s  $ %s%s\n' "$D" "$*" "$N"; "$@" >"$DIR/out" 2>&1 || { cat "$DIR/out"; fail "$1"; }; [ ! -s "$DIR/out" ] || echo >>"$DIR/out"; sed '/^$/d; s/^/    /' "$DIR/out" | head -n "${SHOW:-6}"; }
 
 start_manager() {
     vtpm-manager run --state-dir "$STATE" --runtime-dir "$RUN" 2>>"$LOG" &
@@ -58,7 +58,8 @@ run tpm2_getrandom --hex 16
 run tpm2_pcrextend "16:sha256=$(printf 'measured' | sha256sum | cut -d' ' -f1)"
 run tpm2_createprimary -Q -C o -c primary.ctx
 run tpm2_evictcontrol -C o -c primary.ctx 0x81010001
-run tpm2_create -Q -C 0x81010001 -G ecc:ecdsa -u ak.pub -r ak.priv -a 'fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|sign'
+run tpm2_flushcontext -t
+run tpm2_create -Q -C 0x81010001 -G ecc:ecdsa-sha256:null -u ak.pub -r ak.priv -a 'fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|sign'
 run tpm2_load -Q -C 0x81010001 -u ak.pub -r ak.priv -c ak.ctx
 run tpm2_readpublic -Q -c ak.ctx -f pem -o ak.pem
 run tpm2_quote -Q -c ak.ctx -l sha256:16 -q 0badc0de -m quote.msg -s quote.sig -o quote.pcrs

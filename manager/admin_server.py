@@ -143,6 +143,9 @@ class AdminServer:
         except (StorageError, OSError) as error:
             _log.exception("a request failed")
             replies = [Failure(ExitCode.FAILURE, str(error))]
+        except Exception as error:  # noqa: BLE001 - our own mistake in one verb must not end every vTPM's manager
+            _log.exception("a verb failed in a way nobody foresaw")
+            replies = [Failure(ExitCode.FAILURE, f"the manager made a mistake ({type(error).__name__}); see its log")]
         finally:
             close_all(descriptors)
         for reply in replies:

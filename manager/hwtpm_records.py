@@ -54,7 +54,7 @@ class AnchorInfo:
             index, name, locality = untrusted["index"], bytes.fromhex(untrusted["name"]), untrusted["locality"]
         except (KeyError, TypeError, ValueError) as error:
             raise AnchorMissing(0, f"its record cannot be read ({error})") from error
-        if not isinstance(index, int) or locality not in {None, 2} or len(name) != 2 + hashlib.sha256().digest_size:
+        if type(index) is not int or locality not in (None, 2) or len(name) != 2 + hashlib.sha256().digest_size:
             raise AnchorMissing(0, "its record has impossible values")
         return cls(index, name, locality)
 

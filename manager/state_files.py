@@ -58,7 +58,7 @@ def make_image(descriptor: int, path: Path, vtpm: UUID, store: UUID, family: str
 
     """
     try:
-        StateImage.create(descriptor, vtpm, store, Family(family))
+        StateImage.create(descriptor, vtpm, store, Family.TPM12 if family == "1.2" else Family.TPM20)
     except ImageExists as error:
         try:
             StateImage.open(descriptor, vtpm, store)

@@ -148,6 +148,8 @@ class Catalogue:
         try:
             with catalogue._read() as connection:
                 version = connection.execute(sa.select(_about.c.schema)).scalar_one()
+            if not isinstance(version, int):
+                raise CatalogueDamaged("it does not say which schema it has")
             if version > SCHEMA:
                 raise CatalogueTooNew(version, SCHEMA)
             catalogue.vtpms()
@@ -275,7 +277,7 @@ class Catalogue:
     def _authentic(self, table: str, row: sa.Row[Any], what: str) -> dict[str, Any]:
         values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for a row as a mapping
         mac = values.pop("mac")
-        if not hmac.compare_digest(mac, self._mac(table, values)):
+        if not isinstance(mac, bytes) or not hmac.compare_digest(mac, self._mac(table, values)):
             raise RowTampered(table, what)
         return values
 
@@ -303,6 +305,9 @@ class Catalogue:
                 yield connection
         except sa.exc.DatabaseError as error:
             raise CatalogueDamaged(str(error.orig)) from error
+        except (sa.exc.InvalidRequestError, ValueError, TypeError, AttributeError) as error:
+            # SQLite keeps any value in any column: one that no UUID can be made of, no row or two where one belongs
+            raise CatalogueDamaged(f"it holds what no catalogue holds ({error})") from error
 
     @contextmanager
     def _change(self) -> Iterator[sa.Connection]:
@@ -319,7 +324,8 @@ def now() -> str:
 
 
 def _engine(path: Path) -> sa.Engine:
-    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": _BUSY_SECONDS})
+    url = sa.URL.create("sqlite", database=str(path))  # a path may have characters that mean something in a URL
+    engine = sa.create_engine(url, connect_args={"timeout": _BUSY_SECONDS})
     sa.event.listen(engine, "connect", _on_connect)
     return engine
 

@@ -169,11 +169,13 @@ def test_room_is_made_between_commands_and_its_lack_is_told(parts: Parts) -> Non
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        assert not parts.keeper.has_room()
+        assert not parts.keeper.roomy
+        assert not parts.keeper.make_room()
         store(parts.keeper, content[::-1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert parts.keeper.has_room()
+    assert parts.keeper.make_room()
+    assert parts.keeper.roomy
     assert parts.path.stat().st_size > size
     store(parts.keeper, content + bytes(MARGIN))
 

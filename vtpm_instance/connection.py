@@ -13,7 +13,6 @@ from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.tpmhdr import MAX_COMMAND
 
 MAX_CONNECTIONS: Final = 8  # a port; more wait in the listener's backlog
-READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
 
 
 class Session(Protocol):
@@ -27,9 +26,16 @@ class Session(Protocol):
     def next_answer(self) -> bytes | None:
         """Deal with the next whole request and return its answer, None when none is whole."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether bytes are there that no answer was given to, a whole request perhaps."""
+
 
 class Connection:
-    """One accepted connection. `wants` is what to poll for; `step` answers at most one request."""
+    """One accepted connection. `wants` is what to poll for; `step` answers at most one request.
+
+    The way from `receive` to the sent answer is walked once for each command of a guest: it is kept short.
+    """
 
     def __init__(self, sock: socket.socket, session: Session) -> None:
         """Serve `session` on `sock`, which becomes ours and non-blocking."""
@@ -60,34 +66,33 @@ class Connection:
     def step(self) -> bool:
         """Answer at most one request; returns whether there may be another whole one already."""
         if self._unsent:
-            self._flush()
-        if not self.idle:
+            self._send(self._unsent)
+            if self._unsent or self.closed:
+                return False
+        session = self._session
+        answer = session.next_answer()
+        if answer is None:
             return False
-        answer = self._session.next_answer()
-        if answer is not None:
-            self._unsent = answer
-            self._flush()
-        if self._session.closing and not self._unsent:
+        self._send(answer)
+        if session.closing and not self._unsent:
             self.close()
-        return answer is not None and self.idle
+        return session.pending and not self._unsent and not self.closed
 
-    @property
-    def idle(self) -> bool:
-        """Whether it is open and has nothing left to send."""
-        return not self.closed and not self._unsent
-
-    def _flush(self) -> None:
+    def _send(self, data: bytes) -> None:
         try:
-            sent = self._sock.send(self._unsent, socket.MSG_NOSIGNAL)
+            sent = self._sock.send(data, socket.MSG_NOSIGNAL)
         except BlockingIOError:
             sent = 0
         except OSError:
             # As in receive: the command has run, its answer has no taker any more.
             self.close()
             return
-        self._unsent = self._unsent[sent:]
-        # A peer that does not read its answers gets no further requests read: its own queue fills, not ours.
-        self.wants = select.POLLOUT if self._unsent else select.POLLIN
+        if sent == len(data):
+            if self._unsent:
+                self._unsent, self.wants = b"", select.POLLIN
+        else:
+            # A peer that does not read its answers gets no further requests read: its own queue fills, not ours.
+            self._unsent, self.wants = data[sent:], select.POLLOUT
 
     def close(self) -> None:
         """Close the socket. May be repeated."""

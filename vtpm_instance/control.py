@@ -165,6 +165,11 @@ class ControlSession:
         """Add what was received."""
         self._buffer += data
 
+    @property
+    def pending(self) -> bool:
+        """Whether bytes are there that no answer was given to."""
+        return bool(self._buffer)
+
     def next_answer(self) -> bytes | None:
         """Execute the next whole command and return its answer, or None until more is fed."""
         if self._skip:

@@ -24,6 +24,11 @@ class CommandStream:
         """Add what was received."""
         self._buffer = self._buffer + data if self._buffer else data
 
+    @property
+    def pending(self) -> bool:
+        """Whether bytes are there that were not returned."""
+        return bool(self._buffer)
+
     def next_command(self) -> bytes | None:
         """Return the next whole command (10 to 4096 bytes), or None until more is fed.
 

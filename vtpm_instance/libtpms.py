@@ -70,6 +70,7 @@ class Tpm:
         self._response_room = ffi.new("uint32_t *")
         self._command = ffi.new("unsigned char[]", MAX_COMMAND)
         self._command_bytes = ffi.buffer(self._command)
+        self._process = self._c.TPMLIB_Process
         self._register()
 
     def _register(self) -> None:
@@ -218,7 +219,7 @@ class Tpm:
             raise LibtpmsMisuseError(f"a command of {size} bytes; libtpms takes {MAX_COMMAND}")
         self._locality = locality
         self._command_bytes[0:size] = command
-        code = self._c.TPMLIB_Process(self._response, self._response_size, self._response_room, self._command, size)
+        code = self._process(self._response, self._response_size, self._response_room, self._command, size)
         if self._raised is not None:
             self._raise_kept()
         if code:

@@ -37,6 +37,7 @@ class ManagerLink:
         """Use `ring` as its front end."""
         self._front = RingFrontEnd(ring)
         self._orders = Orders.NONE
+        self._ordered = False  # the same for a hot loop: an IntFlag's arithmetic costs a microsecond
         self._outstanding = False  # something of ours may still be on the page
         self._surplus = 0  # rings less answers
         self._queued: Report | None = None
@@ -50,9 +51,14 @@ class ManagerLink:
         """Shorten every wait to STOP_GRACE once the descriptor `wakeup` is readable (it is not read)."""
         self._wakeup = wakeup
 
+    @property
+    def news(self) -> bool:
+        """Whether `take_orders` or `take_asked` would return something."""
+        return self._ordered or self._surplus > 0
+
     def take_orders(self) -> Orders:
         """Return the manager's orders since the last call."""
-        orders, self._orders = self._orders, Orders.NONE
+        orders, self._orders, self._ordered = self._orders, Orders.NONE, False
         return orders
 
     def ask(self, request: Request, seconds: float) -> Reply:
@@ -193,7 +199,9 @@ class ManagerLink:
             reply, orders = decode_reply(answer)
         except MessageError as error:
             raise ManagerConfusedError(verb, str(error)) from error
-        self._orders |= orders
+        if orders is not Orders.NONE:
+            self._orders |= orders
+            self._ordered = True
         return reply
 
 

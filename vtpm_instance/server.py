@@ -9,12 +9,13 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.messages_instance import Orders
 from storage.errors import StorageError
-from vtpm_instance.connection import READABLE, Connection, Port
+from vtpm_instance.connection import Connection, Port
 from vtpm_instance.control import ControlSession, FrontEnd, Role
 from vtpm_instance.errors import FramingError, InstanceError, ManagerConfusedError
 from vtpm_instance.framing import CommandStream
@@ -32,11 +33,13 @@ class DataSession:
         """Serve `server`'s vTPM at the locality the control channel has set."""
         self._server = server
         self._stream = CommandStream()
+        self.feed = self._stream.feed
         self.closing = False
 
-    def feed(self, data: bytes) -> None:
-        """Add what was received."""
-        self._stream.feed(data)
+    @property
+    def pending(self) -> bool:
+        """Whether bytes are there that no answer was given to."""
+        return self._stream.pending and not self.closing
 
     def next_answer(self) -> bytes | None:
         """Execute the next whole command; one with an impossible size is answered and ends the connection."""
@@ -121,17 +124,17 @@ class Server:
 
     def _add_port(self, port: Port) -> None:
         self._ports.append(port)
-        self._watch(port.fileno(), lambda _events: self._on_listener(port))
+        self._watch(port.fileno(), partial(self._on_listener, port))
 
     def _watch(self, descriptor: int, handler: Callable[[int], None], events: int = select.POLLIN) -> None:
         self._handlers[descriptor] = handler
         self._poll.register(descriptor, events)
 
-    def _on_listener(self, port: Port) -> None:
+    def _on_listener(self, port: Port, _events: int) -> None:
         connection = port.accept()
         if connection is None:
             return
-        self._watch(connection.fileno(), lambda events: self._on_connection(port, connection, events))
+        self._watch(connection.fileno(), partial(self._on_connection, port, connection))
         if port.full:
             self._poll.unregister(port.fileno())
 
@@ -139,20 +142,15 @@ class Server:
         descriptor = connection.fileno()
         if descriptor in self._busy:
             return  # it has whole requests waiting; they come before anything new, and before its end
-        if events & READABLE and connection.wants == select.POLLIN:
+        if connection.wants == select.POLLIN:
             connection.receive()
-            if connection.closed:
-                self._drop(port, descriptor)
-                return
-        elif events & (select.POLLHUP | select.POLLERR):
+        elif not events & select.POLLOUT:
             connection.close()
-            self._drop(port, descriptor)
-            return
-        self._step(port, connection)
+        self._step(port, connection, descriptor)
 
-    def _step(self, port: Port, connection: Connection) -> None:
-        descriptor, wanted = connection.fileno(), connection.wants
-        more = connection.step()
+    def _step(self, port: Port, connection: Connection, descriptor: int) -> None:
+        wanted = connection.wants
+        more = not connection.closed and connection.step()
         if connection.closed:
             self._drop(port, descriptor)
             return
@@ -205,11 +203,12 @@ class Server:
                 handler = self._handlers.get(descriptor)
                 if handler is not None:  # an earlier handler of this turn may have closed it
                     handler(events)
-            waiting, self._busy = self._busy, {}
-            for descriptor, (port, connection) in waiting.items():
-                if self._handlers.get(descriptor) is not None and not connection.closed:
-                    self._step(port, connection)
-            self._obey()
+            if self._busy:
+                waiting, self._busy = self._busy, {}
+                for descriptor, (port, connection) in waiting.items():
+                    self._step(port, connection, descriptor)
+            if self._link.news:
+                self._obey()
 
     def close(self) -> None:
         """Close all ports."""

@@ -44,6 +44,7 @@ class StateKeeper:
         self._image: StateImage | None = None
         self._generation = 0
         self._needed = 0
+        self.roomy = False
         self._gathering = False
         self._dirty = False
         self._timeout = LOAD_TIMEOUT
@@ -144,15 +145,20 @@ class StateKeeper:
         if not isinstance(reply, CommitReply) or reply.generation != saved.generation:
             raise ManagerConfusedError("Commit", repr(reply))
 
-    def has_room(self) -> bool:
-        """Tell whether the next command's state fits for certain, growing the image if need be."""
-        image = self._opened()
-        if self._needed <= image.room:
-            return True
+    def make_room(self) -> bool:
+        """Grow the image until the next command's state fits for certain; returns False when the disk is full.
+
+        `roomy` tells whether there is need to.
+
+        Raises:
+            StorageError: the image does not grow for another reason.
+
+        """
         try:
-            image.ensure_room(self._needed)
+            self._opened().ensure_room(self._needed)
         except StorageFull:
             return False
+        self.roomy = True
         return True
 
     def _opened(self) -> StateImage:
@@ -161,3 +167,4 @@ class StateKeeper:
 
     def _measure(self) -> None:
         self._needed = sum(map(len, self.blobs.values())) + MARGIN
+        self.roomy = self._needed <= self._opened().room

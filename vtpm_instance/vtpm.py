@@ -80,6 +80,7 @@ class Vtpm:
         self._failure = error_response(family, _FAILURES[family])
         self._unavailable = error_response(family, _NO_ROOM[family])
         self._reads = tpm.READS[family]
+        self._shutdown_code = tpm.shutdown_code(family)
         self._condition = Condition.OFF
         self._cause: Exception | None = None
         self._guest_shut_down = False
@@ -156,9 +157,9 @@ class Vtpm:
         """Answer one framed command (10 to 4096 bytes). Never raises for what a guest sends or a save meets."""
         if self._condition is not Condition.RUNNING:
             return self._failure
-        code = tpm.code_of(command)
+        code = int.from_bytes(command[tpm.CODE_OFFSET : tpm.CODE_END])
         try:
-            if not self._keeper.has_room() and code not in self._reads:
+            if not self._keeper.roomy and not self._keeper.make_room() and code not in self._reads:
                 return self._unavailable
             response = self._tpm.process(command, locality)
             if not self._stirred and self._is_startup(code, response):
@@ -166,7 +167,7 @@ class Vtpm:
         except (InstanceError, StorageError) as error:
             self._fail(error)
             return self._failure
-        self._guest_shut_down = code == tpm.shutdown_code(self.family) and tpm.code_of(response) == 0
+        self._guest_shut_down = code == self._shutdown_code and tpm.code_of(response) == 0
         return response
 
     def _is_startup(self, code: int, response: bytes) -> bool:

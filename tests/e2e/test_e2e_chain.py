@@ -22,6 +22,7 @@ def test_a_guests_secrets_survive_a_restart_of_everything(vtpms: Installation, t
 
     tool("tpm2_createprimary", "-Q", "-C", "o", "-c", "primary.ctx")
     tool("tpm2_evictcontrol", "-C", "o", "-c", "primary.ctx", "0x81010001")
+    tool("tpm2_flushcontext", "-t")
     (tmp_path / "secret").write_bytes(b"BitLocker volume key")
     tool("tpm2_nvdefine", "-Q", INDEX, "-C", "o", "-s", "20", "-a", "ownerread|ownerwrite")
     tool("tpm2_nvwrite", "-Q", INDEX, "-C", "o", "-i", "secret")
@@ -32,7 +33,7 @@ def test_a_guests_secrets_survive_a_restart_of_everything(vtpms: Installation, t
     before = tool("tpm2_pcrread", "sha256:16")
     assert tpm.extended(bytes.fromhex(digest)).hex() in before.lower()
     attributes = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|sign"
-    tool("tpm2_create", "-Q", "-C", "0x81010001", "-G", "ecc:ecdsa", "-u", "ak.pub", "-r", "ak.priv", "-a", attributes)
+    tool("tpm2_create", "-Q", "-C", "0x81010001", "-G", "ecc:ecdsa-sha256:null", "-u", "ak.pub", "-r", "ak.priv", "-a", attributes)
     tool("tpm2_load", "-Q", "-C", "0x81010001", "-u", "ak.pub", "-r", "ak.priv", "-c", "ak.ctx")
     tool("tpm2_readpublic", "-Q", "-c", "ak.ctx", "-f", "pem", "-o", "ak.pem")
     tool("tpm2_quote", "-Q", "-c", "ak.ctx", "-l", "sha256:16", "-q", "abcd", "-m", "m", "-s", "s", "-o", "p")
