@@ -16,7 +16,12 @@ if [ -t 1 ]; then B=$'\e[1m' D=$'\e[2m' N=$'\e[0m'; else B='' D='' N=''; fi
 step() { printf '\n%s%s%s\n' "$B" "$*" "$N"; }
 note() { printf '    %s\n' "$*"; }
 fail() { printf 'demo: FAILED: %s\n' "$*"; printf '%s\n' "--- manager's log"; tail -n 20 "$LOG" 2>/dev/null || true; exit 1; }
-run() { printf '%s  $ %s%s\n' "$D" "$*" "$N"; "$@" >"$DIR/out" 2>&1 || { cat "$DIR/out"; fail "$1"; }; [ ! -s "$DIR/out" ] || echo >>"$DIR/out"; sed '/^$/d; s/^/    /' "$DIR/out" | head -n "${SHOW:-6}"; }
+run() { # run a command, show it and the first SHOW lines (default 6) of what it printed
+    printf '%s  $ %s%s\n' "$D" "$*" "$N"
+    "$@" >"$DIR/out" 2>&1 || { cat "$DIR/out"; fail "$1"; }
+    [ "${SHOW:-6}" = 0 ] || sed -n "1,${SHOW:-6}{/./s/^/    /p}" "$DIR/out"
+    [ -z "$(tail -c 1 "$DIR/out")" ] || [ "${SHOW:-6}" = 0 ] || echo
+}
 
 start_manager() {
     vtpm-manager run --state-dir "$STATE" --runtime-dir "$RUN" 2>>"$LOG" &

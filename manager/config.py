@@ -31,6 +31,7 @@ class TpmConfig:
     locality: int = 2
     pcrs: str = "sha256:0,2,7"
     srk_name: str = ""  # hex; pinned here at init, so that a salted session is salted to the right key
+    store_check: str = ""  # hex; pinned here at init, so that no other store is taken for ours
     busy_seconds: float = 30.0  # how long a busy TPM is waited for
 
 

@@ -27,7 +27,7 @@ from manager.instances import Instances
 from manager.keeper_client import Keeper
 from manager.keys import catalogue_key
 from manager.notify import notify
-from manager.opening import Opened, locked_store, open_store, open_tpm
+from manager.opening import Opened, integrity, locked_store, open_store, open_tpm
 from manager.registry import Registry
 from manager.ring_server import RingServer
 from manager.running import Running
@@ -58,7 +58,8 @@ class Daemon:
             strict=config.anchor.strict,
         )
         store_uuid = opened.store.uuid
-        self._catalogue = Catalogue.open(layout.catalogue, catalogue_key(opened.secret.store_key, store_uuid))
+        with integrity():
+            self._catalogue = Catalogue.open(layout.catalogue, catalogue_key(opened.secret.store_key, store_uuid))
         self._registry = Registry(self._committer, self._catalogue, self._anchoring, layout.state_images)
         self._attachments: Attachments
 

@@ -82,9 +82,10 @@ class TpmLink:
         return () if self._transport is None else self._transport.localities
 
     def close(self) -> None:
-        """Give the TPM back; idempotent. An operation afterwards raises TpmUnavailable."""
-        self._closed = True
-        self._drop()
+        """Give the TPM back when the operation under way is done; idempotent. Later ones raise TpmUnavailable."""
+        with self._busy:
+            self._closed = True
+            self._drop()
 
     @contextmanager
     def operation(self, doing: str, *, locality: int | None = None) -> Iterator[Any]:

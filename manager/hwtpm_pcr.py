@@ -17,7 +17,7 @@ from tpm2_pytss import (
     TSS2_Exception,
 )
 
-from manager.hwtpm_errors import TpmTransport, VolatileAnchorUnavailable, WrongLocality
+from manager.hwtpm_errors import BadSetting, TpmTransport, VolatileAnchorUnavailable, WrongLocality
 from manager.hwtpm_link import TpmLink
 from manager.hwtpm_rc import RC_LOCALITY, tpm_code
 from manager.hwtpm_records import ClockState, LocalityReport, TpmProperties
@@ -54,7 +54,7 @@ def selection_text(selection: Iterable[int]) -> str:
 def read_pcrs(esapi: Any, selection: Iterable[int]) -> dict[int, bytes]:
     """Read the values of these PCRs (SHA-256 bank, 32 bytes each), eight to a command. Inside an operation.
 
-    Raises TpmTransport if the TPM leaves one out: then it has no SHA-256 bank.
+    Raises BadSetting if the TPM has no SHA-256 bank.
     """
     wanted = sorted(set(selection))
     values: dict[int, bytes] = {}
@@ -62,7 +62,10 @@ def read_pcrs(esapi: Any, selection: Iterable[int]) -> dict[int, bytes]:
         part = wanted[start : start + _READ_PER_COMMAND]
         _, _, digests = esapi.pcr_read(selection_text(part))
         if len(digests) != len(part):
-            raise TpmTransport("read PCRs", f"it gave {len(digests)} of {len(part)}: is the SHA-256 bank active?")
+            raise BadSetting(
+                f"The TPM gave {len(digests)} of {len(part)} PCRs, so its SHA-256 bank is not active",
+                "Activate the bank in the firmware set-up, or with `tpm2_pcrallocate sha256:all` and a reboot.",
+            )
         values.update(zip(part, (bytes(digest) for digest in digests), strict=True))
     return values
 

@@ -93,8 +93,8 @@ class DeviceTransport:
     """A character device of the kernel: /dev/tpmrm0 or /dev/tpm0. Always locality 0."""
 
     def __init__(self, path: str) -> None:
-        # tpmrm0 gives each open file handles of its own; on tpm0 others' handles may be there. Flush neither.
-        self.owns_handles = False
+        # tpmrm0 gives each open file handles of its own. tpm0 can be open once only, so strays are of a dead owner.
+        self.owns_handles = not os.path.basename(path).startswith("tpmrm")
         self.localities: tuple[int, ...] = (0,)
         self._fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
 

@@ -132,7 +132,7 @@ class Instances:
         """Wait for the process to end, then clean up after it."""
         await trio.lowlevel.wait_readable(running.pidfd)
         os.close(running.pidfd)
-        self._rings.remove(running)
+        await self._rings.quiesce(running)
         if self.running.get(running.vtpm) is running:
             del self.running[running.vtpm]
         last = running.stage

@@ -40,6 +40,16 @@ def catalogue_key(store_key: StoreKey, store: UUID) -> bytes:
     return hkdf.derive(store_key.reveal())
 
 
+def store_check(store_key: StoreKey, store: UUID) -> str:
+    """Return what the configuration pins of a store, hex: public, and bound to its key and UUID.
+
+    Without it somebody with the TPM's owner authorisation could seal a key of his own and put a whole store of his
+    own in place of ours; vTPMs would then be other ones, silently.
+    """
+    hkdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=store.bytes, info=b"vtpm-manager store check v1")
+    return hkdf.derive(store_key.reveal()).hex()
+
+
 @dataclass(frozen=True, slots=True)
 class BootArea:
     """What stands in clear in the store image: enough for the right TPM, or the recovery key, to open it.

@@ -7,7 +7,7 @@ from enum import StrEnum
 from frontend_backend.messages_admin import ExitCode
 from manager.anchor import clean_stop
 from manager.config import Config, Layout
-from manager.errors import BusyError, DeniedError, ManagerError, UsageError
+from manager.errors import BusyError, DeniedError, IntegrityError, ManagerError, UsageError
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_setting import TctiKind, TctiSetting
 from manager.keys import BootArea, GroupSeal
@@ -71,6 +71,11 @@ def reseal(
         if selection != PCRS_NONE and public is None:
             raise UsageError("this installation has no recovery key, so no PCRs can be bound: --pcrs none")
         values = _predicted_values(tpm, selection, predicted)
+        if public is not None and public.signing_point != boot.platform.policy.recovery_point:
+            raise IntegrityError(
+                "the recovery key in the store's boot area is not the one that the store key is sealed to: somebody "
+                "changed it. Nothing was changed"
+            )
         unseal = _unsealer(tpm, recovery)
         opened = open_store(descriptor, tpm, config, unseal)
         try:

@@ -6,10 +6,11 @@ anchors agree.
 
 import contextlib
 import fcntl
+import hmac
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
@@ -17,12 +18,12 @@ from manager.anchor import Standing, judge
 from manager.anchoring import position_of
 from manager.config import Config, Layout
 from manager.embedded import EmbeddedTpm
-from manager.errors import BusyError, ConfigurationError, DeniedError, IntegrityError, NotFoundError
+from manager.errors import BusyError, ConfigurationError, IntegrityError, NotFoundError
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import PolicyMismatch
 from manager.hwtpm_records import SealedBlob
 from manager.hwtpm_setting import TctiKind, TctiSetting
-from manager.keys import BootArea, GroupSeal, PlatformSecret
+from manager.keys import BootArea, GroupSeal, PlatformSecret, store_check
 from storage.errors import DeviceError, StorageError
 from storage.secrets import GroupKey
 from storage.store import Store
@@ -124,8 +125,13 @@ def open_store(descriptor: int, tpm: HardwareTpm, config: Config, unseal: Unseal
     """
     unseal = unseal or tpm.unseal
     pin_srk(tpm, config)
-    _, boot = read_boot_area(descriptor)
+    uuid, boot = read_boot_area(descriptor)
     secret = PlatformSecret(unseal(boot.platform))
+    if not hmac.compare_digest(store_check(secret.store_key, uuid), config.tpm.store_check):
+        raise IntegrityError(
+            "this store was not made by this installation: its key is not the one that the configuration pins "
+            "([tpm] store_check). Nothing was changed. Put the right store image and configuration together"
+        )
     with integrity():
         store = Store.open(descriptor, secret.store_key)
     try:
@@ -163,19 +169,7 @@ def integrity() -> Iterator[None]:
     except DeviceError:
         raise
     except StorageError as error:
-        raise IntegrityError(f"the store cannot be opened: {error}") from error
-
-
-def denied_by_policy(error: PolicyMismatch) -> DeniedError:
-    """Return the error for a platform whose PCRs are not the sealed ones."""
-    return DeniedError(
-        f"{error} If this change was wanted, run 'vtpm-manager reseal --recovery-key FILE'; nothing was changed"
-    )
-
-
-def with_srk(config: Config, name: bytes) -> Config:
-    """Return the configuration with another pinned storage root key."""
-    return replace(config, tpm=replace(config.tpm, srk_name=name.hex()))
+        raise IntegrityError(f"this installation cannot be opened: {error}") from error
 
 
 def permissions_problem(path: Path) -> str | None:

@@ -15,7 +15,7 @@ from manager.config import Config, Layout, TpmConfig
 from manager.errors import ConflictError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
 from manager.hwtpm import HardwareTpm
-from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key
+from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
 from manager.policy import SealPolicy, parse_pcrs
 from manager.recovery_key import RecoveryPublic
 from storage.catalogue import Catalogue, GroupRow
@@ -126,7 +126,13 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
         raise
     _make_catalogue(layout, secret, store_uuid, group_uuid)
     config = Config(
-        tpm=TpmConfig(tcti=options.tcti, locality=options.locality, pcrs=options.pcrs, srk_name=srk_name.hex())
+        tpm=TpmConfig(
+            tcti=options.tcti,
+            locality=options.locality,
+            pcrs=options.pcrs,
+            srk_name=srk_name.hex(),
+            store_check=store_check(secret.store_key, store_uuid),
+        )
     )
     write_config(layout.config, config)
     temporary.rename(layout.store)

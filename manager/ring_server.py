@@ -50,6 +50,13 @@ class RingServer:
         if self._by_fileno.pop(running.ring.fileno(), None) is not None:
             self._epoll.unregister(running.ring.fileno())
 
+    async def quiesce(self, running: Running) -> None:
+        """Serve it no longer, and wait until what it asked for last is done: its record then says what counts."""
+        self.remove(running)
+        while running.busy:
+            running.idle = trio.Event()
+            await running.idle.wait()
+
     def close(self) -> None:
         """Close the epoll descriptor."""
         self._epoll.close()
@@ -102,6 +109,7 @@ class RingServer:
 
     def _answer(self, running: Running, reply: m.Reply) -> None:
         running.busy = False
+        running.idle.set()
         running.back.finish(m.encode_reply(reply, running.take_orders()))
         running.ring.ring()
 

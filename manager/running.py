@@ -61,6 +61,7 @@ class Running:
     settled: trio.Event = field(default_factory=trio.Event)  # left STARTING, or left NEEDS_RESET after a reset
     ended: trio.Event = field(default_factory=trio.Event)  # the process is gone
     busy: bool = False  # a request of this ring is being worked on
+    idle: trio.Event = field(default_factory=trio.Event)  # set when a request was done after the process had ended
     back: BackRing = field(init=False)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ the log and one flush; everything else (`store_checkpoint`) only moves what is a
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, Self
 from uuid import UUID
@@ -29,7 +30,7 @@ from storage.secrets import GroupKey, StoreKey
 from storage.store_checkpoint import checkpoint, ensure_room
 from storage.store_create import write_new_store
 from storage.store_crypto import key_check, seal_part
-from storage.store_frame import Anchors, Frame, GroupChange, frame_bytes
+from storage.store_frame import Frame, GroupChange, frame_bytes
 from storage.store_head import BootCopy, read_boot, read_header, write_boot_copy
 from storage.store_plan import Plan, Planner, find_group, missing_vtpm
 from storage.store_records import (
@@ -115,8 +116,8 @@ class Store:
         header = read_header(device)
         if header.key_check != key_check(key, header.store):
             raise WrongStoreKey(header.store)
-        boot = read_boot(device, header.store)
-        return cls(load(device, header.store, StoreKey(key.view)), boot)
+        state = load(device, header.store, StoreKey(key.view))
+        return cls(state, read_boot(device, header.store, state.carried.boot))
 
     def close(self) -> None:
         """Overwrite all keys and records in memory. Writes nothing: call `checkpoint` first for a clean stop."""
@@ -220,26 +221,26 @@ class Store:
     @property
     def anchored(self) -> bytes:
         """Digest that the durable anchor is known to hold (32 bytes), as of the newest frame or root."""
-        return self._open_state().anchors.anchored
+        return self._open_state().carried.anchored
 
     def note_anchored(self, digest: bytes) -> None:
         """Have every following frame and root say that the durable anchor holds `digest`. Writes nothing itself."""
         if len(digest) != 32:
             raise CommitRefused(f"an anchored digest has 32 bytes, not {len(digest)}")
         state = self._open_state()
-        state.anchors = Anchors(digest, state.anchors.volatile)
+        state.carried = replace(state.carried, anchored=digest)
 
     @property
     def volatile_expected(self) -> bytes:
         """Value expected in the volatile anchor, opaque, as of the newest frame or root; empty at first."""
-        return self._open_state().anchors.volatile
+        return self._open_state().carried.volatile
 
     def note_volatile(self, value: bytes) -> None:
         """Have every following frame and root carry `value`, at most 96 bytes. Writes nothing itself."""
         if len(value) > fmt.MAX_VOLATILE_BYTES:
             raise CommitRefused(f"a volatile anchor has at most {fmt.MAX_VOLATILE_BYTES} bytes, not {len(value)}")
         state = self._open_state()
-        state.anchors = Anchors(state.anchors.anchored, value)
+        state.carried = replace(state.carried, volatile=value)
 
     # --- changing ----------------------------------------------------------------------------------
 
@@ -301,21 +302,26 @@ class Store:
     def write_boot_area(self, content: bytes) -> None:
         """Replace the boot area durably; a power cut leaves the old or the new one.
 
-        Raises: BootAreaTooLarge, DeviceError.
+        The new copy is written first, then a frame that makes it the one that counts.
+        Raises: BootAreaTooLarge, StorageFull, DeviceError.
         """
         state = self._open_state()
         copy = BootCopy(1 - self._boot.place, self._boot.sequence + 1, content)
+        before = state.carried
         try:
             write_boot_copy(state.device, state.store, copy)
             state.flush()
+            state.carried = replace(before, boot=hashlib.sha256(content).digest())
+            self.commit([], notes=True)
         except DeviceError as error:
+            state.carried = before
             self._note_failure(error)
             raise
         self._boot = copy
 
     @property
     def boot_area(self) -> bytes:
-        """The boot area as last read or written."""
+        """The boot area that the store wrote last; other than what `read_boot_area` gives, this is authentic."""
         return self._boot.content
 
     # --- inside ------------------------------------------------------------------------------------
@@ -350,7 +356,7 @@ class Store:
             key = plan.keys[uuid] if group is None else group.key
             assert key is not None, "the plan lets only open groups pass"
             parts.append((uuid, seal_part(key, state.store, uuid, sequence, part)))
-        state.log.write(Frame(sequence, state.log.head, state.anchors, changes, parts), unit, state.key, state.store)
+        state.log.write(Frame(sequence, state.log.head, state.carried, changes, parts), unit, state.key, state.store)
         state.flush()
         self._failed = "its memory does not match its image"  # until all of it is applied
         state.sequence = sequence

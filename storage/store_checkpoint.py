@@ -48,6 +48,7 @@ def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None
     if not _final_fits(state, items):
         grow(state, sum(len(group.carry_pieces()) for group in state.groups.values()))
     _write(state, items)
+    _give_up_lost_leaves(state)
     _drop(state)
     _carry(state)
     log = state.log
@@ -135,9 +136,15 @@ def _fitting(state: State, items: list[_Item]) -> int:
 def _final_fits(state: State, items: list[_Item]) -> bool:
     """Tell whether items, drops and carried parts fit one round; counts map sectors that carrying may add."""
     pieces = sum(len(group.carry_pieces()) for group in state.groups.values())
-    entries = [item.entry for item in items] + list(_to_drop(state))
+    entries = [item.entry for item in items] + [*_to_drop(state), *_lost(state)]
     maps = state.tree.cost(entries) + (pieces and pieces // fmt.REFS_PER_MAP + 2)
     return len(items) + pieces + maps <= state.tree.free
+
+
+def _lost(state: State) -> list[int]:
+    """List damaged leaves that must never count again: whole once more, they would undo a removal."""
+    groups = [group for group in state.groups.values() if group.table is not None and group.table.removed]
+    return [entry for group in groups for entry in group.damaged if not state.tree.is_lost(entry)]
 
 
 def _to_drop(state: State) -> set[int]:
@@ -152,6 +159,11 @@ def _write(state: State, items: list[_Item]) -> None:
     for item in items:
         state.tree.write(item.entry, item.payload(), item.key, item.purpose, state.sequence + 1)
         item.written()
+
+
+def _give_up_lost_leaves(state: State) -> None:
+    for entry in _lost(state):
+        state.tree.mark_lost(entry)
 
 
 def _drop(state: State) -> None:
@@ -185,9 +197,10 @@ def _commit_root(state: State, log_unit: int, log_previous: bytes) -> None:
         log_head=state.log.head,
         checkpoints=state.root.body.checkpoints + 1,
         map_sectors=len(state.tree.maps),
-        volatile_length=len(state.anchors.volatile),
-        volatile=state.anchors.volatile,
-        anchored=state.anchors.anchored,
+        volatile_length=len(state.carried.volatile),
+        volatile=state.carried.volatile,
+        anchored=state.carried.anchored,
+        boot=state.carried.boot,
     )
     root = Root(state.sequence + 1, body, tuple(state.tree.maps), 1 - state.root.slot)
     state.root = write_root(state.device, state.store, state.key, root)

@@ -1,5 +1,6 @@
 """Making an empty store: everything but the header first, the header last."""
 
+import hashlib
 import os
 from typing import Final
 from uuid import UUID
@@ -39,6 +40,7 @@ def write_new_store(device: Device, store: UUID, key: StoreKey, boot_area: bytes
         volatile_length=0,
         volatile=b"",
         anchored=bytes(32),
+        boot=hashlib.sha256(boot_area).digest(),
     )
     write_boot_copy(device, store, BootCopy(0, 1, boot_area))
     write_root(device, store, key, Root(1, body, (), 0))

@@ -99,6 +99,7 @@ class RootBody(WireRecord):
     volatile_length: int = wire("I", "bytes in use of the next field")
     volatile: bytes = wire("96s", "what the manager notes of its anchors, opaque")
     anchored: bytes = wire("32s", "digest that the durable anchor is known to hold")
+    boot: bytes = wire("32s", "SHA-256 of the boot area's content: what it says counts only if it is this")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,9 @@ class SectorRef(WireRecord):
     """A reference to one sector of the pool, in roots (to map sectors) and in map sectors."""
 
     location: int = wire("I", "sector number; 0: unused entry")
-    owner: int = wire("H", "kind (2 high bits: 0 leaf, 1 group record, 2 carried parts, 3 map), group number (14 bits)")
+    owner: int = wire(
+        "H", "kind (3 high bits: 0 leaf, 1 group record, 2 carried parts, 3 map, 4 lost leaf), group number (13 bits)"
+    )
     sequence: int = wire("Q", "sequence of the checkpoint that wrote it, part of the associated data")
     digest: bytes = wire("18s", "first 18 bytes of the sector's SHA-256, so that it is checked without a key")
 
@@ -171,6 +174,7 @@ class EnvelopeHead(WireRecord):
     anchored: bytes = wire("32s", "as in the root")
     volatile_length: int = wire("B", "bytes in use of the next field")
     volatile: bytes = wire("96s", "as in the root")
+    boot: bytes = wire("32s", "as in the root")
     group_changes: int = wire("H", "number of group changes")
 
 
@@ -201,12 +205,13 @@ class PartContext(WireRecord):
 
 
 class Kind(IntEnum):
-    """What a reference leads to."""
+    """What a reference leads to. LOST: a damaged leaf that must not come back, as records were removed since."""
 
     LEAF = 0
     GROUP = 1
     CARRY = 2
     MAP = 3
+    LOST = 4
 
 
 class Operation(IntEnum):
@@ -216,7 +221,8 @@ class Operation(IntEnum):
     REMOVE = 2
 
 
-MAX_GROUPS: Final = 1 << 14
+_GROUP_BITS: Final = 13
+MAX_GROUPS: Final = 1 << _GROUP_BITS
 ROWS_PER_LEAF: Final = PAYLOAD // VtpmRow.size()
 REFS_PER_MAP: Final = PAYLOAD // SectorRef.size()
 ROOT_PAYLOAD: Final = ROOT_BYTES - RootHeader.size() - SALT_BYTES - TAG_BYTES
@@ -228,7 +234,7 @@ REF_DIGEST_BYTES: Final = 18
 assert StoreHeader.size() == 512, "one device sector, so that creation is atomic"
 assert BootHeader.size() == 40
 assert RootHeader.size() == 24
-assert RootBody.size() == 224
+assert RootBody.size() == 256
 assert SectorRef.size() == 32
 assert VtpmRow.size() == 92
 assert ROWS_PER_LEAF * VtpmRow.size() == PAYLOAD, "44 records fill a sector (design section 5)"
@@ -240,12 +246,17 @@ assert FrameHeader.size() == 88
 
 def owner(kind: Kind, group_number: int = 0) -> int:
     """Pack the owner field of a reference."""
-    return kind << 14 | group_number
+    return kind << _GROUP_BITS | group_number
 
 
 def kind_and_group(owner_field: int) -> tuple[Kind, int]:
-    """Unpack the owner field of a reference: kind and group number."""
-    return Kind(owner_field >> 14), owner_field & (MAX_GROUPS - 1)
+    """Unpack the owner field of a reference: kind and group number. Raises ValueError for an unknown kind."""
+    return Kind(owner_field >> _GROUP_BITS), owner_field & (MAX_GROUPS - 1)
+
+
+def known_kind(owner_field: int) -> bool:
+    """Tell whether the owner field of a reference says a kind that this version knows."""
+    return owner_field >> _GROUP_BITS <= max(Kind)
 
 
 def units(byte_count: int) -> int:

@@ -24,11 +24,12 @@ _NONCE: Final = bytes(12)
 
 
 @dataclass(frozen=True, slots=True)
-class Anchors:
-    """What every frame and root carries of the hardware anchors (design section 7)."""
+class Carried:
+    """What every frame and root carries: notes on the hardware anchors (design section 7), SHA-256 of the boot area."""
 
     anchored: bytes = bytes(32)
     volatile: bytes = b""
+    boot: bytes = bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Frame:
 
     sequence: int
     previous: bytes
-    anchors: Anchors
+    carried: Carried
     groups: Sequence[GroupChange]
     parts: Sequence[tuple[UUID, bytes]]
 
@@ -63,13 +64,13 @@ class Frame:
 def frame_bytes(groups: Sequence[GroupChange], part_sizes: Sequence[int]) -> int:
     """Size of a frame with these group changes and parts of these plaintext sizes."""
     sealed = sum(size + fmt.PartHead.size() + fmt.SALT_BYTES + fmt.TAG_BYTES for size in part_sizes)
-    return fmt.FrameHeader.size() + len(_pack_envelope(Anchors(), groups)) + fmt.TAG_BYTES + sealed
+    return fmt.FrameHeader.size() + len(_pack_envelope(Carried(), groups)) + fmt.TAG_BYTES + sealed
 
 
 def pack_frame(frame: Frame, key: StoreKey, store: UUID, unit: int) -> bytes:
     """Seal a frame for its place in the log, without the filling up to the next unit."""
     parts = b"".join(fmt.PartHead(group, len(sealed)).pack() + sealed for group, sealed in frame.parts)
-    envelope = _pack_envelope(frame.anchors, frame.groups)
+    envelope = _pack_envelope(frame.carried, frame.groups)
     salt = os.urandom(fmt.SALT_BYTES)
     header = fmt.FrameHeader(
         fmt.FRAME_MAGIC, fmt.FORMAT_VERSION, 0, frame.sequence, len(envelope), len(parts), frame.previous, salt
@@ -104,8 +105,8 @@ def unpack_frame(raw: bytes, start: int, key: StoreKey, store: UUID) -> tuple[Fr
     if header.version > fmt.FORMAT_VERSION:
         raise StoreTooNew("a log frame", header.version, fmt.FORMAT_VERSION)
     try:
-        anchors, groups = _unpack_envelope(envelope)
-        frame = Frame(header.sequence, header.previous, anchors, groups, _unpack_parts(parts))
+        carried, groups = _unpack_envelope(envelope)
+        frame = Frame(header.sequence, header.previous, carried, groups, _unpack_parts(parts))
     except (IndexError, struct.error, ValueError) as error:
         raise StoreDamaged("log frame", f"authentic but not to be parsed: {error}") from error
     return frame, end - start, hashlib.sha256(raw[start:end]).digest()
@@ -115,8 +116,8 @@ def _context(header: bytes, parts: bytes, store: UUID, unit: int, sequence: int)
     return fmt.SealContext(store, unit, sequence).pack() + header + hashlib.sha256(parts).digest()
 
 
-def _pack_envelope(anchors: Anchors, groups: Sequence[GroupChange]) -> bytes:
-    head = fmt.EnvelopeHead(anchors.anchored, len(anchors.volatile), anchors.volatile, len(groups)).pack()
+def _pack_envelope(carried: Carried, groups: Sequence[GroupChange]) -> bytes:
+    head = fmt.EnvelopeHead(carried.anchored, len(carried.volatile), carried.volatile, carried.boot, len(groups)).pack()
     items = [head]
     for change in groups:
         if isinstance(change, GroupPut):
@@ -126,7 +127,7 @@ def _pack_envelope(anchors: Anchors, groups: Sequence[GroupChange]) -> bytes:
     return b"".join(items)
 
 
-def _unpack_envelope(envelope: bytes) -> tuple[Anchors, list[GroupChange]]:
+def _unpack_envelope(envelope: bytes) -> tuple[Carried, list[GroupChange]]:
     head = fmt.EnvelopeHead.unpack(envelope)
     changes: list[GroupChange] = []
     position = head.size()
@@ -144,7 +145,7 @@ def _unpack_envelope(envelope: bytes) -> tuple[Anchors, list[GroupChange]]:
             raise StoreDamaged("log frame", f"group operation {operation}")
     if position != len(envelope):
         raise StoreDamaged("log frame", "its envelope has another length than its content")
-    return Anchors(head.anchored, head.volatile[: head.volatile_length]), changes
+    return Carried(head.anchored, head.volatile[: head.volatile_length], head.boot), changes
 
 
 def _unpack_parts(parts: bytes) -> list[tuple[UUID, bytes]]:

@@ -83,7 +83,7 @@ class Group:
         return table
 
     def _fill(self, table: GroupTable, key: GroupKey, tree: Tree, store: UUID) -> None:
-        for entry in self.leaves:
+        for entry in sorted(self.leaves, key=tree.written_at, reverse=True):
             if entry not in self.damaged:
                 table.load_leaf(entry, tree.read(entry, key, Purpose.LEAF))
         parts = dict(self._carried(tree)) | self.pending
@@ -93,7 +93,6 @@ class Group:
             except InvalidTag:
                 raise StoreDamaged(f"log part {sequence} of group {self.record.uuid}", "it does not open") from None
             table.apply(plaintext)
-        table.check_settled()
 
     def close(self) -> None:
         """Overwrite keys and records in memory."""

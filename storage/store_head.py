@@ -97,14 +97,18 @@ def write_boot_copy(device: Device, store: UUID, copy: BootCopy) -> None:
     device.write(checked + hashlib.sha256(checked).digest(), fmt.BOOT_SECTORS[copy.place] * fmt.SECTOR)
 
 
-def read_boot(device: Device, store: UUID) -> BootCopy:
-    """Read the intact boot copy with the higher sequence.
+def read_boot(device: Device, store: UUID, digest: bytes | None = None) -> BootCopy:
+    """Read the boot copy whose content has this SHA-256; without a digest the intact one with the higher sequence.
 
-    Raises: StoreTooNew, StoreDamaged (neither is intact), DeviceError.
+    Raises: StoreTooNew, StoreDamaged (there is none), DeviceError.
     """
     copies = [copy for place in (0, 1) if (copy := _read_boot_copy(device, store, place)) is not None]
     if not copies:
         raise StoreDamaged("boot area", "neither copy is intact")
+    if digest is not None:
+        copies = [copy for copy in copies if hashlib.sha256(copy.content).digest() == digest]
+        if not copies:
+            raise StoreDamaged("boot area", "neither copy is the one that the store wrote last")
     return max(copies, key=lambda copy: copy.sequence)
 
 

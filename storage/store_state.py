@@ -8,7 +8,7 @@ from storage.disk import Device
 from storage.errors import StoreDamaged
 from storage.secrets import GroupKey, StoreKey
 from storage.store_crypto import Purpose
-from storage.store_frame import Anchors, Frame, GroupDrop, GroupPut
+from storage.store_frame import Carried, Frame, GroupDrop, GroupPut
 from storage.store_group import Group
 from storage.store_head import Root, read_root
 from storage.store_log import Log
@@ -27,7 +27,7 @@ class State:
     log: Log
     root: Root
     sequence: int
-    anchors: Anchors
+    carried: Carried
     groups: dict[UUID, Group] = field(default_factory=dict)
     drops: set[int] = field(default_factory=set)
     damage: list[Damage] = field(default_factory=list)
@@ -59,8 +59,8 @@ def load(device: Device, store: UUID, key: StoreKey) -> State:
     tree = Tree(device, store, key, body.total_sectors, extent)
     tree.load(root.maps)
     log = Log(device, body.log_first, body.log_sectors, body.log_unit, body.log_previous)
-    anchors = Anchors(body.anchored, body.volatile[: body.volatile_length])
-    state = State(device, store, key, tree, log, root, root.sequence, anchors)
+    carried = Carried(body.anchored, body.volatile[: body.volatile_length], body.boot)
+    state = State(device, store, key, tree, log, root, root.sequence, carried)
     _load_groups(state)
     for frame in log.replay(key, store, root.sequence, body.log_head):
         replay(state, frame)
@@ -84,11 +84,12 @@ def _load_groups(state: State) -> None:
         owner = by_number.get(number)
         if owner is None or kind is fmt.Kind.MAP:
             raise StoreDamaged(f"entry {entry} of the map", "it belongs to no group")
-        (owner.leaves if kind is fmt.Kind.LEAF else owner.carry).append(entry)
-        if entry in bad:
+        if kind is not fmt.Kind.LOST:
+            (owner.leaves if kind is fmt.Kind.LEAF else owner.carry).append(entry)
+        if entry in bad or kind is fmt.Kind.LOST:
             owner.damaged.append(entry)
             what = f"{kind.name.lower()} (entry {entry}) of group {owner.record.uuid}"
-            state.damage.append(Damage(what, bad[entry]))
+            state.damage.append(Damage(what, bad.get(entry, "it was damaged at an earlier checkpoint")))
 
 
 def replay(state: State, frame: Frame) -> None:
@@ -101,7 +102,7 @@ def replay(state: State, frame: Frame) -> None:
         group.pending[frame.sequence] = sealed
     drop_groups(state, [change for change in frame.groups if isinstance(change, GroupDrop)])
     state.sequence = max(state.sequence, frame.sequence)
-    state.anchors = frame.anchors
+    state.carried = frame.carried
 
 
 def put_groups(state: State, puts: list[GroupPut], keys: dict[UUID, GroupKey]) -> None:

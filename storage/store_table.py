@@ -41,7 +41,7 @@ class GroupTable:
         self._index: dict[bytes, int] = {}  # position = entry * rows per leaf + row
         self._free: list[int] = []
         self._used: dict[int, int] = {}  # rows in use by entry
-        self._stale: set[bytes] = set()
+        self.removed = False  # a record was removed, perhaps one that only an unreadable leaf holds
         self.dirty: set[int] = set()
 
     def __len__(self) -> int:
@@ -68,8 +68,8 @@ class GroupTable:
     def load_leaf(self, entry: int, plaintext: bytes) -> None:
         """Take in a leaf as read from disk. Raises StoreDamaged for a row that is neither used nor empty.
 
-        A UUID seen twice is what a checkpoint that was cut short leaves behind; the log then says which
-        row counts, and `check_settled` makes sure that it did.
+        Leaves must come newest first: a UUID that a newer leaf has is stale. A checkpoint that was cut short
+        leaves such rows, and a damaged leaf that is whole again.
         """
         leaf = self._leaves[entry] = bytearray(plaintext)
         self._used[entry] = 0
@@ -83,18 +83,10 @@ class GroupTable:
             elif uuid in self._index:
                 leaf[row * _ROW : (row + 1) * _ROW] = _EMPTY_ROW
                 self._free.append(position)
-                self._stale.add(uuid)
                 self.dirty.add(entry)
             else:
                 self._index[uuid] = position
                 self._used[entry] += 1
-
-    def check_settled(self) -> None:
-        """Make sure that the log spoke of every UUID that was in two leaves. Raises StoreDamaged."""
-        if self._stale:
-            raise StoreDamaged(
-                f"vTPM {UUID(bytes=min(self._stale))}", "it is in two leaves and the log does not say why"
-            )
 
     def leaf(self, entry: int) -> bytes:
         """Copy out the plaintext of a leaf, to be written."""
@@ -130,12 +122,11 @@ class GroupTable:
                 self._add_leaf()
             position = self._index[uuid] = self._free.pop()
             self._used[position // _ROWS] += 1
-        self._stale.discard(uuid)
         self._write(position, row)
 
     def remove(self, uuid: bytes) -> None:
         """Overwrite the record; one that is not there is no error, as the log is replayed over newer leaves."""
-        self._stale.discard(uuid)
+        self.removed = True
         position = self._index.pop(uuid, None)
         if position is None:
             return

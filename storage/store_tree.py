@@ -6,7 +6,7 @@ becomes free when `settle` says that a root without it is durable.
 
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 from uuid import UUID
 
@@ -65,6 +65,8 @@ class Tree:
                     self.entries.append(None)
                     continue
                 self._claim(free, entry, f"entry {len(self.entries)} of the map")
+                if not fmt.known_kind(entry.owner):
+                    raise StoreDamaged(f"entry {len(self.entries)} of the map", "authentic, but of no known kind")
                 self.entries.append(entry)
                 self._in_use += 1
         while self.entries and self.entries[-1] is None:
@@ -84,6 +86,11 @@ class Tree:
         if ref is None or ref.location == _UNWRITTEN:
             raise StoreDamaged(f"entry {entry}", "it leads to no sector")
         return self._open(ref, key, purpose, f"{purpose.name.lower()} (entry {entry}) at sector {ref.location}")
+
+    def written_at(self, entry: int) -> int:
+        """Return the sequence of the checkpoint that wrote an entry's sector."""
+        ref = self.entries[entry]
+        return 0 if ref is None else ref.sequence
 
     def by_owner(self) -> Iterator[tuple[int, fmt.Kind, int]]:
         """Yield (entry, kind, group number) of all entries."""
@@ -142,6 +149,19 @@ class Tree:
         assert old is not None, "only allocated entries are written"
         self.entries[entry] = self._seal(old.owner, payload, key, purpose, sequence)
         self._release(old)
+        self._touched.add(entry // fmt.REFS_PER_MAP)
+
+    def is_lost(self, entry: int) -> bool:
+        """Tell whether `mark_lost` was called for the entry."""
+        ref = self.entries[entry]
+        return ref is not None and fmt.kind_and_group(ref.owner)[0] is fmt.Kind.LOST
+
+    def mark_lost(self, entry: int) -> None:
+        """Keep an entry's sector for good, but have it never read as a leaf again."""
+        old = self.entries[entry]
+        assert old is not None, "only allocated entries are lost"
+        _, group = fmt.kind_and_group(old.owner)
+        self.entries[entry] = replace(old, owner=fmt.owner(fmt.Kind.LOST, group))
         self._touched.add(entry // fmt.REFS_PER_MAP)
 
     def drop(self, entry: int) -> None:

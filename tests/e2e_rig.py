@@ -78,7 +78,12 @@ class Installation:
     def _ready(self) -> bool:
         assert self.manager is not None
         assert self.manager.poll() is None, f"the manager ended:\n{self.log.read_text()[-3000:]}"
-        return (self.runtime / "admin.sock").exists()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as admin:
+            try:
+                admin.connect(str(self.runtime / "admin.sock"))
+            except OSError:
+                return False
+        return True
 
     def try_start(self) -> int:
         """Start a manager that is expected not to; return its exit code."""

@@ -137,6 +137,14 @@ def test_all_24_pcrs_are_read(tpm: HardwareTpm) -> None:
     assert tpm.pcr_read([]) == {}
 
 
+def test_a_tpm_without_the_sha256_bank_is_said(swtpm: SwtpmProcess) -> None:
+    swtpm.tool("tpm2_pcrallocate", "sha1:all+sha256:none")
+    swtpm.stop()
+    swtpm.start()
+    with HardwareTpm.open(swtpm.setting) as tpm, pytest.raises(BadSetting, match="SHA-256 bank is not active"):
+        tpm.pcr_values_to_seal([0, 7])
+
+
 def test_only_pcrs_that_bind_are_read_for_sealing(tpm: HardwareTpm) -> None:
     assert list(tpm.pcr_values_to_seal([7, 0, 2])) == [0, 2, 7]
     for pcr in (16, 20, 22, 23):

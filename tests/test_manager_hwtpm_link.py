@@ -354,6 +354,15 @@ def test_a_character_device_serves_locality_zero_only(swtpm: SwtpmProcess) -> No
             assert len(tpm.random(16)) == 16
 
 
+def test_a_tcti_of_the_loader_without_localities_serves_the_weaker_mode_only(swtpm: SwtpmProcess) -> None:
+    with terminal_device(swtpm) as path:
+        setting = TctiSetting(TctiKind.LOADER, f"device:{path}")
+        with pytest.raises(WrongLocality, match="its TCTI answered"):
+            HardwareTpm.open(setting)
+        with HardwareTpm.open(setting, locality=0) as tpm:
+            assert tpm.check_locality().weaker
+
+
 def test_a_character_device_that_does_not_answer_is_given_up_at_the_deadline(swtpm: SwtpmProcess) -> None:
     with terminal_device(swtpm) as path:
         assert swtpm.process is not None

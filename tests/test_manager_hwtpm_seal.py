@@ -6,6 +6,8 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 from fixtures_tpm import SwtpmProcess, extend_command, recorded_bus, running_swtpm
+from hypothesis import given
+from hypothesis import strategies as st
 from tpm2_pytss import ESYS_TR, TPM2_CC, TPMA_LOCALITY
 
 from manager.hwtpm import HardwareTpm
@@ -25,7 +27,7 @@ from manager.hwtpm_errors import (
 )
 from manager.hwtpm_link import flushed
 from manager.hwtpm_records import SealedBlob
-from manager.hwtpm_seal import PCR_TRIES
+from manager.hwtpm_seal import PCR_TRIES, _unmarshal
 from manager.policy import PcrBranch, SealPolicy
 from manager.recovery_key import RecoveryPrivate
 
@@ -244,6 +246,12 @@ def test_damaged_and_swapped_blobs_are_refused_and_leave_no_handle(tpm: Hardware
         tpm.unseal(DAMAGE[where](blob))
     assert tpm.transient_handles() == ()
     assert tpm.unseal(blob) == SECRET
+
+
+@given(public=st.binary(max_size=100), private=st.binary(max_size=200))
+def test_bytes_that_are_no_blob_are_damage_before_any_tpm_is_asked(public: bytes, private: bytes) -> None:
+    with pytest.raises(SealDamaged):
+        _unmarshal(SealedBlob(public, private, SealPolicy.build()))
 
 
 def test_the_private_part_of_another_seal_is_refused(tpm: HardwareTpm) -> None:

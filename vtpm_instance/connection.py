@@ -1,7 +1,7 @@
 """Stream connections of a front end and the listener they come from, without waiting.
 
 What lives here: bytes between a socket and a sans-IO session, one answer at a time. What must not: what the bytes
-mean (`sessions`), and when to wait (`server`).
+mean (the sessions), and when to wait (`server`).
 """
 
 import select
@@ -13,101 +13,137 @@ from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.tpmhdr import MAX_COMMAND
 
 MAX_CONNECTIONS: Final = 8  # a port; more wait in the listener's backlog
+_NO_SIGNAL: Final = socket.MSG_NOSIGNAL
 
 
 class Session(Protocol):
     """A sans-IO conversation: what was received goes in, one answer at a time comes out."""
 
-    closing: bool  # set once nothing more can be read: the connection ends after the last answer
-
-    def feed(self, data: bytes) -> None:
-        """Add what was received."""
-
-    def next_answer(self) -> bytes | None:
-        """Deal with the next whole request and return its answer, None when none is whole."""
-
     @property
     def pending(self) -> bool:
         """Whether bytes are there that no answer was given to, a whole request perhaps."""
 
+    @property
+    def closing(self) -> bool:
+        """Whether nothing more can be read: the connection then ends after the last answer."""
+
+    def exchange(self, data: bytes) -> bytes | None:
+        """Add what was received, then do as `next_answer`."""
+
+    def next_answer(self) -> bytes | None:
+        """Deal with the next whole request and return its answer, None when none is whole."""
+
+
+class Host(Protocol):
+    """Who polls: what a connection tells it."""
+
+    def wait_for(self, connection: "Connection", events: int) -> None:
+        """Call `on_event` when one of `events` happens."""
+
+    def come_back(self, connection: "Connection") -> None:
+        """Call `step` in the next turn, after the others had theirs."""
+
+    def drop(self, connection: "Connection", descriptor: int) -> None:
+        """Forget a connection that has closed itself; `descriptor` was its."""
+
 
 class Connection:
-    """One accepted connection. `wants` is what to poll for; `step` answers at most one request.
+    """One accepted connection. The way through `on_event` is walked for each command of a guest: it is kept short."""
 
-    The way from `receive` to the sent answer is walked once for each command of a guest: it is kept short.
-    """
-
-    def __init__(self, sock: socket.socket, session: Session) -> None:
+    def __init__(self, sock: socket.socket, session: Session, host: Host) -> None:
         """Serve `session` on `sock`, which becomes ours and non-blocking."""
-        self._sock, self._session = sock, session
-        self._sock.setblocking(False)
+        self._sock, self._session, self._host = sock, session, host
+        sock.setblocking(False)
+        self._receive, self._transmit, self._exchange = sock.recv, sock.send, session.exchange
         self._unsent = b""
-        self.closed = False
-        self.wants = select.POLLIN
+        self._waiting_turn = False
 
     def fileno(self) -> int:
         """Return the socket's descriptor."""
         return self._sock.fileno()
 
-    def receive(self) -> None:
-        """Take in what has arrived; a peer that is gone closes the connection."""
+    def on_event(self, events: int) -> None:
+        """Take in what has arrived and answer at most one request, or send what is left to send."""
+        if self._waiting_turn:
+            return  # it has whole requests waiting; they come before anything new, and before its end
+        if self._unsent:
+            self._on_writable(events)
+            return
         try:
-            data = self._sock.recv(MAX_COMMAND)
+            data = self._receive(MAX_COMMAND)
         except BlockingIOError:
             return
         except OSError:
             # The peer reset the connection: the same as an orderly end, nobody is left to answer.
             data = b""
         if data:
-            self._session.feed(data)
+            self._deliver(self._exchange(data))
         else:
-            self.close()
+            self._end()
 
-    def step(self) -> bool:
-        """Answer at most one request; returns whether there may be another whole one already."""
-        if self._unsent:
-            self._send(self._unsent)
-            if self._unsent or self.closed:
-                return False
-        session = self._session
-        answer = session.next_answer()
+    def step(self) -> None:
+        """Answer at most one request of those that are here already."""
+        self._waiting_turn = False
+        self._deliver(self._session.next_answer())
+
+    def _deliver(self, answer: bytes | None) -> None:
         if answer is None:
-            return False
-        self._send(answer)
-        if session.closing and not self._unsent:
-            self.close()
-        return session.pending and not self._unsent and not self.closed
+            return
+        session = self._session
+        if self._send(answer):
+            if session.closing:
+                self._end()
+            elif session.pending:
+                self._waiting_turn = True
+                self._host.come_back(self)
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes) -> bool:
+        """Send; returns whether all of it went out. What did not is kept, and nothing more is read until it has."""
         try:
-            sent = self._sock.send(data, socket.MSG_NOSIGNAL)
+            sent = self._transmit(data, _NO_SIGNAL)
         except BlockingIOError:
             sent = 0
         except OSError:
-            # As in receive: the command has run, its answer has no taker any more.
-            self.close()
-            return
+            # As in on_event: the command has run, its answer has no taker any more.
+            self._end()
+            return False
         if sent == len(data):
-            if self._unsent:
-                self._unsent, self.wants = b"", select.POLLIN
-        else:
-            # A peer that does not read its answers gets no further requests read: its own queue fills, not ours.
-            self._unsent, self.wants = data[sent:], select.POLLOUT
+            return True
+        if not self._unsent:
+            self._host.wait_for(self, select.POLLOUT)
+        self._unsent = data[sent:]
+        return False
+
+    def _on_writable(self, events: int) -> None:
+        if not events & select.POLLOUT:
+            self._end()
+        elif self._send(self._unsent):
+            self._unsent = b""
+            self._host.wait_for(self, select.POLLIN)
+            if self._session.closing:
+                self._end()
+            elif self._session.pending:
+                self._waiting_turn = True
+                self._host.come_back(self)
+
+    def _end(self) -> None:
+        descriptor = self._sock.fileno()
+        self._sock.close()
+        self._host.drop(self, descriptor)
 
     def close(self) -> None:
-        """Close the socket. May be repeated."""
-        self.closed = True
+        """Close the socket, without telling the host. May be repeated."""
         self._sock.close()
 
 
 class Port:
     """A listening socket and its connections; a new session is made by `serve` from the peer's credentials."""
 
-    def __init__(self, listener: socket.socket, serve: Callable[[PeerCredentials], Session]) -> None:
-        """Take `listener` over."""
-        self._listener, self._serve = listener, serve
+    def __init__(self, listener: socket.socket, serve: Callable[[PeerCredentials], Session], host: Host) -> None:
+        """Take `listener` over; connections report to `host`."""
+        self._listener, self._serve, self._host = listener, serve, host
         self._listener.setblocking(False)
-        self.connections: dict[int, Connection] = {}
+        self.connections: set[Connection] = set()
 
     def fileno(self) -> int:
         """Return the listener's descriptor."""
@@ -124,13 +160,13 @@ class Port:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        connection = Connection(sock, self._serve(PeerCredentials.of(sock)))
-        self.connections[connection.fileno()] = connection
+        connection = Connection(sock, self._serve(PeerCredentials.of(sock)), self._host)
+        self.connections.add(connection)
         return connection
 
     def close(self) -> None:
         """Close everything."""
-        for connection in self.connections.values():
+        for connection in self.connections:
             connection.close()
         self.connections.clear()
         self._listener.close()

@@ -13,6 +13,11 @@ _SIZE_OFFSET: Final = 2
 _SIZE_END: Final = 6
 
 
+def is_whole_command(data: bytes) -> bool:
+    """Tell whether `data` is exactly one command, as it nearly always is when something arrives."""
+    return HEADER_SIZE <= len(data) <= MAX_COMMAND and int.from_bytes(data[_SIZE_OFFSET:_SIZE_END]) == len(data)
+
+
 class CommandStream:
     """Bytes in, commands out. Holds at most what was fed last beyond one incomplete command."""
 

@@ -223,6 +223,9 @@ class Keeper:
                 handed_out.extend(kept.descriptors)
                 return Fetched(kept.describe())
             case Forget(vtpm, lease):
+                kept = self._keeping.get(_uuid(vtpm), lease)
+                if kept.alive:
+                    self._on_end(kept)  # the manager may have seen its pidfd before this loop did
                 return Forgotten(self._keeping.forget(_uuid(vtpm), lease))
             case Stop():
                 return Stopping()

@@ -90,11 +90,24 @@ class Tpm:
             "tpm_io_getphysicalpresence": self._tell_presence,
         }
         self._closures = {name: closure(name, function) for name, function in table.items()}
+        self._at_any_locality = self._callbacks(self._closures)
+        # Without the callback libtpms takes locality 0; asking Python for it would be a third of a cheap command.
+        at_zero = {name: pointer for name, pointer in self._closures.items() if name != "tpm_io_getlocality"}
+        self._at_locality_zero = self._callbacks(at_zero)
+        self._check("RegisterCallbacks", self._c.TPMLIB_RegisterCallbacks(self._at_locality_zero))
+
+    @staticmethod
+    def _callbacks(closures: dict[str, Any]) -> Any:
         callbacks = ffi.new("struct libtpms_callbacks *")
         callbacks.sizeOfStruct = ffi.sizeof("struct libtpms_callbacks")
-        for name, pointer in self._closures.items():
+        for name, pointer in closures.items():
             setattr(callbacks, name, pointer)
-        self._check("RegisterCallbacks", self._c.TPMLIB_RegisterCallbacks(callbacks))
+        return callbacks
+
+    def _set_locality(self, locality: int) -> None:
+        table = self._at_any_locality if locality else self._at_locality_zero
+        self._check("RegisterCallbacks", self._c.TPMLIB_RegisterCallbacks(table))
+        self._locality = locality
 
     # callbacks: called by libtpms, on this thread, inside MainInit and Process
 
@@ -186,7 +199,8 @@ class Tpm:
         if unknown := blobs.keys() - BLOB_NAMES:
             raise StateRefusedError(family.value, _FAIL, f"it holds unknown blobs {sorted(unknown)}")
         self._check("ChooseTPMVersion", self._c.TPMLIB_ChooseTPMVersion(_VERSIONS[family]))
-        self.blobs, self._on_store, self._locality = blobs, on_store, 0
+        self.blobs, self._on_store = blobs, on_store
+        self._set_locality(0)
         code = self._c.TPMLIB_MainInit()
         if code or self._raised is not None:
             self._c.TPMLIB_Terminate()
@@ -217,7 +231,8 @@ class Tpm:
             raise LibtpmsMisuseError("no TPM runs in this process")
         if size > MAX_COMMAND:
             raise LibtpmsMisuseError(f"a command of {size} bytes; libtpms takes {MAX_COMMAND}")
-        self._locality = locality
+        if locality != self._locality:
+            self._set_locality(locality)
         self._command_bytes[0:size] = command
         code = self._process(self._response, self._response_size, self._response_room, self._command, size)
         if self._raised is not None:

@@ -18,7 +18,7 @@ from storage.errors import StorageError
 from vtpm_instance.connection import Connection, Port
 from vtpm_instance.control import ControlSession, FrontEnd, Role
 from vtpm_instance.errors import FramingError, InstanceError, ManagerConfusedError
-from vtpm_instance.framing import CommandStream
+from vtpm_instance.framing import CommandStream, is_whole_command
 from vtpm_instance.journal import note
 from vtpm_instance.managerlink import ManagerLink
 from vtpm_instance.vtpm import Vtpm, wrong_size_response
@@ -32,33 +32,37 @@ class DataSession:
     def __init__(self, server: "Server") -> None:
         """Serve `server`'s vTPM at the locality the control channel has set."""
         self._server = server
+        self._execute = server.vtpm.execute
         self._stream = CommandStream()
-        self.feed = self._stream.feed
-        self.closing = False
+        self.pending = self.closing = False
 
-    @property
-    def pending(self) -> bool:
-        """Whether bytes are there that no answer was given to."""
-        return self._stream.pending and not self.closing
+    def exchange(self, data: bytes) -> bytes | None:
+        """Add what was received, then do as `next_answer`."""
+        if not self.pending and is_whole_command(data):
+            return self._execute(data, self._server.locality)
+        self._stream.feed(data)
+        return self.next_answer()
 
     def next_answer(self) -> bytes | None:
         """Execute the next whole command; one with an impossible size is answered and ends the connection."""
-        if self.closing:
-            return None
         try:
             command = self._stream.next_command()
         except FramingError:
             self.closing = True
             return wrong_size_response(self._server.vtpm.family)
-        if command is None:
-            return None
-        return self._server.vtpm.execute(command, self._server.locality)
+        self.pending = self._stream.pending
+        return None if command is None else self._execute(command, self._server.locality)
 
 
 class ControlPortSession(ControlSession):
     """One control connection; it ends when its peer closes it."""
 
     closing = False
+
+    def exchange(self, data: bytes) -> bytes | None:
+        """Add what was received, then do as `next_answer`."""
+        self.feed(data)
+        return self.next_answer()
 
 
 class Server:
@@ -82,7 +86,7 @@ class Server:
         self.locality = 0
         self._stopping = False
         self._ports: list[Port] = []
-        self._busy: dict[int, tuple[Port, Connection]] = {}
+        self._busy: list[Connection] = []
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._watch(wakeup, self._on_wakeup)
@@ -111,7 +115,7 @@ class Server:
 
     def add_data_port(self, listener: socket.socket) -> None:
         """Take TPM commands on `listener`."""
-        self._add_port(Port(listener, lambda _peer: DataSession(self)))
+        self._add_port(Port(listener, lambda _peer: DataSession(self), self))
 
     def add_control_port(self, listener: socket.socket) -> None:
         """Take control commands on `listener`."""
@@ -120,7 +124,7 @@ class Server:
             role = Role.OWNER if peer.uid in self._owners else Role.OTHER
             return ControlPortSession(self._front_end, role, self)
 
-        self._add_port(Port(listener, serve))
+        self._add_port(Port(listener, serve, self))
 
     def _add_port(self, port: Port) -> None:
         self._ports.append(port)
@@ -134,38 +138,30 @@ class Server:
         connection = port.accept()
         if connection is None:
             return
-        self._watch(connection.fileno(), partial(self._on_connection, port, connection))
+        self._watch(connection.fileno(), connection.on_event)
         if port.full:
             self._poll.unregister(port.fileno())
 
-    def _on_connection(self, port: Port, connection: Connection, events: int) -> None:
-        descriptor = connection.fileno()
-        if descriptor in self._busy:
-            return  # it has whole requests waiting; they come before anything new, and before its end
-        if connection.wants == select.POLLIN:
-            connection.receive()
-        elif not events & select.POLLOUT:
-            connection.close()
-        self._step(port, connection, descriptor)
+    # Host: what connections tell us
 
-    def _step(self, port: Port, connection: Connection, descriptor: int) -> None:
-        wanted = connection.wants
-        more = not connection.closed and connection.step()
-        if connection.closed:
-            self._drop(port, descriptor)
-            return
-        if more:
-            self._busy[descriptor] = (port, connection)
-        if connection.wants != wanted:
-            self._poll.modify(descriptor, connection.wants)
+    def wait_for(self, connection: Connection, events: int) -> None:
+        """Call the connection when one of `events` happens."""
+        self._poll.modify(connection.fileno(), events)
 
-    def _drop(self, port: Port, descriptor: int) -> None:
-        was_full = port.full
-        del port.connections[descriptor], self._handlers[descriptor]
-        self._busy.pop(descriptor, None)
+    def come_back(self, connection: Connection) -> None:
+        """Let the connection go on in the next turn."""
+        self._busy.append(connection)
+
+    def drop(self, connection: Connection, descriptor: int) -> None:
+        """Forget a connection that has closed itself."""
+        del self._handlers[descriptor]
         self._poll.unregister(descriptor)
-        if was_full:
-            self._poll.register(port.fileno(), select.POLLIN)
+        for port in self._ports:
+            if connection in port.connections:
+                was_full = port.full
+                port.connections.remove(connection)
+                if was_full:
+                    self._poll.register(port.fileno(), select.POLLIN)
 
     # manager and signals
 
@@ -197,17 +193,17 @@ class Server:
             ManagerGoneError: manager and keeper are gone.
 
         """
+        poll, handlers, link = self._poll.poll, self._handlers, self._link
         while not self._stopping:
-            ready = self._poll.poll(0 if self._busy else None)
-            for descriptor, events in ready:
-                handler = self._handlers.get(descriptor)
+            for descriptor, events in poll(0 if self._busy else None):
+                handler = handlers.get(descriptor)
                 if handler is not None:  # an earlier handler of this turn may have closed it
                     handler(events)
             if self._busy:
-                waiting, self._busy = self._busy, {}
-                for descriptor, (port, connection) in waiting.items():
-                    self._step(port, connection, descriptor)
-            if self._link.news:
+                waiting, self._busy = self._busy, []
+                for connection in waiting:
+                    connection.step()
+            if link.news:
                 self._obey()
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from vtpm_instance import tpm_commands as tpm
 from vtpm_instance.errors import CrashedBeforeError, InstanceError, StartupRefusedError, WrongFamilyError
 from vtpm_instance.libtpms import Tpm
 from vtpm_instance.statekeeper import StateKeeper
-from vtpm_instance.tpm_commands import Startup
+from vtpm_instance.tpm_commands import CODE_END, CODE_OFFSET, Startup
 
 ENTROPY: Final = (
     32  # bytes stirred in after each start: forked or resumed TPMs must never draw alike (performance.md 2c)
@@ -80,8 +80,9 @@ class Vtpm:
         self._failure = error_response(family, _FAILURES[family])
         self._unavailable = error_response(family, _NO_ROOM[family])
         self._reads = tpm.READS[family]
-        self._shutdown_code = tpm.shutdown_code(family)
+        self._shutdown_code = tpm.shutdown_code(family).to_bytes(4)
         self._condition = Condition.OFF
+        self._serving = False
         self._cause: Exception | None = None
         self._guest_shut_down = False
         self._stirred = False
@@ -98,6 +99,7 @@ class Vtpm:
 
     def _change(self, change: Change, cause: Exception | None = None) -> None:
         self._condition = TRANSITIONS[self._condition, change]
+        self._serving = self._condition is Condition.RUNNING
         self._cause = cause
         self._announce(self._condition, cause)
 
@@ -155,11 +157,11 @@ class Vtpm:
 
     def execute(self, command: bytes, locality: int) -> bytes:
         """Answer one framed command (10 to 4096 bytes). Never raises for what a guest sends or a save meets."""
-        if self._condition is not Condition.RUNNING:
+        if not self._serving:
             return self._failure
-        code = int.from_bytes(command[tpm.CODE_OFFSET : tpm.CODE_END])
+        code = command[CODE_OFFSET:CODE_END]
         try:
-            if not self._keeper.roomy and not self._keeper.make_room() and code not in self._reads:
+            if not self._keeper.roomy and not self._keeper.make_room() and int.from_bytes(code) not in self._reads:
                 return self._unavailable
             response = self._tpm.process(command, locality)
             if not self._stirred and self._is_startup(code, response):
@@ -170,8 +172,9 @@ class Vtpm:
         self._guest_shut_down = code == self._shutdown_code and tpm.code_of(response) == 0
         return response
 
-    def _is_startup(self, code: int, response: bytes) -> bool:
-        return code in (tpm.TPM2_STARTUP, tpm.TPM12_STARTUP) and tpm.code_of(response) == 0
+    @staticmethod
+    def _is_startup(code: bytes, response: bytes) -> bool:
+        return int.from_bytes(code) in (tpm.TPM2_STARTUP, tpm.TPM12_STARTUP) and tpm.code_of(response) == 0
 
     def _fail(self, cause: Exception) -> None:
         self._tpm.terminate()

@@ -33,7 +33,20 @@ def test_a_guests_secrets_survive_a_restart_of_everything(vtpms: Installation, t
     before = tool("tpm2_pcrread", "sha256:16")
     assert tpm.extended(bytes.fromhex(digest)).hex() in before.lower()
     attributes = "fixedtpm|fixedparent|sensitivedataorigin|userwithauth|restricted|sign"
-    tool("tpm2_create", "-Q", "-C", "0x81010001", "-G", "ecc:ecdsa-sha256:null", "-u", "ak.pub", "-r", "ak.priv", "-a", attributes)
+    tool(
+        "tpm2_create",
+        "-Q",
+        "-C",
+        "0x81010001",
+        "-G",
+        "ecc:ecdsa-sha256:null",
+        "-u",
+        "ak.pub",
+        "-r",
+        "ak.priv",
+        "-a",
+        attributes,
+    )
     tool("tpm2_load", "-Q", "-C", "0x81010001", "-u", "ak.pub", "-r", "ak.priv", "-c", "ak.ctx")
     tool("tpm2_readpublic", "-Q", "-c", "ak.ctx", "-f", "pem", "-o", "ak.pem")
     tool("tpm2_quote", "-Q", "-c", "ak.ctx", "-l", "sha256:16", "-q", "abcd", "-m", "m", "-s", "s", "-o", "p")
@@ -68,7 +81,7 @@ def test_two_vtpms_do_not_see_each_others_secrets(vtpms: Installation) -> None:
         vtpms.add(name)
     one, two = (Guest(vtpms.attach(name, f"guest-{name}")["endpoint"]) for name in ("one", "two"))
     one.define(0x1500016, 16)
-    one.write(0x1500016, b"only one may read")
+    one.write(0x1500016, b"only one may rea")
     assert two.code(tpm.nv_read(0x1500016, 16)) != 0
     two.define(0x1500016, 16)
     two.write(0x1500016, b"two has its own!")
