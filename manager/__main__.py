@@ -1,4 +1,4 @@
-"""The command `vtpm-manager`: init, run, check, reseal, status, stop."""
+"""The command `vtpm-manager`: init, run, check, reseal, recover, status, stop."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -134,6 +135,21 @@ def _reseal(options: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
+def _recover(options: argparse.Namespace) -> int:
+    from manager.recovery import recover  # noqa: PLC0415 - as above
+    from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
+
+    layout = _layout(options)
+    config = _config(options, layout)
+    if options.tcti:
+        config = replace(config, tpm=replace(config.tpm, tcti=options.tcti))
+    passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
+    done = recover(layout, config, RecoveryPrivate.load(options.key, passphrase))
+    print(f"recovered store {done.store}: {done.groups} groups, {done.vtpms} vTPMs, sequence {done.sequence}")
+    print("the old TPM's anchors are gone: that this is the newest store could not be checked", file=sys.stderr)
+    return int(ExitCode.OK)
+
+
 def _verb(options: argparse.Namespace) -> int:
     if options.socket is None and options.runtime_dir != str(SYSTEM_RUNTIME_DIR):
         options.socket = str(_layout(options).admin_socket)
@@ -178,6 +194,10 @@ def _parser() -> argparse.ArgumentParser:
     reseal.add_argument("--passphrase-file", metavar="FILE", help="passphrase of the recovery key")
     reseal.add_argument("--predict", action="append", default=[], metavar="PCR=HEX", help="also seal to this value")
     reseal.add_argument("--pcrs", help="bind to another selection from now on")
+    recover = verb("recover", _recover, "the TPM was cleared, replaced or lost: provision the new one from the escrow")
+    recover.add_argument("--key", required=True, metavar="FILE", help="the recovery key")
+    recover.add_argument("--passphrase-file", metavar="FILE", help="passphrase of the recovery key")
+    recover.add_argument("--tcti", help="the new hardware TPM, if it is reached in another way")
     for name in ("status", "stop"):
         add_output_options(verb(name, _verb, BY_NAME[name].help))
     return parser

@@ -459,8 +459,8 @@ def test_an_instance_has_no_stray_descriptors_its_own_user_and_no_rights(make_be
         assert rc(transact(sock, get_random())) == 0
         targets = [os.readlink(entry) for entry in (proc / "fd").iterdir()]
     kinds = sorted(target.split(":")[0] if ":" in target else target for target in targets)
-    # one connection, two listeners, the doorbell; the mapping of the ring's page keeps a descriptor of its own
-    expected = [*["pipe"] * 2, *["socket"] * 4, "/memfd", str(bench.image), "/dev/null", str(bench.keeper.log)]
+    # one connection, three listeners, the doorbell; the mapping of the ring's page keeps a descriptor of its own
+    expected = [*["pipe"] * 2, *["socket"] * 5, "/memfd", str(bench.image), "/dev/null", str(bench.keeper.log)]
     standard_output = os.readlink(proc / "fd/1").split(":")[0]
     assert kinds == sorted([*expected, standard_output])
     status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
@@ -490,3 +490,19 @@ def test_a_tpm_12_starts_up_extends_and_keeps_pcrs_over_a_clean_stop(make_bench:
     assert rc(bench.run(command12(0x15, struct.pack(">I", 10)))) == 9
     assert bench.reset_platform() == 0
     assert bench.run(command12(0x15, struct.pack(">I", 10)))[10:] == bytes(20)
+
+
+def test_tpm2_tools_and_swtpm_ioctl_work_as_with_swtpm(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.spawn()
+    environment = {**os.environ, "TPM2TOOLS_TCTI": f"swtpm:path={bench.data_path}"}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(arguments, env=environment, capture_output=True, check=True, text=True)
+        return done.stdout.strip()
+
+    run("tpm2_pcrextend", f"7:sha256={'11' * 32}")
+    assert extended(b"\x11" * 32).hex() in run("tpm2_pcrread", "sha256:7").lower()
+    assert run("swtpm_ioctl", "--unix", str(bench.control_path), "-c") == "ptm capability is 0x29"
+    run("swtpm_ioctl", "--unix", str(bench.control_path), "-i")
+    assert "00" * 32 in run("tpm2_pcrread", "sha256:7")

@@ -1,6 +1,7 @@
 """The keeper as a process: who it serves, what it keeps, what dies with it."""
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -126,6 +127,9 @@ def spawn_request(**changes: object) -> Spawn:
         (spawn_request(family="3.0"), 6),
         (spawn_request(frontend="telnet"), 6),
         (spawn_request(vtpm=b"short"), 6),
+        (spawn_request(uid=-1), 6),
+        (spawn_request(uid=(1 << 32) - 1), 6),
+        (spawn_request(gid=-1), 6),
         (List(), 1),
         (List(-1), 0),
     ],
@@ -167,10 +171,10 @@ def test_what_it_keeps_is_listed_fetched_and_forgotten(keeper: KeeperProcess) ->
     assert isinstance(listed, ListReply)
     (kept,) = listed.instances
     assert (kept.vtpm, kept.lease, kept.pid, kept.alive, kept.status) == (*name, bench.pid, True, None)
-    assert (kept.frontend, kept.listeners) == ("socket", ("data", "control"))
+    assert (kept.frontend, kept.listeners) == ("socket", ("data", "control", "ring"))
     assert keeper.client.call(List(1))[0] == ListReply((), 1)
     _, fetched = keeper.client.call(Fetch(*name))
-    assert len(fetched) == 5
+    assert len(fetched) == 6
     close_all(fetched)
     assert isinstance(keeper.client.call(Forget(*name))[0], KeeperRefusal)
     assert isinstance(keeper.client.call(Fetch(name[0], 9))[0], KeeperRefusal)
@@ -271,6 +275,26 @@ def test_a_keeper_that_nobody_needs_ends_by_itself() -> None:
         assert bench.kill(signal.SIGTERM) == 0
         keeper.client.close()
         assert keeper.process.wait(DEADLINE) == 0
+
+
+def test_without_free_descriptors_it_refuses_and_recovers(keeper: KeeperProcess) -> None:
+    bench = Bench(keeper)
+    bench.spawn()
+    used = open_descriptors(keeper.process.pid)
+    soft, hard = resource.prlimit(keeper.process.pid, resource.RLIMIT_NOFILE)
+    numbers = {int(name) for name in os.listdir(f"/proc/{keeper.process.pid}/fd")}
+    lowest_free = min(set(range(1000)) - numbers)
+    resource.prlimit(keeper.process.pid, resource.RLIMIT_NOFILE, (lowest_free, hard))
+    with connect(keeper.path, socket.SOCK_SEQPACKET) as second:
+        assert second.recv(1) == b""
+    assert isinstance(keeper.client.call(spawn_request(), [0] * 6)[0], KeeperRefusal)
+    assert rc(bench.run(get_random())) == 0
+    resource.prlimit(keeper.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_descriptors(keeper.process.pid) == used
+    another = Bench(keeper)
+    another.spawn()
+    another.close()
+    assert bench.kill(signal.SIGTERM) == 0
 
 
 def test_a_path_that_is_served_already_is_left_alone(keeper: KeeperProcess, capfd: pytest.CaptureFixture[str]) -> None:

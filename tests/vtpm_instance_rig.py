@@ -408,6 +408,7 @@ class Bench:
         self.image = self.directory / "state.img"
         self.data_path = self.directory / "swtpm.sock"
         self.control_path = self.directory / "swtpm.sock.ctrl"
+        self.ring_path = self.directory / "swtpm.ring"
         self.uid = 0
         self.owner_uid = 0
         self.manager: SmallManager | None = None
@@ -418,8 +419,8 @@ class Bench:
                 file.fileno(), self.record.vtpm, uuid4(), Family.TPM20 if family == "2.0" else Family.TPM12
             )
 
-    def _listen(self, path: Path) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    def _listen(self, path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, kind)
         path.unlink(missing_ok=True)
         listener.bind(str(path))
         path.chmod(0o777)
@@ -446,7 +447,11 @@ class Bench:
             before()
         if lock:
             fcntl.flock(image, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with self._listen(self.data_path) as data, self._listen(self.control_path) as control:
+        with (
+            self._listen(self.data_path) as data,
+            self._listen(self.control_path) as control,
+            self._listen(self.ring_path, socket.SOCK_SEQPACKET) as ring,
+        ):
             request = Spawn(
                 record.vtpm.bytes,
                 record.lease,
@@ -456,9 +461,9 @@ class Bench:
                 self.frontend,
                 self.owner_uid,
                 os.geteuid(),
-                ("data", "control"),
+                ("data", "control", "ring"),
             )
-            handed = [page, doorbell, own_doorbell, image, data.fileno(), control.fileno()]
+            handed = [page, doorbell, own_doorbell, image, data.fileno(), control.fileno(), ring.fileno()]
             reply, received = self.keeper.client.call(request, handed)
         os.close(image)
         front.close()

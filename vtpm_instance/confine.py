@@ -20,6 +20,7 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 _MAX_DESCRIPTORS: Final = 64  # an instance has 3 standard ones, 3 of its state, 2 listeners and at most 16 connections
 _STANDARD: Final = 3
+_ALL_DESCRIPTORS: Final = 1 << 30  # the kernel's own limit where there is no other (fs.nr_open)
 
 _libc: Any = ffi.dlopen(None)
 
@@ -40,7 +41,8 @@ def close_all_but(keep: Iterable[int]) -> None:
     for descriptor in sorted({descriptor for descriptor in keep if descriptor >= _STANDARD}):
         os.closerange(low, descriptor)
         low = descriptor + 1
-    os.closerange(low, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    os.closerange(low, _ALL_DESCRIPTORS if limit == resource.RLIM_INFINITY else limit)
 
 
 def detach_from_parent() -> None:

@@ -57,7 +57,10 @@ _FIRMWARE: Final = frozenset({FrontEnd.QEMU})
 
 @dataclass(frozen=True, slots=True)
 class InstanceOrder:
-    """Everything an instance is handed. Descriptors belong to the instance; `listeners` by name ("data", "control")."""
+    """Everything an instance is handed. Descriptors belong to the instance; `listeners` by name.
+
+    Names are "data", "control" and "ring".
+    """
 
     vtpm: UUID
     lease: int
@@ -178,7 +181,7 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
 
 
 def _open_ports(server: Server, order: InstanceOrder) -> None:
-    add = {"data": server.add_data_port, "control": server.add_control_port}
+    add = {"data": server.add_data_port, "control": server.add_control_port, "ring": server.add_ring_port}
     for name, descriptor in order.listeners.items():
         add[name](socket.socket(fileno=descriptor))
 

@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from typing import Final
 from uuid import UUID
@@ -47,7 +48,8 @@ STOP_TIMEOUT: Final = 30.0  # seconds that instances have for their clean stop
 _LIST_CHUNK: Final = 400  # instances an answer, below 128 KiB
 _MAX_DESCRIPTORS: Final = 16  # of one request
 _BEFORE_LISTENERS: Final = 4  # ring page, instance's doorbell, manager's doorbell, state image
-_LISTENERS: Final = frozenset({"data", "control"})
+_LISTENERS: Final = frozenset({"data", "control", "ring"})
+_NO_ID: Final = (1 << 32) - 1  # "leave it as it is" to setresuid(2): never a user
 _UUID_BYTES: Final = 16
 _EXIT_OK: Final = 0
 _EXIT_LEFT: Final = 1  # instances were left behind that did not end in time
@@ -65,6 +67,7 @@ class Keeper:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._unused_since = 0.0
         self._stop_by: float | None = None
+        self._reserve = _Reserve()
         listener.setblocking(False)
         self._watch(listener.fileno(), self._on_connect)
         self._watch(wakeup, self._on_wakeup)
@@ -86,11 +89,18 @@ class Keeper:
             for descriptor, _ in self._poll.poll(None if left == float("inf") else left * 1000 + 1):
                 handler = self._handlers.get(descriptor)
                 if handler is not None:
-                    handler()
+                    self._call(handler)
         left_behind = [kept for kept in self._keeping if kept.alive]
         for kept in left_behind:
             note(f"instance of {kept.vtpm} (process {kept.pid}) did not end within {STOP_TIMEOUT:g} s")
         return _EXIT_LEFT if left_behind else _EXIT_OK
+
+    def _call(self, handler: Callable[[], None]) -> None:
+        try:
+            handler()
+        except Exception:  # noqa: BLE001 - every instance dies with this process: a bug may cost a manager its connection
+            traceback.print_exc()
+            self._drop_manager()
 
     def _seconds_left(self) -> float:
         """Return how long to wait for the next event, 0 when it is time to end."""
@@ -125,6 +135,11 @@ class Keeper:
         try:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # Out of descriptors: without taking the connection off the queue the loop would never rest again.
+            note(f"a connection could not be accepted: {error}")
+            self._reserve.spend_on(self._listener)
             return
         peer = PeerCredentials.of(sock)
         if peer.uid not in (0, os.geteuid()):
@@ -261,6 +276,30 @@ class Keeper:
         """Close the manager's connection and the listener."""
         self._drop_manager()
         self._listener.close()
+        self._reserve.close()
+
+
+class _Reserve:
+    """One descriptor kept back for when there is none left."""
+
+    def __init__(self) -> None:
+        self._descriptor = self._open()
+
+    @staticmethod
+    def _open() -> int:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def spend_on(self, listener: socket.socket) -> None:
+        """Take one connection off the queue and close it."""
+        os.close(self._descriptor)
+        try:
+            listener.accept()[0].close()
+        finally:
+            self._descriptor = self._open()
+
+    def close(self) -> None:
+        """Give it up."""
+        os.close(self._descriptor)
 
 
 def _uuid(raw: bytes) -> UUID:
@@ -276,6 +315,8 @@ def _order(request: Spawn, descriptors: list[int]) -> tuple[InstanceOrder, int]:
         raise WrongDescriptorsError(wanted, len(descriptors))
     if len(set(request.listeners)) != len(request.listeners) or not _LISTENERS.issuperset(request.listeners):
         raise BadRequestError(f"listeners are of {sorted(_LISTENERS)}, each once, not {list(request.listeners)}")
+    if not all(0 <= number < _NO_ID for number in (request.uid, request.gid)):
+        raise BadRequestError(f"user {request.uid} and group {request.gid} are no identities")
     try:
         family, front_end = TpmFamily(request.family), FrontEnd(request.frontend)
     except ValueError as error:

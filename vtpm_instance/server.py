@@ -21,6 +21,7 @@ from vtpm_instance.errors import FramingError, InstanceError, ManagerConfusedErr
 from vtpm_instance.framing import CommandStream, is_whole_command
 from vtpm_instance.journal import note
 from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.ring_port import RingPort, ServedRing
 from vtpm_instance.vtpm import Vtpm, wrong_size_response
 
 _WAKEUP_BYTES: Final = 64
@@ -86,6 +87,7 @@ class Server:
         self.locality = 0
         self._stopping = False
         self._ports: list[Port] = []
+        self._ring_ports: list[RingPort] = []
         self._busy: list[Connection] = []
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[int], None]] = {}
@@ -125,6 +127,30 @@ class Server:
             return ControlPortSession(self._front_end, role, self)
 
         self._add_port(Port(listener, serve, self))
+
+    def add_ring_port(self, listener: socket.socket) -> None:
+        """Hand rings out on `listener`."""
+        port = RingPort(listener, self.vtpm)
+        self._ring_ports.append(port)
+        self._watch(port.fileno(), partial(self._on_ring_listener, port))
+
+    def _on_ring_listener(self, port: RingPort, _events: int) -> None:
+        ring = port.accept()
+        if ring is None:
+            return
+        self._watch(ring.fileno(), partial(self._on_ring, port, ring))
+        if port.full:
+            self._poll.unregister(port.fileno())
+
+    def _on_ring(self, port: RingPort, ring: ServedRing, _events: int) -> None:
+        if ring.on_doorbell():
+            return
+        if port.full:
+            self._poll.register(port.fileno(), select.POLLIN)
+        descriptor = ring.fileno()
+        del self._handlers[descriptor], port.rings[descriptor]
+        self._poll.unregister(descriptor)
+        ring.close()
 
     def _add_port(self, port: Port) -> None:
         self._ports.append(port)
@@ -210,3 +236,5 @@ class Server:
         """Close all ports."""
         for port in self._ports:
             port.close()
+        for ring_port in self._ring_ports:
+            ring_port.close()

@@ -194,8 +194,9 @@ class Vtpm:
         try:
             fresh = False
             if self._condition is Condition.RUNNING:
-                with self._keeper.gather():
-                    self._shut_down()
+                if self.family is TpmFamily.TPM_2_0:  # or the TPM would count it as an attack on its lockout
+                    with self._keeper.gather():
+                        self._shut_down()
                 self._tpm.terminate()
             else:
                 fresh = self._keeper.load().fresh
@@ -205,14 +206,15 @@ class Vtpm:
             raise
         self._change(Change.STARTED)
 
-    def _shut_down(self) -> None:
-        """Send what saves the volatile state unless the guest just did; a refusal loses PCRs only."""
+    def _shut_down(self) -> bool:
+        """Send what saves the volatile state unless the guest just did; returns whether it is saved."""
         if self._guest_shut_down:
-            return
+            return True
         for packet in tpm.shutdowns(self.family):
             code = tpm.code_of(self._tpm.process(packet))
             if code in (0, tpm.not_started_code(self.family)):
-                return
+                return True
+        return False
 
     def stop(self) -> bool:
         """Clean stop: save the volatile state, one final commit, power off. Returns whether it was clean.
@@ -229,11 +231,11 @@ class Vtpm:
             return False
         try:
             with self._keeper.gather():
-                self._shut_down()
-            self._keeper.commit(final=True)
+                clean = self._shut_down()
+            self._keeper.commit(final=clean)
         except (InstanceError, StorageError) as error:
             self._fail(error)
             raise
         self._tpm.terminate()
         self._change(Change.STOPPED)
-        return True
+        return clean

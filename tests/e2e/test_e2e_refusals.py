@@ -373,6 +373,14 @@ def test_a_missing_or_cleared_hardware_tpm_is_told_apart(bare: Installation, tmp
         chip.tool("tpm2_clear")
         assert bare.try_start() == 6, bare.refusal
         assert "clear" in bare.refusal.lower()
+        assert bare.vtpm_manager("recover", "--key", f"{bare.recovery}.pub", check=False).code != 0
+        bare.vtpm_manager("recover", "--key", str(bare.recovery))
+        bare.start()
+        assert bare.show("web")["state"] == "running"
+        bare.command("vtpm-detach", "web")
+        still_precious(bare)
+        bare.stop()
+        assert bare.vtpm_manager("recover", "--key", str(bare.recovery), check=False).code == 4, "not while it works"
 
 
 def test_changed_pcrs_lock_and_the_recovery_key_reseals(bare: Installation, tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""`vtpm-manager recover`: the hardware TPM was cleared, replaced or lost; the recovery key opens the off-line escrow.
+
+It cannot apply the rollback rule: the anchors went with the TPM. Hence it refuses while the old TPM still answers.
+"""
+
+import hmac
+from dataclasses import dataclass, replace
+from uuid import UUID
+
+from manager import escrow
+from manager.anchor import clean_stop
+from manager.config import Config, Layout
+from manager.errors import ConflictError, IntegrityError, UsageError
+from manager.escrow import EscrowPlace, EscrowPurpose
+from manager.hwtpm import HardwareTpm
+from manager.hwtpm_errors import SrkChanged, TpmCleared
+from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
+from manager.opening import integrity, locked_store, open_tpm, pin_srk, read_boot_area
+from manager.provision import group_reference, platform_reference, policy_for, write_config
+from manager.recovery_key import RecoveryPrivate
+from storage.catalogue import Catalogue
+from storage.secrets import GroupKey
+from storage.store import Store
+from storage.store_records import GroupRecord, PutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a recovery did; `sequence` is the store's, so that an operator can compare it with what he knows."""
+
+    store: UUID
+    groups: int
+    vtpms: int
+    sequence: int
+
+
+def recover(layout: Layout, config: Config, key: RecoveryPrivate) -> Recovered:
+    """Provision a new (or cleared) TPM for the store at hand; writes the new pins into the configuration.
+
+    What was interrupted can be done again.
+
+    Raises:
+        ConflictError: this TPM is the one that the store is sealed to: reseal instead. UsageError: no escrow.
+        EscrowWrongKey, IntegrityError, TpmError: see their messages.
+
+    """
+    with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
+        _refuse_the_old_tpm(tpm, config)
+        uuid, boot = read_boot_area(descriptor)
+        if not boot.escrow:
+            raise UsageError("this installation was made without a recovery key: there is no escrow to open")
+        secret = PlatformSecret(escrow.unwrap(boot.escrow, key, EscrowPlace(uuid, EscrowPurpose.STORE_KEY)))
+        if not hmac.compare_digest(store_check(secret.store_key, uuid), config.tpm.store_check):
+            raise IntegrityError("the escrow in this store holds the key of another store. Nothing was changed")
+        with integrity():
+            store = Store.open(descriptor, secret.store_key)
+        try:
+            keys = _unlock(store, key)
+            srk_name = tpm.provision_srk()
+            _provision(tpm, config, store, boot, secret, keys, key)
+            done = Recovered(uuid, len(keys), len(store), store.sequence)
+        finally:
+            store.close()
+        write_config(layout.config, replace(config, tpm=replace(config.tpm, srk_name=srk_name.hex())))
+        with integrity(), Catalogue.open(layout.catalogue, catalogue_key(secret.store_key, uuid)) as catalogue:
+            catalogue.log("recovered", None, f"new hardware TPM; store sequence {done.sequence}, rollback not checked")
+        secret.wipe()
+    return done
+
+
+def _refuse_the_old_tpm(tpm: HardwareTpm, config: Config) -> None:
+    try:
+        pin_srk(tpm, config)
+    except (TpmCleared, SrkChanged):
+        return
+    raise ConflictError(
+        "the hardware TPM is the one that this store is sealed to, and not cleared: recovery would only take its "
+        "rollback protection away. If its PCRs have changed, run 'vtpm-manager reseal --recovery-key FILE'. Nothing was changed"
+    )
+
+
+def _unlock(store: Store, recovery: RecoveryPrivate) -> dict[UUID, GroupKey]:
+    """Open every group by its escrow."""
+    keys = {}
+    for group, record in store.groups().items():
+        sealed = GroupSeal.unpack(record.blob).escrow
+        key = GroupKey(escrow.unwrap(sealed, recovery, EscrowPlace(store.uuid, EscrowPurpose.GROUP_KEY, group)))
+        with integrity():
+            store.unlock_group(group, key)
+        keys[group] = key
+    return keys
+
+
+def _provision(
+    tpm: HardwareTpm,
+    config: Config,
+    store: Store,
+    boot: BootArea,
+    secret: PlatformSecret,
+    keys: dict[UUID, GroupKey],
+    recovery: RecoveryPrivate,
+) -> None:
+    """Seal every key to the new TPM, define its anchor, and let it stand for the store as it is then."""
+    public = recovery.public
+    for group, key in keys.items():
+        record = store.groups()[group]
+        policy = policy_for(tpm, config.tpm.pcrs, public, group_reference(group))
+        seal = replace(GroupSeal.unpack(record.blob), sealed=tpm.seal(key.reveal(), policy))
+        store.commit([PutGroup(GroupRecord(group, record.flags, seal.pack()), key)])
+    platform = tpm.seal(secret.reveal(), policy_for(tpm, config.tpm.pcrs, public, platform_reference(store.uuid)))
+    anchor = tpm.anchor_define(tpm.anchor_free_index(), secret.anchor_auth)
+    store.write_boot_area(replace(boot, platform=platform, anchor=anchor).pack())
+    tpm.anchor_write(anchor, secret.anchor_auth, clean_stop(store.digest()), first=True)

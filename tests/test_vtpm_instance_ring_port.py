@@ -1,0 +1,64 @@
+"""The front end `ring`: rings handed out by a real instance."""
+
+from collections.abc import Iterator
+
+import pytest
+from vtpm_instance_rig import Bench, extended, get_random, nv_define, pcr_extend, pcr_read, rc, running_keeper, until
+
+from frontend_backend.front import RingFrontEnd
+
+OK = 0
+INDEX = 0x01500001
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    with running_keeper() as keeper:
+        made = Bench(keeper, frontend="ring")
+        made.spawn()
+        yield made
+        made.close()
+
+
+def ring_of(bench: Bench) -> RingFrontEnd:
+    return RingFrontEnd.connect(str(bench.ring_path))
+
+
+def test_two_programs_share_one_tpm_over_rings_of_their_own(bench: Bench) -> None:
+    with ring_of(bench) as one, ring_of(bench) as other:
+        assert rc(one.transact(pcr_extend(7), timeout=10)) == OK
+        assert rc(one.transact(nv_define(INDEX, 8), timeout=10)) == OK
+        assert other.transact(pcr_read(7), timeout=10)[-32:] == extended(b"\x11" * 32)
+    assert rc(bench.run(get_random())) == OK
+
+
+def test_malformed_requests_are_answered_with_an_error(bench: Bench) -> None:
+    with ring_of(bench) as ring:
+        assert rc(ring.transact(b"short", timeout=10)) == 0x142
+        assert rc(ring.transact(get_random() + b"more", timeout=10)) == 0x142
+        assert rc(ring.transact(get_random(), locality=2, timeout=10)) == 0x107
+        assert rc(ring.transact(get_random(), timeout=10)) == OK
+
+
+def test_a_page_that_is_scribbled_on_harms_its_own_ring_only(bench: Bench) -> None:
+    with ring_of(bench) as evil, ring_of(bench) as good:
+        evil.ring.page[:8] = b"\xff" * 8
+        evil.ring.ring()
+        assert rc(good.transact(get_random(), timeout=10)) == OK
+        evil.ring.page[:8] = b"\xff\xff\0\0\1\0\0\xff"
+        evil.ring.ring()
+        assert rc(good.transact(get_random(), timeout=10)) == OK
+
+
+def test_a_ninth_ring_comes_when_another_is_given_back(bench: Bench) -> None:
+    rings = [ring_of(bench) for _ in range(8)]
+    rings.pop().close()
+    until(lambda: _one_more(bench, rings), "a ring for the next program")
+    for ring in rings:
+        assert rc(ring.transact(get_random(), timeout=10)) == OK
+        ring.close()
+
+
+def _one_more(bench: Bench, rings: list[RingFrontEnd]) -> bool:
+    rings.append(ring_of(bench))
+    return True
