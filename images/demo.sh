@@ -78,7 +78,10 @@ cd - >/dev/null
 
 step "4. Stop everything: guest's TPM, manager, hardware TPM. Then look at what lies on the disk"
 stop_manager
-pgrep -f "$RUN" >/dev/null && fail "something still runs"
+for process in /proc/[0-9]*/cmdline; do
+    if tr '\0' ' ' <"$process" 2>/dev/null | grep -q -e "$RUN"; then fail "something still runs: $process"; fi
+done
+note "no process of it is left"
 python3 - "$SECRET" "$STATE" <<'PY'
 import pathlib, sys
 secret, state = sys.argv[1].encode(), pathlib.Path(sys.argv[2])

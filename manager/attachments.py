@@ -216,20 +216,20 @@ class Attachments:
     # --- what happens by itself --------------------------------------------------------------------
 
     async def ended(self, running: Running, status: int | None) -> None:
-        """Deal with an ended process: a crashed instance comes back, in failure until a platform reset."""
-        if running.stage in (Stage.STOPPED, Stage.FAILED) or self.stopping:
+        """Deal with an ended process: it comes back, from its clean stop or in failure until a platform reset."""
+        if running.stage is Stage.FAILED or self.stopping:
             return
         row = self._catalogue.find_vtpm(running.vtpm)
         attachment = self._catalogue.find_attachment(running.vtpm)
         if row is None or attachment is None or attachment.lease != running.lease or not running.settled.is_set():
             return
-        _log.error("vTPM %s: its instance ended unexpectedly (status %s)", running.vtpm, status)
-        self._catalogue.log("crashed", running.vtpm, f"instance {running.pid} ended with status {status}")
-        if running.stage is Stage.ENDED and not self._may_restart(running.vtpm):
+        if running.stage is Stage.ENDED:
+            _log.error("vTPM %s: its instance ended unexpectedly (status %s)", running.vtpm, status)
+            self._catalogue.log("crashed", running.vtpm, f"instance {running.pid} ended with status {status}")
+        if not self._may_restart(running.vtpm):
             _log.error("vTPM %s: crashed too often; left down until vtpm-reset-platform or detach", running.vtpm)
             return
-        async with self._lock(running.vtpm):
-            await self._bring_back(row, "failed")
+        await self._restart(row, attachment, trio.CapacityLimiter(1))
 
     def _may_restart(self, vtpm: UUID) -> bool:
         budget = self._budgets.setdefault(vtpm, CrashBudget.of(self._config.instance))
@@ -279,6 +279,8 @@ class Attachments:
                 flags = self._registry.record(row.uuid).flags
             except ManagerError as error:
                 _log.error("vTPM %s does not start: %s", row.uuid, error)
+                return
+            if self._catalogue.find_attachment(row.uuid) is None or self.running(row.uuid) is not None:
                 return
             if flags & RecordFlags.QUARANTINED:
                 _log.error("vTPM %s is quarantined and does not start", row.uuid)

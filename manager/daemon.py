@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -48,6 +49,7 @@ class Daemon:
         self._started = time.monotonic()
         self._stop_requested = trio.Event()
         self._keep_instances = False
+        self._keeper_pid: Callable[[], int] = lambda: 0
         self._committer = Committer(opened.store, self._group_committed)
         self._anchoring = Anchoring(
             self._committer,
@@ -72,6 +74,7 @@ class Daemon:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
         await self._anchoring.write_durable()  # before anything is served: no fork can be older than this open
         keeper = await Keeper.connect(self._layout.keeper_socket)
+        self._keeper_pid = lambda: keeper.pid
         try:
             async with trio.open_nursery() as nursery:
                 await self._serve(nursery, keeper)
@@ -139,6 +142,7 @@ class Daemon:
         return {
             "schema": SCHEMA_VERSION,
             "pid": os.getpid(),
+            "keeper_pid": self._keeper_pid(),
             "uptime_seconds": uptime(self._started),
             "state_dir": str(self._layout.state_dir),
             "store": str(store.uuid),

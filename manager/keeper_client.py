@@ -1,6 +1,7 @@
 """The manager's side of the keeper: start it when there is none, ask it, one question at a time."""
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -12,9 +13,10 @@ import trio
 from frontend_backend import messages_keeper as m
 from frontend_backend.channel_trio import receive_message_trio, send_message_trio
 from frontend_backend.descriptors import MAX_DESCRIPTORS, close_all
-from frontend_backend.errors import RingError
+from frontend_backend.errors import ChannelClosedError, MessageError
 from manager.errors import BusyError, KeeperError
 
+_log = logging.getLogger("vtpm.keeper")
 _START_SECONDS: Final = 15.0  # importing and warming libtpms takes about 0.3 s; a loaded machine more
 _ANSWER_SECONDS: Final = 30.0
 _RETRY_SECONDS: Final = 0.01
@@ -23,9 +25,9 @@ _RETRY_SECONDS: Final = 0.01
 class Keeper:
     """A connection to the keeper. The keeper outlives it."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, path: Path, sock: socket.socket) -> None:
         """Use a connected, non-blocking socket; see `connect`."""
-        self._sock = sock
+        self._path, self._sock = path, sock
         self._turn = trio.Lock()
         self.pid = 0
 
@@ -37,38 +39,54 @@ class Keeper:
             BusyError: the keeper serves another manager. KeeperError: it cannot be started.
 
         """
-        sock = _try_connect(path)
-        if sock is None:
-            _start(path)
-            with trio.move_on_after(_START_SECONDS):
-                while (sock := _try_connect(path)) is None:  # noqa: ASYNC110 - another process makes it
-                    await trio.sleep(_RETRY_SECONDS)
-        if sock is None:
-            raise KeeperError(f"the keeper did not listen at {path} within {_START_SECONDS:g} s; see the log above")
-        keeper = cls(sock)
+        keeper = cls(path, await _reach(path))
         try:
-            reply, _ = await keeper.ask(m.Hello(m.VERSION))
+            async with keeper._turn:
+                await keeper._greet()
         except KeeperError as error:
-            sock.close()
+            keeper.close()
             raise BusyError(f"the keeper at {path} serves another manager ({error})") from error
-        if isinstance(reply, m.HelloReply):
-            keeper.pid = reply.pid
         return keeper
 
     async def ask(self, message: m.KeeperRequest, descriptors: tuple[int, ...] = ()) -> tuple[m.KeeperReply, list[int]]:
         """Ask one question and return (answer, descriptors that came with it; they are the caller's).
 
+        A keeper that has died took its instances with it; another one is started and asked instead.
+
         Raises:
-            KeeperError: it refused, or it is gone.
+            KeeperError: it refused, or it cannot be had.
 
         """
+        async with self._turn:
+            try:
+                return await self._ask_once(message, descriptors)
+            except (OSError, ChannelClosedError):
+                _log.error("the keeper is gone (its instances end with it); starting another")
+                self._sock.close()
+                self._sock = await _reach(self._path)
+                await self._greet()
+            try:
+                return await self._ask_once(message, descriptors)
+            except (OSError, ChannelClosedError) as error:
+                raise KeeperError(f"the keeper does not answer: {error}") from error
+
+    async def _greet(self) -> None:
         try:
-            async with self._turn:
-                with trio.fail_after(_ANSWER_SECONDS):
-                    await send_message_trio(self._sock, m.encode_keeper(message), descriptors)
-                    data, received = await receive_message_trio(self._sock, max_descriptors=MAX_DESCRIPTORS)
+            reply, _ = await self._ask_once(m.Hello(m.VERSION), ())
+        except (OSError, ChannelClosedError) as error:
+            raise KeeperError(f"the keeper does not answer: {error}") from error
+        if isinstance(reply, m.HelloReply):
+            self.pid = reply.pid
+
+    async def _ask_once(
+        self, message: m.KeeperRequest, descriptors: tuple[int, ...]
+    ) -> tuple[m.KeeperReply, list[int]]:
+        try:
+            with trio.fail_after(_ANSWER_SECONDS):
+                await send_message_trio(self._sock, m.encode_keeper(message), descriptors)
+                data, received = await receive_message_trio(self._sock, max_descriptors=MAX_DESCRIPTORS)
             reply = m.decode_keeper(data)
-        except (OSError, RingError, trio.TooSlowError) as error:
+        except (MessageError, trio.TooSlowError) as error:
             raise KeeperError(f"the keeper does not answer: {error}") from error
         match reply:
             case m.KeeperRefusal(text):
@@ -94,6 +112,19 @@ class Keeper:
     def close(self) -> None:
         """Leave the keeper to itself."""
         self._sock.close()
+
+
+async def _reach(path: Path) -> socket.socket:
+    """Return a connection to the keeper at `path`, starting one if nobody listens there; raises KeeperError."""
+    sock = _try_connect(path)
+    if sock is None:
+        _start(path)
+        with trio.move_on_after(_START_SECONDS):
+            while (sock := _try_connect(path)) is None:  # noqa: ASYNC110 - another process makes it
+                await trio.sleep(_RETRY_SECONDS)
+    if sock is None:
+        raise KeeperError(f"the keeper did not listen at {path} within {_START_SECONDS:g} s; see the log above")
+    return sock
 
 
 def _try_connect(path: Path) -> socket.socket | None:

@@ -75,7 +75,8 @@ def _refuse_the_old_tpm(tpm: HardwareTpm, config: Config) -> None:
         return
     raise ConflictError(
         "the hardware TPM is the one that this store is sealed to, and not cleared: recovery would only take its "
-        "rollback protection away. If its PCRs have changed, run 'vtpm-manager reseal --recovery-key FILE'. Nothing was changed"
+        "rollback protection away. If its PCRs have changed, run 'vtpm-manager reseal --recovery-key FILE'. "
+        "Nothing was changed"
     )
 
 

@@ -184,6 +184,19 @@ def test_a_silent_manager_leaves_the_command_pending_then_failure_then_a_reset_b
     until(lambda: bench.record.states[1:][-1:] == [InstanceState.READY], "the report after the reset")
 
 
+def test_no_command_of_a_guest_gets_into_the_log_when_it_fails(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    manager = bench.spawn()
+    with bench.data() as sock:
+        transact(sock, nv_define(INDEX, 6))
+        manager.refuse = RefusalCode.STORE_FAILED
+        assert rc(transact(sock, nv_write(INDEX, b"secret"))) == 0x101
+    log = bench.keeper.log.read_text()
+    assert f"vtpm {bench.record.vtpm}: failed" in log  # the log is the right one
+    assert "Entered failure mode" not in log  # what libtpms says before it writes the command out
+    assert b"secret".hex(" ") not in log
+
+
 def test_a_commit_that_was_recorded_but_not_acknowledged_counts_after_the_reset(make_bench: MakeBench) -> None:
     bench = make_bench()
     bench.record.commit_timeout = 0.3

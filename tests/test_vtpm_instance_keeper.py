@@ -46,7 +46,7 @@ from frontend_backend.messages_keeper import (
 from vtpm_instance.keeper import EXIT_BUSY, main
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def keeper() -> Iterator[KeeperProcess]:
     with running_keeper() as process:
         yield process
@@ -84,6 +84,7 @@ def test_another_users_connection_is_turned_away(keeper: KeeperProcess) -> None:
         "sys.stdout.buffer.write(s.recv(4096))"
     )
     run = subprocess.run([sys.executable, "-I", "-c", script, str(keeper.path)], capture_output=True, check=True)
+    keeper.path.chmod(0o600)
     assert decode_keeper(run.stdout) == KeeperRefusal("user 4321 is not the keeper's")
     keeper.client = KeeperClient(keeper.path)
 

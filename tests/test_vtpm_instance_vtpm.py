@@ -24,7 +24,7 @@ from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import RefusalCode
 from frontend_backend.tpmhdr import TpmFamily
 from storage.state_image import Emulator, Family, StateImage
-from vtpm_instance.errors import CommitRefusedError, CrashedBeforeError, WrongFamilyError
+from vtpm_instance.errors import CommitRefusedError, CrashedBeforeError, ManagerConfusedError, WrongFamilyError
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.managerlink import ManagerLink
 from vtpm_instance.statekeeper import StateKeeper
@@ -152,7 +152,7 @@ def test_a_failed_reset_leaves_it_failed_and_the_next_one_brings_it_back(parts: 
 
 def test_where_firmware_starts_the_tpm_it_is_stirred_after_that(parts: Parts) -> None:
     parts.record.startup = "none"
-    vtpm = parts.vtpm(Startup.NONE)
+    vtpm = parts.vtpm()
     vtpm.start()
     assert rc(vtpm.execute(get_random(), 0)) == 0x100
     assert rc(vtpm.execute(STARTUP_CLEAR, 0)) == 0
@@ -169,6 +169,22 @@ def test_a_command_that_failed_to_save_is_not_executed_again(parts: Parts) -> No
     assert parts.manager.refused == 1
     assert rc(vtpm.execute(nv_define(INDEX, 8), 0)) == 0x101
     assert parts.manager.refused == 1
+
+
+def test_a_first_state_that_cannot_be_saved_waits_for_a_reset(parts: Parts) -> None:
+    parts.manager.refuse = RefusalCode.STORE_FAILED
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert parts.announced == [(Condition.FAILED, CommitRefusedError)]
+    parts.manager.refuse = None
+    vtpm.reset()
+    assert rc(vtpm.execute(get_random(), 0)) == 0
+
+
+def test_an_unknown_startup_is_refused(parts: Parts) -> None:
+    parts.record.startup = "sideways"
+    with pytest.raises(ManagerConfusedError):
+        parts.vtpm().start()
 
 
 def test_a_record_of_another_family_is_refused(parts: Parts) -> None:

@@ -510,15 +510,8 @@ class Bench:
         if self.manager is not None:
             self.manager.close()
             self.manager = None
-        replies: list[KeeperReply] = []
-
-        def forgotten() -> bool:
-            replies.append(self.keeper.client.call(Forget(self.record.vtpm.bytes, self.record.lease))[0])
-            return isinstance(replies[-1], Forgotten)
-
-        until(forgotten, "the keeper has reaped the instance")
-        reply = replies[-1]
-        assert isinstance(reply, Forgotten)
+        reply, _ = self.keeper.client.call(Forget(self.record.vtpm.bytes, self.record.lease))
+        assert isinstance(reply, Forgotten), reply
         assert reply.status is not None
         return os.waitstatus_to_exitcode(reply.status)
 

@@ -31,6 +31,7 @@ TPM_RESULT TPMLIB_Process(unsigned char **, uint32_t *, uint32_t *, unsigned cha
 TPM_RESULT TPMLIB_VolatileAll_Store(unsigned char **, uint32_t *);
 TPM_RESULT TPMLIB_CancelCommand(void);
 uint32_t TPMLIB_SetBufferSize(uint32_t, uint32_t *, uint32_t *);
+void TPMLIB_SetDebugFD(int);
 
 void *malloc(size_t);
 void free(void *);

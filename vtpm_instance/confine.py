@@ -46,12 +46,15 @@ def close_all_but(keep: Iterable[int]) -> None:
 
 
 def detach_from_parent() -> None:
-    """Leave the parent's session, signal handling and standard input; no core dumps, few descriptors."""
+    """Leave the parent's session, signal handling and standard input; no core dumps, few descriptors.
+
+    Standard input is then the null device, for reading and writing.
+    """
     os.setsid()
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
-    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0, inheritable=False)
     os.close(null)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

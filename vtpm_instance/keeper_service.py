@@ -241,11 +241,17 @@ class Keeper:
                 kept = self._keeping.get(_uuid(vtpm), lease)
                 if kept.alive:
                     self._on_end(kept)  # the manager may have seen its pidfd before this loop did
-                return Forgotten(self._keeping.forget(_uuid(vtpm), lease))
+                return self._forget(_uuid(vtpm), lease)
             case Stop():
                 return Stopping()
             case _:
                 raise BadRequestError(f"{type(request).__name__} is no request")
+
+    def _forget(self, vtpm: UUID, lease: int) -> Forgotten:
+        kept = self._keeping.get(vtpm, lease)
+        if kept.alive:
+            self._on_end(kept)  # the manager watches the pidfd too and may have seen the end before this loop did
+        return Forgotten(self._keeping.forget(vtpm, lease))
 
     def _list(self, offset: int) -> ListReply:
         if offset < 0:

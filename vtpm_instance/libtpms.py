@@ -284,6 +284,13 @@ class Tpm:
         size = self._c.TPMLIB_SetBufferSize(wanted, smallest, largest)
         return size, smallest[0], largest[0]
 
+    def write_messages_to(self, descriptor: int) -> None:
+        """Have libtpms write its messages to `descriptor`, standard error being its default.
+
+        When a command ends in failure mode libtpms writes the whole command there, secrets included.
+        """
+        self._c.TPMLIB_SetDebugFD(descriptor)
+
     def cancel(self) -> int:
         """Ask the command that runs on another thread to give up; returns libtpms' code (1.2: 9, unsupported)."""
         code: int = self._c.TPMLIB_CancelCommand()

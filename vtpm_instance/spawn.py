@@ -16,6 +16,7 @@ from vtpm_instance.instance import InstanceOrder
 from vtpm_instance.libtpms import the_tpm
 
 PROCESS_NAME: Final = "vtpm-instance"  # 13 of at most 15 characters (PR_SET_NAME)
+_NULL: Final = 0  # standard input: the null device after `detach_from_parent`
 
 
 def spawn(order: InstanceOrder, uid: int, gid: int) -> tuple[int, int]:
@@ -50,6 +51,7 @@ def _child(order: InstanceOrder, uid: int, gid: int, parent: int) -> None:
     try:
         confine.close_all_but(order.descriptors)
         confine.detach_from_parent()
+        the_tpm().write_messages_to(_NULL)
         confine.become(uid, gid)
         if confine.lock_down(PROCESS_NAME, parent):
             status = instance.run(order)

@@ -12,7 +12,14 @@ from typing import Final
 from frontend_backend.tpmhdr import ResponseCode, TpmFamily, error_response
 from storage.errors import StorageError
 from vtpm_instance import tpm_commands as tpm
-from vtpm_instance.errors import CrashedBeforeError, InstanceError, StartupRefusedError, WrongFamilyError
+from vtpm_instance.errors import (
+    CrashedBeforeError,
+    InstanceError,
+    ManagerConfusedError,
+    SaveError,
+    StartupRefusedError,
+    WrongFamilyError,
+)
 from vtpm_instance.libtpms import Tpm
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import CODE_END, CODE_OFFSET, Startup
@@ -108,7 +115,8 @@ class Vtpm:
     def start(self) -> None:
         """Load the state the manager names and start up as it says.
 
-        A refused Startup(STATE) leaves the vTPM FAILED, never silently cleared; so does "failed".
+        A refused Startup(STATE) leaves the vTPM FAILED, never silently cleared; so does "failed", and so does a
+        sound state that cannot be saved (a full disk): the next platform reset tries again.
 
         Raises:
             InstanceError, StorageError: the vTPM cannot be loaded; nothing was changed.
@@ -117,7 +125,12 @@ class Vtpm:
         reply = self._keeper.load()
         if reply.family != self.family.value:
             raise WrongFamilyError(self.family.value, reply.family)
-        kind = Startup(reply.startup)
+        try:
+            kind = Startup(reply.startup)
+        except ValueError as error:
+            raise ManagerConfusedError("Load", str(error)) from error
+        if kind is Startup.NONE:
+            self._after_reset = Startup.NONE  # who starts it the first time does it every time
         if kind is Startup.FAILED:
             if not reply.fresh:
                 self._try_out()
@@ -125,9 +138,8 @@ class Vtpm:
             return
         try:
             self._power_on(kind, fresh=reply.fresh)
-        except StartupRefusedError as error:
-            self._tpm.terminate()
-            self._change(Change.FAILED, error)
+        except (StartupRefusedError, SaveError) as error:
+            self._fail(error)
             return
         self._change(Change.STARTED)
 

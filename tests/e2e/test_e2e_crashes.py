@@ -109,6 +109,27 @@ def test_kill_9_of_manager_keeper_and_instances_keeps_every_acknowledged_write(v
     guest.close()
 
 
+def test_without_its_keeper_an_instance_ends_cleanly_and_comes_back_as_it_was(vtpms: Installation) -> None:
+    vtpms.add("web")
+    shown = vtpms.attach("web")
+    guest = Guest(shown["endpoint"])
+    guest.define(INDEX, 4)
+    guest.write(INDEX, b"kept")
+    guest.extend(9, b"\x66" * 32)
+    value = guest.pcr(9)
+    guest.close()
+    keeper = vtpms.vtpm_manager("status", "--json").json["keeper_pid"]
+    os.kill(keeper, signal.SIGKILL)
+    wait_for(lambda: vtpms.show("web")["pid"] not in (None, shown["pid"]), "another instance")
+    wait_for(lambda: vtpms.show("web")["state"] == "running", "it to run")
+    assert guest.read(INDEX, 4) == b"kept"
+    assert guest.pcr(9) == value, "it was stopped cleanly, so its PCRs stand"
+    guest.close()
+    assert vtpms.vtpm_manager("status", "--json").json["keeper_pid"] != keeper
+    vtpms.add("second")
+    vtpms.attach("second")
+
+
 def test_two_managers_cannot_have_one_store(vtpms: Installation) -> None:
     assert vtpms.try_start() == 8
     assert "another vtpm-manager" in vtpms.refusal

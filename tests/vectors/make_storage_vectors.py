@@ -164,7 +164,7 @@ def filled(disk: MemoryDisk) -> Store:
     store.write_boot_area(b"second boot area")
     store.note_anchored(seed("anchored"))
     store.note_volatile(seed("volatile"))
-    store.commit([put(number, 2) for number in range(0, 30)])
+    store.commit([put(number, 2) for number in range(30)])
     store.commit([RemoveVtpm(uuid_of(7)), put(8, 3)])
     store.commit([put(9, 4)])
     return store
@@ -199,7 +199,7 @@ def store_torn() -> Vector:
 
 def store_flipped(what: str) -> Vector:
     disk = MemoryDisk()
-    state_ = filled(disk)._state  # noqa: SLF001 - where things are is not part of the interface
+    state_ = filled(disk)._state
     expected = describe_store(Store.open(disk, KEY), "")
     if what == "log":
         offset = state_.log.first * SECTOR + state_.root.body.log_unit * fmt.UNIT + 200

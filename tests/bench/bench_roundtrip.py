@@ -1,0 +1,150 @@
+"""Round trips of commands that store nothing, on an attached vTPM's socket and ring, beside swtpm's socket."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from document import Section, Table, Target
+from floors import echo_server, libtpms_alone
+from options import Options, progress
+from subjects import READS, Client, running_subject, running_swtpms
+from timing import MICROSECONDS, Call, Ratio, Sample, in_turns, on_one_cpu
+
+LIMIT_SOCKET = 1.3
+LIMIT_RING = 1.0
+BLOCK = 20  # commands in a row before the next party has its turn
+ROUNDS = 9
+EACH = 400
+SOCKET, RING, PEER, ECHO = "vTPM, socket", "vTPM, ring", "swtpm, socket", "Python echo"
+_ANSWER_BYTES = 44  # of GetRandom(32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parties:
+    """Who takes commands, and the processes that serve them."""
+
+    clients: Mapping[str, Client]
+    echo: Call
+    pids: tuple[int, ...]
+
+    def calls(self, packet: bytes) -> dict[str, Call]:
+        """Return one call a party; the echo is sent the same however large the packet."""
+        return {name: partial(client.run, packet) for name, client in self.clients.items()} | {ECHO: self.echo}
+
+
+@contextmanager
+def _parties() -> Iterator[_Parties]:
+    with ExitStack() as stack:
+        subject = stack.enter_context(running_subject())
+        (peer,) = stack.enter_context(running_swtpms(subject.disk))
+        subject.make("socket")
+        subject.make("ring")
+        by_socket, by_ring = subject.run_for("socket"), subject.run_for("ring", "ring")
+        clients = {
+            SOCKET: stack.enter_context(Client.on_socket(by_socket["endpoint"])),
+            RING: stack.enter_context(Client.on_ring(by_ring["endpoint"])),
+            PEER: stack.enter_context(Client.on_socket(peer.path)),
+        }
+        for client in clients.values():
+            client.prepare()
+        echo_pid, echo = stack.enter_context(echo_server(_ANSWER_BYTES))
+        yield _Parties(clients, echo, (by_socket["pid"], by_ring["pid"], peer.pid, echo_pid))
+
+
+def run(options: Options) -> Section:
+    """Measure and return the section."""
+    rounds, each = options.rounds(ROUNDS), options.each(EACH)
+    with _parties() as parties:
+        progress("round trips: pinned to one CPU")
+        with on_one_cpu(parties.pids):
+            pinned = _all(parties, rounds, each, BLOCK)
+            progress("round trips: pinned, another party at each command")
+            turns = _all(parties, rounds, each // 2, 1)
+        progress("round trips: unpinned")
+        free = _all(parties, rounds, each // 4, BLOCK)
+    progress("round trips: libtpms alone")
+    with libtpms_alone() as calls, on_one_cpu(()):
+        inside = in_turns(calls, rounds, each, BLOCK)
+    return _section(pinned, turns, free, inside)
+
+
+_Results = dict[str, dict[str, Sample]]
+
+
+def _all(parties: _Parties, rounds: int, each: int, block: int) -> _Results:
+    for packet in READS.values():  # caches and byte code learn the way before anything is timed
+        in_turns(parties.calls(packet), 1, 2 * BLOCK)
+    return {name: in_turns(parties.calls(packet), rounds, each, block) for name, packet in READS.items()}
+
+
+def _section(pinned: _Results, turns: _Results, free: _Results, inside: dict[str, Sample]) -> Section:
+    section = Section(
+        "Round trips",
+        "An attached vTPM of a running manager and `swtpm socket`, each on a persistent connection from one client "
+        "process, and a second vTPM on the local ring (both ends in Python). *Pinned*: client and servers share one "
+        "CPU, so that the cost of the code is measured and not that of waking another CPU. *Unpinned*: the scheduler "
+        f"places them. The parties take turns after {BLOCK} commands. Times are microseconds, median / 99th "
+        "percentile; ratios are to swtpm in the same rounds, with the lowest and highest round.",
+    )
+    for title, results in (
+        ("Pinned to one CPU:", pinned),
+        ("Pinned, the parties take turns after every single command (caches are cold for everybody):", turns),
+        ("Unpinned:", free),
+    ):
+        section.tables.append(_table(title, results))
+    for name in READS:
+        for party, limit in ((SOCKET, LIMIT_SOCKET), (RING, LIMIT_RING)):
+            ratio = Ratio.of(pinned[name][party], pinned[name][PEER])
+            section.targets.append(
+                Target(f"{name}, {party.split(', ')[1]}, pinned", ratio.median, limit, "swtpm, socket", ratio.spread)
+            )
+    section.tables.append(_shares(pinned, inside))
+    section.meaning.append(_meaning(pinned, inside))
+    return section
+
+
+def _table(title: str, results: _Results) -> Table:
+    table = Table(("command", SOCKET, RING, PEER, "socket / swtpm", "ring / swtpm"), note=title)
+    for name, samples in results.items():
+        ratios = (Ratio.of(samples[party], samples[PEER]) for party in (SOCKET, RING))
+        table.add(name, *(_times(samples[party]) for party in (SOCKET, RING, PEER)), *map(str, ratios))
+    return table
+
+
+def _times(sample: Sample) -> str:
+    return f"{sample.median / MICROSECONDS:.1f} / {sample.p99 / MICROSECONDS:.1f}"
+
+
+def _shares(pinned: _Results, inside: dict[str, Sample]) -> Table:
+    table = Table(
+        ("command", SOCKET, "Python echo", "libtpms from Python", "ours", "swtpm", "echo + libtpms / swtpm"),
+        note="Where the time goes, pinned (best round, microseconds). *Python echo* is a round trip to a Python "
+        "process that only polls, receives and sends; *libtpms from Python* is the command in-process through the "
+        "same binding; *ours* is what is left for everything this project adds.",
+    )
+    for name in READS:
+        samples = pinned[name]
+        whole, echo, call, peer = (
+            sample.best / MICROSECONDS for sample in (samples[SOCKET], samples[ECHO], inside[name], samples[PEER])
+        )
+        table.add(
+            name,
+            *(f"{value:.1f}" for value in (whole, echo, call, whole - echo - call, peer)),
+            f"{(echo + call) / peer:.2f}",
+        )
+    return table
+
+
+def _meaning(pinned: _Results, inside: dict[str, Sample]) -> str:
+    floors = [
+        (pinned[name][ECHO].best + inside[name].best) / pinned[name][PEER].best
+        for name in READS
+    ]
+    return (
+        f"A Python server that did nothing but call libtpms would be at {min(floors):.2f} to {max(floors):.2f} times "
+        "swtpm: that is what interpreter, poll loop and binding cost, and no change of our own code goes below it. "
+        "swtpm does the same three system calls for a command (poll, read, write). Unpinned, waking a sleeping "
+        "process on another CPU costs more than the command, and the scheduler decides which party pays it: those "
+        "figures jump between two modes from run to run and say little about either program."
+    )
