@@ -18,6 +18,7 @@ from storage.store import Store
 from storage.store_records import Change
 
 _INLINE_BELOW: Final = 0.0003  # seconds; a thread hop costs about 0.16 ms here (reference/performance.md 6)
+_ENTRY_BYTES: Final = 128  # of the log that one entry takes at most: a record has 93, a frame's own share is small
 _LATENCY_WEIGHT: Final = 0.1  # of the newest flush in the moving average
 
 Acknowledge = Callable[[Exception | None], None]
@@ -76,18 +77,15 @@ class Committer:
         while True:
             await self._wake.wait()
             self._wake = trio.Event()
-            group, self._queue = self._queue, []
-            if group:
-                with trio.CancelScope(shield=True):
-                    await self._commit_group(group)
+            while self._queue:
+                limit = max(1, self.store.max_commit_bytes // _ENTRY_BYTES)
+                group, self._queue = self._queue[:limit], self._queue[limit:]
+                await self._commit_group(group)
 
     async def _commit_group(self, group: list[tuple[Sequence[Change], Acknowledge]]) -> None:
         async with self.lock:
-            error = await self._try([change for changes, _ in group for change in changes])
-            if error is None or isinstance(error, DeviceError) or len(group) == 1:
-                outcomes = [error] * len(group)
-            else:
-                outcomes = [await self._try(list(changes)) for changes, _ in group]
+            with trio.CancelScope(shield=True):  # a thread that has begun cannot be called back
+                outcomes = await self._outcomes(group)
         if self.before_acknowledge is not None and None in outcomes:
             refused = await self._anchored(self.before_acknowledge)
             outcomes = [outcome or refused for outcome in outcomes]
@@ -97,6 +95,12 @@ class Committer:
             acknowledge(outcome)
         if None in outcomes:
             self._on_group()
+
+    async def _outcomes(self, group: list[tuple[Sequence[Change], Acknowledge]]) -> list[Exception | None]:
+        error = await self._try([change for changes, _ in group for change in changes])
+        if error is None or isinstance(error, DeviceError) or len(group) == 1:
+            return [error] * len(group)
+        return [await self._try(list(changes)) for changes, _ in group]
 
     @staticmethod
     async def _anchored(anchor: Callable[[], Awaitable[None]]) -> Exception | None:

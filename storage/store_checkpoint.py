@@ -46,7 +46,7 @@ def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None
         _commit_root(state, state.root.body.log_unit, state.root.body.log_previous)
         del items[:room]
     if not _final_fits(state, items):
-        grow(state, sum(len(group.carry_pieces()) for group in state.groups.values()))
+        grow(state, _final_cost(state, items))
     _write(state, items)
     _give_up_lost_leaves(state)
     _drop(state)
@@ -134,11 +134,15 @@ def _fitting(state: State, items: list[_Item]) -> int:
 
 
 def _final_fits(state: State, items: list[_Item]) -> bool:
-    """Tell whether items, drops and carried parts fit one round; counts map sectors that carrying may add."""
+    return _final_cost(state, items) <= state.tree.free
+
+
+def _final_cost(state: State, items: list[_Item]) -> int:
+    """Count the sectors for items, drops and carried parts in one round, map sectors that carrying may add included."""
     pieces = sum(len(group.carry_pieces()) for group in state.groups.values())
     entries = [item.entry for item in items] + [*_to_drop(state), *_lost(state)]
-    maps = state.tree.cost(entries) + (pieces and pieces // fmt.REFS_PER_MAP + 2)
-    return len(items) + pieces + maps <= state.tree.free
+    more_maps = pieces // fmt.REFS_PER_MAP + 2 if pieces else 0
+    return len(items) + pieces + more_maps + state.tree.cost(entries)
 
 
 def _lost(state: State) -> list[int]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from storage_disks import FaultyDisk, FileDisk, MemoryDisk, RecordingDisk, ShortDisk
 
 from storage import state_format as fmt
@@ -400,6 +402,34 @@ def test_describe_needs_no_key(disk: FileDisk) -> None:
     assert str(first.emulator) == "libtpms 0.9.2"
     assert first.digest == record.digest
     assert second.state is SlotState.BLANK
+
+
+@given(st.binary(max_size=60))
+def test_any_plaintext_parses_or_is_refused_and_what_parses_packs_to_itself(plaintext: bytes) -> None:
+    try:
+        blobs = fmt.unpack_blobs(plaintext)
+    except BlobsRefused:
+        return
+    assert fmt.pack_blobs(blobs) == plaintext
+
+
+def test_every_change_of_a_plaintexts_structure_is_refused() -> None:
+    good = fmt.pack_blobs(fmt.Blobs({"permall": b"abc", "savestate": b"", "volatilestate": b"xy"}))
+    assert dict(fmt.unpack_blobs(good)) == {"permall": b"abc", "savestate": b"", "volatilestate": b"xy"}
+    for bad in (
+        b"",
+        good + b"x",
+        *(good[:length] for length in range(1, len(good))),
+        b"\0",
+        b"\2" + good[1:],
+        b"\4" + good[1:],
+        good[:1] + b"\2" + good[2:],
+        b"\2" + 2 * (b"\1\0\0\0\0"),
+        b"\1\x09\0\0\0\0",
+        b"\1\1\xff\xff\xff\xff",
+    ):
+        with pytest.raises(BlobsRefused):
+            fmt.unpack_blobs(bad)
 
 
 # --- faults of the disk ----------------------------------------------------------------------------

@@ -324,6 +324,44 @@ def test_a_closed_group_does_not_stop_others_from_filling_the_log_many_times(dis
     assert reopen(disk).get(V1) == record_of(V1, A)
 
 
+def store_with_much_in_the_log(disk: MemoryDisk) -> Store:
+    """Fill a store to its last leaf, then the log with parts of group A; return it with A closed and B open."""
+    store = new_store(disk, [A, B], 77 * SECTOR)
+    for start in range(0, 1300, 325):
+        store.commit([put(uuid_of(10_000 + number), (A, B)[number % 2]) for number in range(start, start + 325)])
+    store.checkpoint()
+    for generation in (1, 2):
+        store.commit([put(uuid_of(10_000 + number), A, generation) for number in range(0, 900, 2)])
+    again = reopen(disk, unlock=False)
+    again.unlock_group(B, group_key(B))
+    return again
+
+
+def test_the_image_grows_when_carried_parts_need_it(disk: MemoryDisk) -> None:
+    store = store_with_much_in_the_log(disk)
+    before = store.statistics()
+    store.checkpoint()
+    assert store.statistics().sectors > before.sectors == 77
+    again = reopen(disk)
+    assert {again.get(uuid_of(10_000 + number)).generation for number in range(0, 900, 2)} == {2}
+    assert len(again) == 1300
+
+
+def test_where_carried_parts_have_no_room_everything_is_kept_until_their_key_comes(disk: MemoryDisk) -> None:
+    store = store_with_much_in_the_log(disk)
+    fixed = MemoryDisk(bytes(disk.content), growable=False)
+    store = reopen(fixed, unlock=False)
+    store.unlock_group(B, group_key(B))
+    with pytest.raises(StorageFull):
+        store.checkpoint()
+    store.commit([put(uuid_of(10_001), B, 8)])
+    again = reopen(fixed)
+    assert {again.get(uuid_of(10_000 + number)).generation for number in range(0, 900, 2)} == {2}
+    store.unlock_group(A, group_key(A))
+    store.checkpoint()
+    assert content(reopen(fixed)) == content(store) == content(again)
+
+
 # --- room ------------------------------------------------------------------------------------------
 
 

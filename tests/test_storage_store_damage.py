@@ -245,6 +245,32 @@ def test_a_leaf_that_is_whole_again_never_brings_a_removed_vtpm_back(image: byte
         store.checkpoint()
 
 
+def test_a_group_whose_carried_parts_are_damaged_stays_closed_and_the_others_work() -> None:
+    disk = MemoryDisk()
+    with new_store(disk, [A, B]) as store:
+        store.commit([PutVtpm(record_of(uuid_of(100), A)), PutVtpm(record_of(uuid_of(101), B))])
+    with reopen(disk, unlock=False) as store:
+        store.checkpoint()
+    carry = next(place for place, kind in live_sectors(bytes(disk.content)).items() if kind == "carry")
+    disk.content[carry * SECTOR + 50] ^= 1
+    before = bytes(disk.content)
+    store = reopen(disk, unlock=False)
+    results = {}
+    for group in (A, B):
+        try:
+            store.unlock_group(group, group_key(group))
+        except StoreDamaged as error:
+            results[group] = error.where
+    assert len(results) == 1
+    assert "carry" in next(iter(results.values()))
+    assert bytes(disk.content) == before
+    [good] = [group for group in (A, B) if group not in results]
+    store.commit([PutVtpm(record_of(uuid_of(500), good))])
+    store.checkpoint()
+    disk.content[carry * SECTOR + 50] ^= 1
+    assert set(content(reopen(disk))[1]) == {uuid_of(100), uuid_of(101), uuid_of(500)}
+
+
 # --- foreign, cut short, swapped, newer -------------------------------------------------------------
 
 

@@ -76,29 +76,38 @@ class Ratio:
         return f"{self.median:.2f} ({self.spread})"
 
 
-def in_turns(calls: Mapping[str, Call], rounds: int, each: int, block: int = 1) -> dict[str, Sample]:
+def in_turns(
+    calls: Mapping[str, Call], rounds: int, each: int, block: int = 1, undo: Mapping[str, Call] | None = None
+) -> dict[str, Sample]:
     """Time every call `each` times in each of `rounds` rounds, taking turns after `block` calls.
 
-    Who begins changes from turn to turn. The garbage collector is off meanwhile.
+    Who begins changes from turn to turn. The garbage collector is off meanwhile. `undo` names what follows each call
+    outside the clock.
     """
+    undoing = undo or {}
     taken: dict[str, list[tuple[int, ...]]] = {name: [] for name in calls}
     with _no_collector():
         for _ in range(rounds):
             one_round: dict[str, list[int]] = {name: [] for name in calls}
             for turn in range(max(1, each // block)):
                 for name in reversed(calls) if turn % 2 else calls:
-                    _time(calls[name], block, one_round[name])
+                    _time(calls[name], block, one_round[name], undoing.get(name, _nothing))
             for name, times in one_round.items():
                 taken[name].append(tuple(times))
     return {name: Sample(tuple(times)) for name, times in taken.items()}
 
 
-def _time(call: Call, count: int, into: list[int]) -> None:
+def _nothing() -> None:
+    pass
+
+
+def _time(call: Call, count: int, into: list[int], undo: Call) -> None:
     clock = time.perf_counter_ns
     for _ in range(count):
         started = clock()
         call()
         into.append(clock() - started)
+        undo()
 
 
 @contextmanager
