@@ -23,6 +23,7 @@ from storage.errors import StorageError
 
 _log = logging.getLogger("vtpm.admin")
 _REQUEST_SECONDS: Final = 10.0  # a client that says nothing for longer is dropped
+_REPLY_SECONDS: Final = 30.0  # and one that does not read
 _MAX_CLIENTS: Final = 64
 _MAX_DESCRIPTORS: Final = 4
 _KINDS: Final[Mapping[str, type]] = {"str": str, "path": str, "int": int, "flag": bool}
@@ -83,11 +84,14 @@ def listen(path: Path, config: AdminConfig) -> socket.socket:
     previous = os.umask(0o177)
     try:
         sock.bind(str(path))
+        os.chown(path, -1, gid)
+        path.chmod(mode)
+        sock.listen(_MAX_CLIENTS)
+    except OSError as error:
+        sock.close()
+        raise ConfigurationError(f"cannot make the admin socket {path}: {error.strerror}") from error
     finally:
         os.umask(previous)
-    os.chown(path, -1, gid)
-    path.chmod(mode)
-    sock.listen(_MAX_CLIENTS)
     sock.setblocking(False)
     return sock
 
@@ -98,31 +102,33 @@ class AdminServer:
     def __init__(self, services: Services, config: AdminConfig) -> None:
         """Serve `services`' verbs to those whom `config` gives a role."""
         self._services, self._config = services, config
-        self._limit = trio.CapacityLimiter(_MAX_CLIENTS)
+        self._room = trio.Semaphore(_MAX_CLIENTS)
 
     async def run(self, listener: socket.socket) -> None:
         """Accept until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
                 await trio.lowlevel.wait_readable(listener)
+                await self._room.acquire()  # before the accept: those who wait cost no descriptor
                 try:
                     client, _ = listener.accept()
-                except BlockingIOError:
-                    continue
-                except OSError as error:  # out of descriptors: wait, do not spin
-                    _log.warning("cannot accept an administrator: %s", error)
-                    await trio.sleep(0.2)
+                except OSError as error:
+                    self._room.release()
+                    if not isinstance(error, BlockingIOError):  # out of descriptors: wait, do not spin
+                        _log.warning("cannot accept an administrator: %s", error)
+                        await trio.sleep(0.2)
                     continue
                 client.setblocking(False)
                 nursery.start_soon(self._serve, client)
 
     async def _serve(self, client: socket.socket) -> None:
-        with client:
-            try:
-                async with self._limit:
-                    await self._one_request(client)
-            except (OSError, ChannelClosedError) as error:
-                _log.debug("administrator went away: %s", error)
+        try:
+            with client:
+                await self._one_request(client)
+        except (OSError, ChannelClosedError) as error:
+            _log.debug("administrator went away: %s", error)
+        finally:
+            self._room.release()
 
     async def _one_request(self, client: socket.socket) -> None:
         descriptors: list[int] = []
@@ -148,8 +154,11 @@ class AdminServer:
             replies = [Failure(ExitCode.FAILURE, f"the manager made a mistake ({type(error).__name__}); see its log")]
         finally:
             close_all(descriptors)
-        for reply in replies:
-            await send_message_trio(client, encode_admin(reply))
+        with trio.move_on_after(_REPLY_SECONDS) as reading:  # one that does not read must not keep a place
+            for reply in replies:
+                await send_message_trio(client, encode_admin(reply))
+        if reading.cancelled_caught:
+            _log.warning("an administrator did not read the answer within %g s", _REPLY_SECONDS)
 
     async def _do(self, peer: PeerCredentials, data: bytes, descriptors: tuple[int, ...]) -> list[dict[str, Any]]:
         request = decode_admin(data)
@@ -165,5 +174,6 @@ class AdminServer:
                 f"([admin] in the configuration gives roles)"
             )
         arguments = check_arguments(verb, request.arguments)
-        _log.info("%s %s by user %d", verb.name, arguments.get("vtpm") or arguments.get("name") or "", peer.uid)
+        what = str(arguments.get("vtpm") or arguments.get("name") or "")
+        _log.info("%s %.80r by user %d", verb.name, what, peer.uid)  # repr: no line of the log is the caller's
         return await HANDLERS[verb.name](self._services, Caller(peer.uid, descriptors), arguments)

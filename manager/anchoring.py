@@ -1,5 +1,6 @@
 """Keeps both anchors up to date while the manager runs. No guest command and no routine save waits for it."""
 
+import hmac
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -10,9 +11,11 @@ import trio
 
 from manager import anchor
 from manager.committer import Committer
+from manager.errors import ManagerError, RolledBackError
 from manager.hardware import Hardware
 from manager.hwtpm_errors import TpmError
 from manager.hwtpm_records import AnchorInfo
+from storage.errors import StorageError
 from storage.store import Store
 
 _log = logging.getLogger("vtpm.anchor")
@@ -47,7 +50,7 @@ class Anchoring:
         self._info, self._auth, self._volatile = info, auth, volatile
         if strict:
             committer.before_acknowledge = self.write_durable
-        self._pcr22: bytes | None = None
+        self._durable_unknown = False  # a write failed, and whether the TPM carried it out is not known
         self._durable_lock = trio.Lock()
         self._group_done = trio.Event()
         self._durable_writes = self._volatile_extends = 0
@@ -58,22 +61,56 @@ class Anchoring:
         """Tell that the store has changed (called by the committer)."""
         self._group_done.set()
 
+    async def write_opening(self) -> None:
+        """Make this open a state of its own, and both anchors stand for it; before anything is served.
+
+        The image as it was opened may have been opened before. Were its digest anchored a second time, the saves
+        made after the first open and those made after the second would both descend from the anchor: a fork.
+
+        Raises:
+            TpmError: the hardware TPM did not do it. StorageError: the store took no frame.
+
+        """
+        if self._volatile:
+            await self.extend_volatile()
+        else:
+            async with self._committer.lock:
+                await trio.to_thread.run_sync(partial(self._committer.store.commit, (), notes=True))
+        await self.write_durable()
+
     async def write_durable(self) -> None:
         """Make the durable anchor stand for the store as it is now, or for a newer state.
 
         Raises:
-            TpmError: the hardware TPM did not do it; the old anchor stands.
+            TpmError: the hardware TPM did not do it; the old anchor stands, or the new one (told apart next time).
+            RolledBackError: somebody else has written the index.
 
         """
         async with self._durable_lock:
             store = self._committer.store
+            if self._durable_unknown:
+                await self._find_out()
             async with self._committer.lock:
                 digest = store.digest()
                 self._note(pending=digest)  # before the write: power may fail on either side of it
+            self._durable_unknown = True
             await self._hardware.lane.run(self._hardware.tpm.anchor_write, self._info, self._auth, digest)
             store.note_anchored(digest)
+            self._durable_unknown = False
             self._durable_writes += 1
             self._last_durable = time.time()
+
+    async def _find_out(self) -> None:
+        """Read what the index holds after a failed write: frames must name that value before they name another."""
+        held = await self._hardware.lane.run(self._hardware.tpm.anchor_read, self._info, self._auth)
+        store = self._committer.store
+        if not any(hmac.compare_digest(held, known) for known in (store.anchored, self._notes.pending)):
+            raise RolledBackError(
+                "the hardware TPM's durable anchor holds what this manager did not write: another manager uses it. "
+                "Nothing was changed. Stop one of the two"
+            )
+        store.note_anchored(held)
+        self._durable_unknown = False
 
     async def write_final(self) -> None:
         """Make the durable anchor say that this was a clean stop. Nothing can be committed any more afterwards.
@@ -96,8 +133,9 @@ class Anchoring:
                 continue
             try:
                 await self.write_durable()
-            except TpmError as error:
-                _log.warning("the durable anchor was not written, the old one stands: %s", error)
+            except (ManagerError, StorageError) as error:
+                _log.warning("the durable anchor was not written: %s", error)
+                continue
             written_at = self._committer.store.sequence
 
     async def run_volatile(self) -> None:
@@ -110,24 +148,28 @@ class Anchoring:
             self._group_done = trio.Event()
             try:
                 await self.extend_volatile()
-            except TpmError as error:
+            except (TpmError, StorageError) as error:
                 _log.warning("PCR 22 was not extended, will be retried: %s", error)
-                self._pcr22 = None
                 self._group_done.set()
                 await trio.sleep(_RETRY_SECONDS)
 
     async def extend_volatile(self) -> None:
-        """Extend PCR 22 with the store's digest; the store first records what the PCR will hold."""
+        """Extend PCR 22 with the store's digest; the store first records what the PCR will hold.
+
+        The PCR is read each time: a machine that was suspended comes back with it reset, and a note that starts from
+        a remembered value would lock the newest store out.
+
+        Raises:
+            TpmError: the hardware TPM did not do it. StorageError: the store did not take the note.
+
+        """
         store = self._committer.store
-        if self._pcr22 is None:
-            self._pcr22 = await self._hardware.lane.run(self._hardware.tpm.pcr22_read)
+        before = await self._hardware.lane.run(self._hardware.tpm.pcr22_read)
         async with self._committer.lock:
             digest = store.digest()
-            after = anchor.extended(self._pcr22, digest)
-            self._note(pcr_before=self._pcr22, pcr_after=after)
+            self._note(pcr_before=before, pcr_after=anchor.extended(before, digest))
             await trio.to_thread.run_sync(partial(store.commit, (), notes=True))
         await self._hardware.lane.run(self._hardware.tpm.pcr22_extend, digest)
-        self._pcr22 = after
         self._volatile_extends += 1
 
     def _note(self, **changes: bytes) -> None:
@@ -138,6 +180,16 @@ class Anchoring:
     def statistics(self) -> AnchorStatistics:
         """Return the counters."""
         return AnchorStatistics(self._durable_writes, self._volatile_extends, self._last_durable)
+
+
+def note_present(store: Store, pcr22: bytes | None) -> None:
+    """Have the frames that follow say that PCR 22 holds what it holds now (None: there is no volatile anchor).
+
+    For whoever changes an opened store outside a run: after a clean stop the PCR may have moved on without us.
+    """
+    if pcr22 is not None:
+        notes = anchor.Notes.unpack(store.volatile_expected)
+        store.note_volatile(replace(notes, pcr_before=pcr22, pcr_after=pcr22).pack())
 
 
 def position_of(store: Store) -> anchor.StorePosition:

@@ -28,6 +28,7 @@ from manager.registry import Registry, check_name
 from manager.running import Running, Stage
 from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
 from storage.catalogue import AttachmentRow, VtpmRow
+from storage.errors import StorageError
 from storage.store_records import RecordFlags
 
 _log = logging.getLogger("vtpm.life")
@@ -90,7 +91,7 @@ class Attachments:
         check_name(options.guest, "guest's name")
         owner = Owner.parse(options.owner, caller_uid)
         parse_mode(options.mode)
-        async with self._lock(row.uuid):
+        async with self.lock(row.uuid):
             attached = self._catalogue.find_attachment(row.uuid)
             if attached is not None:
                 raise ConflictError(f"vTPM {row.name} is attached to guest {attached.guest} already")
@@ -116,6 +117,8 @@ class Attachments:
 
     async def _start(self, row: VtpmRow, attachment: AttachmentRow, startup: str) -> Running:
         """Start an instance on fresh sockets and wait until its state is verified."""
+        if self.stopping:
+            raise BusyError("the manager is stopping; nothing was started")
         fresh = bool(self._registry.record(row.uuid).flags & RecordFlags.FRESH)
         path = self._registry.image_path(row)
         image = state_files.open_locked(path, create=fresh and not row.state_image)
@@ -174,7 +177,7 @@ class Attachments:
             ConflictError: it is not attached.
 
         """
-        async with self._lock(row.uuid):
+        async with self.lock(row.uuid):
             attachment = self._attachment(row)
             running = self.running(row.uuid)
             clean = True
@@ -193,16 +196,25 @@ class Attachments:
             ConflictError: it is not attached. BusyError, QuarantinedError: it did not come back.
 
         """
-        async with self._lock(row.uuid):
+        async with self.lock(row.uuid):
             attachment = self._attachment(row)
             running = self.running(row.uuid)
             self._budgets.pop(row.uuid, None)
             if running is None:
-                await self._start(row, attachment, _after_reset(attachment))
+                running = await self._start(row, self._renewed(attachment), _after_reset(attachment))
             else:
                 running.order(Orders.RESET)
                 await self._verified(row, running)
+            if running.stage is Stage.NEEDS_RESET:
+                said = running.report.text if running.report is not None else ""
+                raise ManagerError(f"vTPM {row.name} did not come back: {said}. It answers failure; its state is kept")
             self._catalogue.log("platform-reset", row.uuid, row.name)
+
+    def _renewed(self, attachment: AttachmentRow) -> AttachmentRow:
+        """Give an attachment the lease of its next instance, durably."""
+        renewed = replace(attachment, lease=max(attachment.lease + 1, time.time_ns() // _MICROSECOND))
+        self._catalogue.renew(renewed)
+        return renewed
 
     def _attachment(self, row: VtpmRow) -> AttachmentRow:
         attachment = self._catalogue.find_attachment(row.uuid)
@@ -210,13 +222,23 @@ class Attachments:
             raise ConflictError(f"vTPM {row.name} is not attached; 'vtpm-attach {row.name} GUEST' attaches it")
         return attachment
 
-    def _lock(self, vtpm: UUID) -> trio.Lock:
+    def lock(self, vtpm: UUID) -> trio.Lock:
+        """Return the lock that whoever starts, stops, resets or removes this vTPM holds meanwhile."""
         return self._changing.setdefault(vtpm, trio.Lock())
 
     # --- what happens by itself --------------------------------------------------------------------
 
     async def ended(self, running: Running, status: int | None) -> None:
-        """Deal with an ended process: it comes back, from its clean stop or in failure until a platform reset."""
+        """Deal with an ended process: it comes back, from its clean stop or in failure until a platform reset.
+
+        Whatever goes wrong is logged: one vTPM's end must not be the manager's.
+        """
+        try:
+            await self._ended(running, status)
+        except (ManagerError, StorageError, OSError) as error:
+            _log.error("vTPM %s: its instance ended and stays down: %s", running.vtpm, error)
+
+    async def _ended(self, running: Running, status: int | None) -> None:
         if running.stage is Stage.FAILED or self.stopping:
             return
         row = self._catalogue.find_vtpm(running.vtpm)
@@ -240,17 +262,20 @@ class Attachments:
         attachment = self._catalogue.find_attachment(row.uuid)
         if attachment is None or self.running(row.uuid) is not None or self.stopping:
             return
-        attachment = replace(attachment, lease=max(attachment.lease + 1, time.time_ns() // _MICROSECOND))
-        self._catalogue.renew(attachment)
         try:
-            await self._start(row, attachment, startup)
-        except ManagerError as error:
+            await self._start(row, self._renewed(attachment), startup)
+        except (ManagerError, StorageError, OSError) as error:
             _log.error("vTPM %s does not start: %s", row.uuid, error)
 
     async def take_over(self, kept: list[Kept]) -> None:
         """Adopt the instances that outlived the last manager, and start the attached ones that did not."""
         for instance in kept:
-            await self._take_over_one(instance)
+            try:
+                await self._take_over_one(instance)
+            except KeeperError as error:
+                _log.error(
+                    "vTPM %s: instance %d was not taken over: %s", UUID(bytes=instance.vtpm), instance.pid, error
+                )
         limit = trio.CapacityLimiter(_PARALLEL_STARTS)
         async with trio.open_nursery() as nursery:
             for attachment in self._catalogue.attachments():
@@ -265,19 +290,17 @@ class Attachments:
             await self._instances.forget(vtpm, instance.lease)
         elif attachment is None or attachment.lease != instance.lease:
             _log.error("vTPM %s: instance %d holds no lease; ending it", vtpm, instance.pid)
-            running = await self._instances.adopt(instance, "failed")
-            self._instances.kill(running)
-            await running.ended.wait()
+            await self._instances.end(instance)
         else:
             await self._instances.adopt(instance, _after_reset(attachment))
             _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)
 
     async def _restart(self, row: VtpmRow, attachment: AttachmentRow, limit: trio.CapacityLimiter) -> None:
         """Start an attached vTPM again after the manager was stopped, or worse."""
-        async with limit, self._lock(row.uuid):
+        async with limit, self.lock(row.uuid):
             try:
                 flags = self._registry.record(row.uuid).flags
-            except ManagerError as error:
+            except (ManagerError, StorageError) as error:
                 _log.error("vTPM %s does not start: %s", row.uuid, error)
                 return
             if self._catalogue.find_attachment(row.uuid) is None or self.running(row.uuid) is not None:
@@ -294,12 +317,15 @@ class Attachments:
         self.stopping = True
         outcomes: list[bool] = []
 
-        async def stop(running: Running) -> None:
-            outcomes.append(await self._instances.stop(running))
+        async def stop(vtpm: UUID) -> None:
+            async with self.lock(vtpm):  # one that is being started now is stopped after that
+                running = self.running(vtpm)
+                if running is not None:
+                    outcomes.append(await self._instances.stop(running))
 
         async with trio.open_nursery() as nursery:
-            for running in list(self._instances.running.values()):
-                nursery.start_soon(stop, running)
+            for vtpm in {*self._instances.running, *self._changing}:
+                nursery.start_soon(stop, vtpm)
         return outcomes.count(False)
 
 

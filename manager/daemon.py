@@ -22,7 +22,7 @@ from manager.anchoring import Anchoring
 from manager.attachments import Attachments
 from manager.committer import Committer
 from manager.config import Config, Layout
-from manager.errors import KeeperError
+from manager.errors import ConfigurationError, KeeperError
 from manager.hardware import Hardware
 from manager.instances import Instances
 from manager.keeper_client import Keeper
@@ -72,7 +72,7 @@ class Daemon:
         """Serve until told to stop."""
         if self._opened.standing is not Standing.CLEAN:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
-        await self._anchoring.write_durable()  # before anything is served: no fork can be older than this open
+        await self._anchoring.write_opening()
         keeper = await Keeper.connect(self._layout.keeper_socket)
         self._keeper_pid = lambda: keeper.pid
         try:
@@ -181,7 +181,18 @@ def run(layout: Layout, config: Config) -> None:
 
 
 def make_runtime_directory(layout: Layout) -> None:
-    """Make the runtime directories: others may pass through to the sockets they own, not look around."""
+    """Make the runtime directories: others may pass through to the sockets they own, not look around.
+
+    Raises:
+        ConfigurationError: one belongs to somebody else.
+
+    """
     for path in (layout.runtime_dir, layout.sockets):
         path.mkdir(parents=True, exist_ok=True)
+        owner = path.stat().st_uid
+        if owner not in (0, os.geteuid()):
+            raise ConfigurationError(
+                f"{path} belongs to user {owner}, who could put sockets of his own in place of ours; nothing was "
+                f"started. Name another --runtime-dir, or give it to the manager's user"
+            )
         path.chmod(0o711)

@@ -133,6 +133,10 @@ class HardwareTpm:
         """Return an unused NV index for the durable anchor, 0x01800100 or after it. Raises TpmFull."""
         return self._anchors.free_index()
 
+    def anchor_plan(self, index: int) -> AnchorInfo:
+        """Return what `anchor_define` of this index will return; asks the TPM nothing."""
+        return self._anchors.plan(index)
+
     def anchor_define(self, index: int, auth: bytes) -> AnchorInfo:
         """Define the durable anchor; auth: 32 random bytes. Write it once with `first=True` before reading.
 

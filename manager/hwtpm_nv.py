@@ -49,6 +49,11 @@ class Anchors:
             raise TpmFull("look for a free NV index", "an anchor from 0x01800100 to 0x018001ff")
         return free
 
+    def plan(self, index: int) -> AnchorInfo:
+        """Return the record of the anchor that `define` would make of this index."""
+        locality = self._link.locality or None
+        return AnchorInfo(index, _name(index, locality, written=True), locality)
+
     def define(self, index: int, auth: bytes) -> AnchorInfo:
         """Define an index of 32 bytes with `auth` (32 random bytes); unwritten until the first `write`.
 
@@ -56,14 +61,13 @@ class Anchors:
         """
         if len(auth) != AUTH_BYTES:
             raise ValueError(f"an anchor has an authorisation value of {AUTH_BYTES} bytes, not {len(auth)}")
-        locality = 2 if self._link.locality == 2 else None
-        info = AnchorInfo(index, _name(index, locality, written=True), locality)
+        info = self.plan(index)
         public = TPM2B_NV_PUBLIC(
             TPMS_NV_PUBLIC(
                 nvIndex=index,
                 nameAlg=TPM2_ALG.SHA256,
                 attributes=TPMA_NV(_ATTRIBUTES),
-                authPolicy=anchor_write_policy(locality),
+                authPolicy=anchor_write_policy(info.locality),
                 dataSize=ANCHOR_BYTES,
             )
         )

@@ -101,9 +101,44 @@ class Instances:
         """Take an instance over that an earlier manager started.
 
         Raises:
+            KeeperError: the keeper does not hand it over, or what it kept is no ring any more; it was ended then.
+
+        """
+        page, doorbell, pidfd = await self._fetch(kept)
+        try:
+            ring = LocalRing.adopt(page, doorbell)
+        except RingError as error:
+            await self._end(kept, pidfd)
+            raise KeeperError(f"what the keeper kept is no ring, so the instance was ended: {error}") from error
+        ring.forget_page_descriptor()
+        # an instance that waits in Load is told what a reset would be told: it never resumes twice
+        running = Running(UUID(bytes=kept.vtpm), kept.lease, kept.pid, pidfd, ring, "failed", after_reset)
+        self._take_on(running)
+        running.ring.ring()  # "ask me": it reports how it is
+        return running
+
+    async def end(self, kept: k.Kept) -> None:
+        """End an instance of an earlier manager, unheard, and have the keeper forget it.
+
+        Raises:
             KeeperError: the keeper does not hand it over.
 
         """
+        page, doorbell, pidfd = await self._fetch(kept)
+        close_all((page, doorbell))
+        await self._end(kept, pidfd)
+
+    async def _end(self, kept: k.Kept, pidfd: int) -> None:
+        try:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        await self.forget(UUID(bytes=kept.vtpm), kept.lease)
+
+    async def _fetch(self, kept: k.Kept) -> tuple[int, int, int]:
+        """Return (page, doorbell, pidfd) of an instance that the keeper has."""
         reply, received = await self._keeper.ask(k.Fetch(kept.vtpm, kept.lease))
         expected = 3 + len(kept.listeners)
         if not isinstance(reply, k.Fetched) or len(received) != expected:
@@ -111,17 +146,7 @@ class Instances:
             raise KeeperError(f"unexpected answer {type(reply).__name__} to Fetch")
         page, doorbell, pidfd = received[:3]
         close_all(received[3:])
-        try:
-            ring = LocalRing.adopt(page, doorbell)
-        except RingError as error:
-            os.close(pidfd)
-            raise KeeperError(f"what the keeper kept is no ring: {error}") from error
-        ring.forget_page_descriptor()
-        # an instance that waits in Load is told what a reset would be told: it never resumes twice
-        running = Running(UUID(bytes=kept.vtpm), kept.lease, kept.pid, pidfd, ring, "failed", after_reset)
-        self._take_on(running)
-        running.ring.ring()  # "ask me": it reports how it is
-        return running
+        return page, doorbell, pidfd
 
     def _take_on(self, running: Running) -> None:
         self.running[running.vtpm] = running

@@ -85,9 +85,17 @@ class Keeper:
             with trio.fail_after(_ANSWER_SECONDS):
                 await send_message_trio(self._sock, m.encode_keeper(message), descriptors)
                 data, received = await receive_message_trio(self._sock, max_descriptors=MAX_DESCRIPTORS)
-            reply = m.decode_keeper(data)
         except (MessageError, trio.TooSlowError) as error:
+            self._sock.close()  # its answer may still come, and must not be taken for that of the next question
             raise KeeperError(f"the keeper does not answer: {error}") from error
+        except trio.Cancelled:
+            self._sock.close()
+            raise
+        try:
+            reply = m.decode_keeper(data)
+        except MessageError as error:
+            close_all(received)
+            raise KeeperError(f"the keeper's answer cannot be read: {error}") from error
         match reply:
             case m.KeeperRefusal(text):
                 close_all(received)

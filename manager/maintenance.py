@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from frontend_backend.messages_admin import ExitCode
 from manager.anchor import clean_stop
+from manager.anchoring import note_present
 from manager.config import Config, Layout
 from manager.errors import BusyError, DeniedError, IntegrityError, ManagerError, UsageError
 from manager.hwtpm import HardwareTpm
@@ -79,6 +80,7 @@ def reseal(
         unseal = _unsealer(tpm, recovery)
         opened = open_store(descriptor, tpm, config, unseal)
         try:
+            note_present(opened.store, tpm.pcr22_read() if tpm.locality == 2 else None)
             done = _reseal_all(
                 tpm, opened, unseal, lambda reference: policy_for(tpm, selection, public, reference, values)
             )

@@ -3,7 +3,9 @@
 The last step puts the store in place; whatever interrupts before that leaves nothing that `run` would take for a store.
 """
 
+import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,10 +14,12 @@ from uuid import UUID, uuid4
 from manager import escrow
 from manager.anchor import clean_stop
 from manager.config import Config, Layout, TpmConfig
-from manager.errors import ConflictError, UsageError
+from manager.errors import ConflictError, IntegrityError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
 from manager.hwtpm import HardwareTpm
+from manager.hwtpm_errors import AnchorDenied, AnchorMissing, PolicyMismatch, SealDamaged, TpmError
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
+from manager.opening import read_boot_area
 from manager.policy import SealPolicy, parse_pcrs
 from manager.recovery_key import RecoveryPublic
 from storage.catalogue import Catalogue, GroupRow
@@ -23,8 +27,11 @@ from storage.secrets import GroupKey
 from storage.store import Store
 from storage.store_records import GroupRecord, PutGroup
 
+_log = logging.getLogger("vtpm.init")
 DEFAULT_GROUP: Final = "default"
 PCRS_NONE: Final = "none"
+UNFINISHED: Final = ".new"  # suffix of a store that is not in place yet
+_SQLITE_TAILS: Final = ("", "-wal", "-shm", "-journal")
 _PLATFORM_REFERENCE: Final = b"vtpm-manager platform v1 "
 _GROUP_REFERENCE: Final = b"vtpm-manager group v1 "
 
@@ -105,51 +112,116 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
     refuse_existing(layout)
     tpm.check_locality()
     srk_name = tpm.provision_srk()
-    store_uuid = uuid4()
-    secret = PlatformSecret.new()
-    index = tpm.anchor_free_index()
-    anchor = tpm.anchor_define(index, secret.anchor_auth)
+    clean_up_interrupted(layout, tpm)
+    made = _Made(layout.store.with_suffix(UNFINISHED), uuid4(), uuid4(), PlatformSecret.new())
+    # The index is defined last: from then on the unfinished store tells the next init which one it is, and whose.
+    anchor = tpm.anchor_plan(tpm.anchor_free_index())
     try:
         boot = BootArea(
-            platform=tpm.seal(secret.reveal(), policy_for(tpm, options.pcrs, recovery, platform_reference(store_uuid))),
+            platform=tpm.seal(made.secret.reveal(), policy_for(tpm, options.pcrs, recovery, made.reference)),
             anchor=anchor,
-            escrow=wrap_platform(recovery, store_uuid, secret) if recovery else b"",
+            escrow=wrap_platform(recovery, made.store, made.secret) if recovery else b"",
             recovery=recovery.to_pem().decode("ascii") if recovery else "",
         )
-        temporary = layout.store.with_suffix(".new")
-        group_uuid = uuid4()
-        group = _default_group(tpm, options, recovery, store_uuid, group_uuid)
-        digest = _make_store(temporary, store_uuid, secret, boot, group, options.store_size)
-        tpm.anchor_write(anchor, secret.anchor_auth, clean_stop(digest), first=True)
+        group = _default_group(tpm, options, recovery, made.store, made.group)
+        digest = _make_store(made, boot, group, options.store_size)
+        sync_directory(layout.state_dir)
+        tpm.anchor_define(anchor.index, made.secret.anchor_auth)
+        tpm.anchor_write(anchor, made.secret.anchor_auth, clean_stop(digest), first=True)
+        _make_catalogue(layout, made)
+        write_config(layout.config, _config(options, srk_name, made))
+        made.path.rename(layout.store)
     except BaseException:
-        tpm.anchor_undefine(anchor)
+        try:
+            clean_up_interrupted(layout, tpm)
+        except TpmError as error:
+            _log.warning("what init has made so far is left to the next init to take away: %s", error)
         raise
-    _make_catalogue(layout, secret, store_uuid, group_uuid)
-    config = Config(
+    sync_directory(layout.state_dir)
+    made.secret.wipe()
+    return made.store
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A new installation that is not in place yet."""
+
+    path: Path
+    store: UUID
+    group: UUID
+    secret: PlatformSecret
+
+    @property
+    def reference(self) -> bytes:
+        return platform_reference(self.store)
+
+
+def _config(options: InitOptions, srk_name: bytes, made: _Made) -> Config:
+    return Config(
         tpm=TpmConfig(
             tcti=options.tcti,
             locality=options.locality,
             pcrs=options.pcrs,
             srk_name=srk_name.hex(),
-            store_check=store_check(secret.store_key, store_uuid),
+            store_check=store_check(made.secret.store_key, made.store),
         )
     )
-    write_config(layout.config, config)
-    temporary.rename(layout.store)
+
+
+def clean_up_interrupted(layout: Layout, tpm: HardwareTpm) -> None:
+    """Take away what an `init` that was cut short left behind, its NV index too; nothing where there is nothing.
+
+    Raises:
+        TpmError: the hardware TPM failed; what was left behind is kept for the next try.
+
+    """
+    unfinished = layout.store.with_suffix(UNFINISHED)
+    if not os.path.lexists(unfinished):
+        return
+    _undefine_unfinished(unfinished, tpm)
+    for leftover in (*(layout.catalogue.with_name(layout.catalogue.name + tail) for tail in _SQLITE_TAILS), unfinished):
+        leftover.unlink(missing_ok=True)
     sync_directory(layout.state_dir)
-    secret.wipe()
-    return store_uuid
+    _log.warning("took away what an interrupted init had left in %s", layout.state_dir)
+
+
+def _undefine_unfinished(path: Path, tpm: HardwareTpm) -> None:
+    """Undefine the index of an unfinished store if it is that store's: its key opens it, or nobody has written it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise ConflictError(f"{path}, which an interrupted init left, cannot be read: {error.strerror}") from error
+    try:
+        boot = read_boot_area(descriptor)[1]
+    except IntegrityError:
+        return  # the store was not finished either, so its index was not defined yet
+    finally:
+        os.close(descriptor)
+    try:
+        secret = PlatformSecret(tpm.unseal(boot.platform))
+        try:
+            tpm.anchor_read(boot.anchor, secret.anchor_auth)
+        finally:
+            secret.wipe()
+    except AnchorMissing:
+        pass  # not defined, or never written
+    except (AnchorDenied, PolicyMismatch, SealDamaged) as error:
+        _log.warning("NV index 0x%08x may be left over from an interrupted init: %s", boot.anchor.index, error)
+        return
+    with suppress(AnchorMissing):
+        tpm.anchor_undefine(boot.anchor)
 
 
 def refuse_existing(layout: Layout) -> None:
     """Refuse to initialise over anything that may be, or have been, an installation.
 
     Raises:
-        ConflictError: the state directory has a store or a catalogue.
+        ConflictError: the state directory has a store, or a catalogue that no interrupted init left behind.
 
     """
+    unfinished = os.path.lexists(layout.store.with_suffix(UNFINISHED))
     for path in (layout.store, layout.catalogue):
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not (path == layout.catalogue and unfinished):
             raise ConflictError(
                 f"{path} is there already: this state directory holds an installation. Nothing was changed. "
                 f"'vtpm-manager run' starts it; to make another, name another --state-dir"
@@ -168,12 +240,11 @@ def _default_group(
     return PutGroup(GroupRecord(group, 0, seal.pack()), key)
 
 
-def _make_store(path: Path, store: UUID, secret: PlatformSecret, boot: BootArea, group: PutGroup, size: int) -> bytes:
-    """Make the store image at `path` and return its digest, which becomes the first durable anchor."""
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def _make_store(made: _Made, boot: BootArea, group: PutGroup, size: int) -> bytes:
+    """Make the store image and return its digest, which becomes the first durable anchor."""
+    descriptor = os.open(made.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        image = Store.create(descriptor, store, secret.store_key, boot.pack(), size)
+        image = Store.create(descriptor, made.store, made.secret.store_key, boot.pack(), size)
         try:
             image.commit([group])
             image.checkpoint()
@@ -184,12 +255,11 @@ def _make_store(path: Path, store: UUID, secret: PlatformSecret, boot: BootArea,
         os.close(descriptor)
 
 
-def _make_catalogue(layout: Layout, secret: PlatformSecret, store: UUID, group: UUID) -> None:
-    layout.catalogue.unlink(missing_ok=True)
-    catalogue = Catalogue.create(layout.catalogue, catalogue_key(secret.store_key, store))
+def _make_catalogue(layout: Layout, made: _Made) -> None:
+    catalogue = Catalogue.create(layout.catalogue, catalogue_key(made.secret.store_key, made.store))
     try:
-        catalogue.add_group(GroupRow(uuid=group, name=DEFAULT_GROUP))
-        catalogue.log("initialised", None, f"store {store}")
+        catalogue.add_group(GroupRow(uuid=made.group, name=DEFAULT_GROUP))
+        catalogue.log("initialised", None, f"store {made.store}")
     finally:
         catalogue.close()
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
 
+import trio
+
 from manager import state_files
 from manager.anchoring import Anchoring
 from manager.committer import Committer
 from manager.errors import ConflictError, DeniedError, NotFoundError, UsageError
-from storage.catalogue import Catalogue, VtpmRow
-from storage.errors import GroupClosed, NoSuchVtpm
+from storage.catalogue import Catalogue, GroupRow, VtpmRow
+from storage.errors import GenerationError, GroupClosed, NoSuchVtpm
 from storage.secrets import StateKey
 from storage.store_records import PutVtpm, RecordFlags, RemoveVtpm, VtpmRecord
 
@@ -43,6 +45,7 @@ class Registry:
         """Work on an open store and catalogue; `state_images` is the directory of images without a name."""
         self._committer, self.catalogue, self._anchoring = committer, catalogue, anchoring
         self._state_images = state_images
+        self._adding = trio.Lock()  # between looking whether a name is free and taking it
 
     def find(self, text: str) -> VtpmRow:
         """Return the vTPM with this UUID or name.
@@ -102,6 +105,10 @@ class Registry:
         group_row = self.catalogue.find_group_by_name(group)
         if group_row is None:
             raise NotFoundError(f"there is no group '{group[:80]}'")
+        async with self._adding:
+            return await self._add(vtpm, name, group_row, family, state_image)
+
+    async def _add(self, vtpm: UUID, name: str, group_row: GroupRow, family: str, state_image: str) -> VtpmRow:
         self._refuse_taken(vtpm, name, state_image)
         flags = RecordFlags.FRESH | (RecordFlags.TPM12 if family == "1.2" else RecordFlags(0))
         row = VtpmRow(uuid=vtpm, name=name, group=group_row.uuid, family=family, state_image=state_image)
@@ -112,25 +119,28 @@ class Registry:
         except GroupClosed as error:
             raise DeniedError(str(error)) from error
         self.catalogue.add_vtpm(row)
-        self.catalogue.log("added", vtpm, f"{name}, TPM {family}, group {group}")
+        self.catalogue.log("added", vtpm, f"{name}, TPM {family}, group {group_row.name}")
         await self._anchoring.write_durable()
         return row
 
     def _refuse_taken(self, vtpm: UUID, name: str, state_image: str) -> None:
-        if self.catalogue.find_vtpm(vtpm) is not None or self._in_store(vtpm):
+        if self.catalogue.find_vtpm(vtpm) is not None or self._in_use(vtpm):
             raise ConflictError(f"there is a vTPM {vtpm} already")
         if self.catalogue.find_vtpm_by_name(name) is not None:
             raise ConflictError(f"there is a vTPM named '{name}' already")
         if state_image and any(row.state_image == state_image for row in self.catalogue.vtpms()):
             raise ConflictError(f"{state_image} is the state image of another vTPM")
 
-    def _in_store(self, vtpm: UUID) -> bool:
-        """Tell whether an open group of the store has this vTPM (a closed one cannot tell)."""
+    def _in_use(self, vtpm: UUID) -> bool:
+        """Tell whether an open group of the store has a vTPM of this UUID that was ever started.
+
+        An add that was cut short leaves a record that no name leads to; it holds nothing, and may be taken up again.
+        """
         try:
-            self._committer.store.get(vtpm)
+            record = self._committer.store.get(vtpm)
         except (NoSuchVtpm, GroupClosed):
             return False
-        return True
+        return record.generation != 0 or not record.flags & RecordFlags.FRESH
 
     async def reset(self, row: VtpmRow) -> None:
         """Give a detached vTPM's state up: its key is gone, and the next attach makes a new TPM under the same UUID."""
@@ -145,19 +155,33 @@ class Registry:
     async def remove(self, row: VtpmRow) -> None:
         """Remove a detached vTPM: record and key first, then the state image and the name."""
         self._refuse_attached(row)
-        self.record(row.uuid)
-        await self._committer.commit(RemoveVtpm(row.uuid))
-        await self._anchoring.write_durable()
+        if not self._removed_before(row.uuid):
+            await self._committer.commit(RemoveVtpm(row.uuid))
+            await self._anchoring.write_durable()
         state_files.discard(self.image_path(row), ours=not row.state_image)
         self.catalogue.remove_vtpm(row.uuid)
         self.catalogue.log("removed", row.uuid, row.name)
 
+    def _removed_before(self, vtpm: UUID) -> bool:
+        """Tell whether a removal that was cut short took the record away already."""
+        try:
+            self.record(vtpm)
+        except NotFoundError:
+            return True
+        return False
+
     async def flag(self, vtpm: UUID, *, add: RecordFlags = _NO_FLAGS, drop: RecordFlags = _NO_FLAGS) -> None:
         """Change flags of a record, durably; nothing is written when they are as wanted."""
-        record = self.record(vtpm)
-        flags = (record.flags | add) & ~drop
-        if flags != record.flags:
-            await self._committer.commit(PutVtpm(replace(record, flags=flags)))
+        while True:
+            record = self.record(vtpm)
+            flags = (record.flags | add) & ~drop
+            if flags == record.flags:
+                return
+            try:
+                await self._committer.commit(PutVtpm(replace(record, flags=flags)))
+            except GenerationError:
+                continue  # its instance saved meanwhile: the newer record is looked at
+            return
 
     def _refuse_attached(self, row: VtpmRow) -> None:
         attachment = self.catalogue.find_attachment(row.uuid)
@@ -169,6 +193,9 @@ class Registry:
 
 def _uuid(text: str) -> UUID:
     try:
-        return UUID(text)
+        vtpm = UUID(text)
     except ValueError:
         raise UsageError(f"'{text[:80]}' is no UUID") from None
+    if not vtpm.int:
+        raise UsageError("the zero UUID names no vTPM")
+    return vtpm

@@ -82,7 +82,7 @@ class RingServer:
                 running.busy = True
                 self._dispatch(running, packet)
             case Answered(reason):
-                _log.warning("vTPM %s: ring request not obeyed: %s", running.vtpm, reason)
+                self._complain(running, f"ring request not obeyed: {reason}")
                 running.ring.ring()
             case None:
                 pass
@@ -91,7 +91,7 @@ class RingServer:
         try:
             request = m.decode_request(packet)
         except MessageError as error:
-            _log.warning("vTPM %s: malformed message: %s", running.vtpm, error)
+            self._complain(running, f"malformed message: {error}")
             self._answer(running, m.Refusal(m.RefusalCode.MALFORMED, str(error)[:200]))
             return
         match request:
@@ -113,6 +113,11 @@ class RingServer:
         running.back.finish(m.encode_reply(reply, running.take_orders()))
         running.ring.ring()
 
+    @staticmethod
+    def _complain(running: Running, what: str) -> None:
+        if running.complain():
+            _log.warning("vTPM %s: %s (request %d that was not obeyed)", running.vtpm, what, running.complaints)
+
     def _record(self, vtpm: UUID) -> VtpmRecord | m.Refusal:
         try:
             return self._committer.store.get(vtpm)
@@ -123,10 +128,11 @@ class RingServer:
         record = self._record(running.vtpm)
         refusal = record if isinstance(record, m.Refusal) else _objection(running, record, commit)
         if refusal is not None or isinstance(record, m.Refusal):
-            _log.warning("vTPM %s: commit of generation %d refused: %s", running.vtpm, commit.generation, refusal)
+            self._complain(running, f"commit of generation {commit.generation} refused: {refusal}")
             self._answer(running, refusal or m.Refusal(m.RefusalCode.UNKNOWN_VTPM, "no such vTPM"))
             return
-        flags = record.flags & ~(RecordFlags.FRESH | RecordFlags.RESUMABLE)
+        # a quarantine ends with the state that loads: whoever commits has loaded it
+        flags = record.flags & ~(RecordFlags.FRESH | RecordFlags.RESUMABLE | RecordFlags.QUARANTINED)
         if commit.final:
             flags |= RecordFlags.RESUMABLE
         new = replace(record, key=StateKey(commit.key), digest=commit.digest, generation=commit.generation, flags=flags)
@@ -150,6 +156,8 @@ class RingServer:
             self._answer(running, record)
             return
         startup, running.startup = running.startup, running.after_reset
+        if startup == "state" and not record.flags & RecordFlags.RESUMABLE:
+            startup = "failed"  # consumed, or never saved: the same volatile state is not resumed twice
         reply = _load_reply(running, record, startup, self._commit_timeout)
         if not record.flags & RecordFlags.RESUMABLE:
             self._answer(running, reply)

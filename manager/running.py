@@ -1,6 +1,6 @@
 """One running instance as the manager sees it, and the table of its states."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 from uuid import UUID
@@ -10,6 +10,8 @@ import trio
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import InstanceState, Orders, Report, refusal_for_malformed
 from frontend_backend.ring import BackRing
+
+_WORDS_LIMIT: Final = 1000  # characters of a report that are kept
 
 
 class Stage(StrEnum):
@@ -61,6 +63,7 @@ class Running:
     settled: trio.Event = field(default_factory=trio.Event)  # left STARTING, or left NEEDS_RESET after a reset
     ended: trio.Event = field(default_factory=trio.Event)  # the process is gone
     busy: bool = False  # a request of this ring is being worked on
+    complaints: int = 0  # requests that were not obeyed
     idle: trio.Event = field(default_factory=trio.Event)  # set when a request was done after the process had ended
     back: BackRing = field(init=False)
 
@@ -68,10 +71,11 @@ class Running:
         self.back = BackRing(self.ring.page, refusal_for_malformed)
 
     def take_report(self, report: Report) -> None:
-        """Move on by what the instance says of itself."""
-        self.report = report
+        """Move on by what the instance says of itself; its words may have been chosen by a guest."""
+        self.report = replace(report, reason=_printable(report.reason), text=_printable(report.text))
         self.stage = ON_REPORT.get((self.stage, report.state), self.stage)
-        if self.stage not in (Stage.STARTING, Stage.STOPPING):
+        # a report that came before the order to reset was handed over says how it was before
+        if self.stage not in (Stage.STARTING, Stage.STOPPING) and not self.orders & Orders.RESET:
             self.settled.set()
 
     def take_orders(self) -> Orders:
@@ -87,3 +91,13 @@ class Running:
         if orders & Orders.RESET:
             self.settled = trio.Event()
         self.ring.ring()
+
+    def complain(self) -> bool:
+        """Count a request that was not obeyed; returns whether to log it: a hostile instance must not fill the log."""
+        self.complaints += 1
+        return self.complaints.bit_count() == 1  # the 1st, 2nd, 4th, 8th, ...
+
+
+def _printable(text: str) -> str:
+    """Return `text` without what a terminal would obey or a log would take for another line."""
+    return "".join(character if character.isprintable() else "?" for character in text[:_WORDS_LIMIT])

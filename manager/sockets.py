@@ -17,6 +17,7 @@ BACKLOG: Final = 64  # tpm2-tss connects anew for every command and every contro
 _SOCKET_NAMES: Final = {"data": "swtpm.sock", "control": "swtpm.sock.ctrl", "ring": "ring.sock"}
 LISTENERS_OF: Final = {"socket": ("data", "control"), "ring": ("ring",)}
 _MODE_LIMIT: Final = 0o777
+_NO_ID: Final = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +37,25 @@ class Owner:
         """
         user, _, group = (text or str(default_uid)).partition(":")
         try:
-            entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+            entry = pwd.getpwuid(_number(user)) if user.isdecimal() else pwd.getpwnam(user)
             uid, gid = entry.pw_uid, entry.pw_gid
-        except KeyError:
+        except (KeyError, ValueError):
             if not user.isdecimal():
-                raise UsageError(f"there is no user '{user}'") from None
-            uid = gid = int(user)
+                raise UsageError(f"there is no user '{user[:80]}'") from None
+            uid = gid = _number(user)
         if group:
             try:
-                gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-            except KeyError:
-                raise UsageError(f"there is no group '{group}'") from None
+                gid = _number(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+            except (KeyError, ValueError):
+                raise UsageError(f"there is no group '{group[:80]}'") from None
         return cls(uid, gid)
+
+
+def _number(text: str) -> int:
+    """Return a user's or group's number; -1 as 32 bits is chown(2)'s "leave it", never somebody."""
+    if len(text) > len(str(_NO_ID)) or int(text) >= _NO_ID:
+        raise UsageError(f"'{text[:80]}' is no number of a user or group")
+    return int(text)
 
 
 def parse_mode(text: str) -> int:
@@ -62,7 +70,7 @@ def parse_mode(text: str) -> int:
     except ValueError:
         mode = -1
     if not 0 <= mode <= _MODE_LIMIT:
-        raise UsageError(f"'{text}' is no mode: write permissions in octal, as in 0660")
+        raise UsageError(f"'{text[:80]}' is no mode: write permissions in octal, as in 0660")
     return mode
 
 
@@ -93,6 +101,10 @@ class SocketFolder:
         made: list[socket.socket] = []
         try:
             self.path.mkdir(mode=0o700, exist_ok=True)
+            # A folder of an earlier start is its owner's: while it were so, he could put a link in the place of a
+            # socket that we are about to give him, and be given what it points to.
+            os.chown(self.path, os.geteuid(), os.getegid(), follow_symlinks=False)
+            self.path.chmod(0o700)
             # directory and sockets get their last owner and mode before anybody can connect
             for name in self.names:
                 sock = self._listen_one(self.socket_path(name), name, owner, mode)

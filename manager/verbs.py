@@ -54,9 +54,14 @@ async def add(services: Services, caller: Caller, arguments: Arguments) -> list[
 
 def _check_state_image(caller: Caller, path: str) -> None:
     """Check that what we will open later is the very file that the caller could open."""
+    if not os.path.isabs(path):
+        raise UsageError(f"the state image {path[:200]!r} is no absolute path")
     if len(caller.descriptors) != 1:
         raise UsageError("the state image's descriptor did not come with the request")
-    ours, theirs = os.stat(path), os.fstat(caller.descriptors[0])
+    try:
+        ours, theirs = os.stat(path), os.fstat(caller.descriptors[0])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the state image {path[:200]!r} cannot be used: {error}") from error
     if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
         raise UsageError(f"{path} is not the file that was opened for it")
 
@@ -104,7 +109,8 @@ async def reset(services: Services, _caller: Caller, arguments: Arguments) -> li
     """Throw a vTPM's state away."""
     row = services.registry.find(arguments["vtpm"])
     _confirmed(arguments, f"this throws the state of vTPM {row.name} ({row.uuid}) away")
-    await services.registry.reset(row)
+    async with services.attachments.lock(row.uuid):  # an attach that has begun ends first
+        await services.registry.reset(row)
     return [describe(services, row)]
 
 
@@ -113,7 +119,8 @@ async def remove(services: Services, _caller: Caller, arguments: Arguments) -> l
     row = services.registry.find(arguments["vtpm"])
     _confirmed(arguments, f"this removes vTPM {row.name} ({row.uuid}) and its secrets")
     document = describe(services, row)
-    await services.registry.remove(row)
+    async with services.attachments.lock(row.uuid):
+        await services.registry.remove(row)
     return [document | {"state": "removed"}]
 
 

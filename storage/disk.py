@@ -120,18 +120,16 @@ class Device:
 
     def write(self, data: Bytes, offset: int) -> None:
         """Write all of `data`; on an error any part of the range may hold old or new bytes."""
-        rest = memoryview(data).cast("B")
-        operation = f"write {len(rest)} bytes at {offset}"
+        length, done = len(data), 0
         try:
-            while rest:
-                taken = self._disk.pwrite(rest, offset)
+            while done < length:
+                taken = self._disk.pwrite(memoryview(data)[done:] if done else data, offset + done)
                 if taken <= 0:
                     raise OSError(errno.EIO, "the device takes no more bytes")
-                rest = rest[taken:]
-                offset += taken
+                done += taken
         except OSError as error:
             self.broken = True
-            raise _wrapped(operation, error) from error
+            raise _wrapped(f"write {length - done} bytes at {offset + done}", error) from error
 
     def flush(self) -> None:
         """Make all earlier writes durable; after an error nothing is known about them."""

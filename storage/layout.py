@@ -6,6 +6,7 @@ All integers are big-endian, without alignment. docs/format.md is printed from t
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any, Self
 from uuid import UUID
 
@@ -30,7 +31,7 @@ class FieldRow:
 @dataclass(frozen=True, slots=True)
 class _Plan:
     codec: struct.Struct
-    names: tuple[str, ...]
+    values: Callable[[Any], tuple[Any, ...]]
     parse: tuple[Callable[[Any], Any] | None, ...]
 
 
@@ -50,9 +51,10 @@ def _plan(record: type["WireRecord"]) -> _Plan:
     if known is not None:
         return known
     declared = [(item.name, str(item.metadata["code"])) for item in fields(record)]
+    assert len(declared) > 1, "attrgetter gives a tuple for two names or more"
     plan = _PLANS[record] = _Plan(
         codec=struct.Struct(">" + "".join(_struct_code(code) for _, code in declared)),
-        names=tuple(name for name, _ in declared),
+        values=attrgetter(*(f"{name}.bytes" if code == _UUID_CODE else name for name, code in declared)),
         parse=tuple(_uuid if code == _UUID_CODE else None for _, code in declared),
     )
     return plan
@@ -82,8 +84,7 @@ class WireRecord:
     def pack(self) -> bytes:
         """Write the record as it stands on disk."""
         plan = _plan(type(self))
-        values = (getattr(self, name) for name in plan.names)
-        return plan.codec.pack(*(value.bytes if isinstance(value, UUID) else value for value in values))
+        return plan.codec.pack(*plan.values(self))
 
     @classmethod
     def table(cls) -> list[FieldRow]:

@@ -1,10 +1,14 @@
 """The store image: the manager's groups and one record per vTPM, durable and authenticated. The public face.
 
-Works on a descriptor that the caller opened, locked and closes. Used from one thread. A commit is one frame in
+Works on a descriptor that the caller opened, locked and closes. A commit is one frame in
 the log and one flush; everything else (`store_checkpoint`) only moves what is already durable.
+
+One thread at a time may change a store. While it does, others may call `get`, `digest` and the other readers: they
+see what was before the commit or what is after it.
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -71,6 +75,7 @@ class Store:
         self._boot = boot
         self._failed = ""
         self._closed = False
+        self._applying = threading.RLock()  # held while the state in memory is between two commits
         self.uuid: Final = state.store
 
     # --- making and opening ------------------------------------------------------------------------
@@ -152,11 +157,12 @@ class Store:
         Raises: NoSuchVtpm when no group has it; GroupClosed when a closed group might; StoreDamaged when a
         damaged leaf might have had it.
         """
-        groups = self._open_state().groups
-        group = find_group(vtpm.bytes, groups)
-        if group is None or group.table is None:
-            raise missing_vtpm(vtpm, groups)
-        return unpack_row(group.table.row(vtpm.bytes), group.record.uuid)
+        with self._applying:
+            groups = self._open_state().groups
+            group = find_group(vtpm.bytes, groups)
+            if group is None or group.table is None:
+                raise missing_vtpm(vtpm, groups)
+            return unpack_row(group.table.row(vtpm.bytes), group.record.uuid)
 
     def vtpms(self, group: UUID | None = None) -> Iterator[VtpmRecord]:
         """Iterate over the vTPMs of a group, or of all groups that are open. Raises NoSuchGroup, GroupClosed."""
@@ -327,11 +333,12 @@ class Store:
     # --- inside ------------------------------------------------------------------------------------
 
     def _open_state(self) -> State:
-        if self._closed:
-            raise StoreClosed
-        if self._failed:
-            raise StoreFailed(self._failed)
-        return self._state
+        with self._applying:
+            if self._closed:
+                raise StoreClosed
+            if self._failed:
+                raise StoreFailed(self._failed)
+            return self._state
 
     def _note_failure(self, error: DeviceError) -> None:
         if self._state.device.broken:
@@ -358,6 +365,12 @@ class Store:
             parts.append((uuid, seal_part(key, state.store, uuid, sequence, part)))
         state.log.write(Frame(sequence, state.log.head, state.carried, changes, parts), unit, state.key, state.store)
         state.flush()
+        with self._applying:
+            self._apply(plan, sequence)
+
+    def _apply(self, plan: Plan, sequence: int) -> None:
+        """Take what the log holds now into memory."""
+        state = self._state
         self._failed = "its memory does not match its image"  # until all of it is applied
         state.sequence = sequence
         put_groups(state, plan.puts, plan.keys)

@@ -8,6 +8,7 @@ the start of the log; replaying the log over newer leaves gives the same records
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from storage import store_format as fmt
 from storage.errors import StorageFull
@@ -18,6 +19,8 @@ from storage.store_head import Root, write_root
 from storage.store_log import Log
 from storage.store_state import State
 from storage.store_tree import Extent
+
+_SPARE_BESIDE_CARRY: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,9 @@ def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None
     items = _items(state)
     while items:
         room = _fitting(state, items)
+        if not room:
+            grow(state, fmt.MIN_SPARE)
+            continue
         if room == len(items) and _final_fits(state, items):
             break
         _write(state, items[:room])
@@ -65,8 +71,11 @@ def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None
 def ensure_room(state: State, new_entries: int) -> None:
     """Make sure that checkpoints will have room for so many further sectors; grow the image if not.
 
-    Raises StorageFull with nothing changed, or DeviceError.
+    Saves and removals need none and are never refused for want of it. Raises StorageFull with nothing changed,
+    or DeviceError.
     """
+    if not new_entries:
+        return
     if state.tree.map_count(new_entries) > fmt.MAX_MAPS:
         raise StorageFull("add to the store", OSError(errno.ENOSPC, "the format holds no more"))
     pool = state.tree.total - fmt.POOL_FIRST - state.log.sectors
@@ -120,7 +129,7 @@ def _leaf_items(group: Group) -> list[_Item]:
 
 
 def _fitting(state: State, items: list[_Item]) -> int:
-    """Count how many items a round can write with their map sectors. Raises StorageFull for none."""
+    """Count how many items a round can write with their map sectors."""
     low, high = 0, min(len(items), state.tree.free)
     while low < high:
         middle = (low + high + 1) // 2
@@ -128,8 +137,6 @@ def _fitting(state: State, items: list[_Item]) -> int:
             low = middle
         else:
             high = middle - 1
-    if not low:
-        raise StorageFull("write a checkpoint", OSError(errno.ENOSPC, "no spare sectors"))
     return low
 
 
@@ -141,8 +148,9 @@ def _final_cost(state: State, items: list[_Item]) -> int:
     """Count the sectors for items, drops and carried parts in one round, map sectors that carrying may add included."""
     pieces = sum(len(group.carry_pieces()) for group in state.groups.values())
     entries = [item.entry for item in items] + [*_to_drop(state), *_lost(state)]
-    more_maps = pieces // fmt.REFS_PER_MAP + 2 if pieces else 0
-    return len(items) + pieces + more_maps + state.tree.cost(entries)
+    # carried parts stay, so they must leave later rounds a few spare sectors
+    extra = pieces // fmt.REFS_PER_MAP + 2 + _SPARE_BESIDE_CARRY if pieces else 0
+    return len(items) + pieces + extra + state.tree.cost(entries)
 
 
 def _lost(state: State) -> list[int]:

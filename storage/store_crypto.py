@@ -5,7 +5,6 @@ nonce can repeat, also after a crash or a restored backup (design section 5).
 """
 
 import hashlib
-import hmac
 import os
 from enum import Enum
 from typing import Final
@@ -13,11 +12,16 @@ from uuid import UUID
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from storage import store_format as fmt
 from storage.secrets import GroupKey, Secret
 
 _NONCE: Final = bytes(12)  # each derived key meets one message
+_SHA256: Final = SHA256()
+_pack_context: Final = fmt.SealContext.codec().pack  # every save waits for these: no dataclass in between
+_pack_part_context: Final = fmt.PartContext.codec().pack
 
 
 class Purpose(Enum):
@@ -34,9 +38,11 @@ class Purpose(Enum):
 
 
 def derive(key: Secret, salt: bytes, purpose: Purpose) -> bytes:
-    """HKDF-SHA256 (RFC 5869) to one block: 32 bytes."""
-    pseudo_random = hmac.digest(salt, key.view, "sha256")
-    return hmac.digest(pseudo_random, purpose.value + b"\x01", "sha256")
+    """HKDF-SHA256 (RFC 5869) to one block: 32 bytes.
+
+    Nothing of it can be kept from one write to the next: the salt, which is new each time, keys its first step.
+    """
+    return HKDF(_SHA256, fmt.DIGEST_BYTES, salt, purpose.value).derive(key.view)
 
 
 def key_check(key: Secret, owner: UUID) -> bytes:
@@ -65,7 +71,12 @@ def sector_digest(sector: bytes) -> bytes:
 
 def part_context(store: UUID, group: UUID, sequence: int) -> bytes:
     """Associated data of a part."""
-    return fmt.PartContext(store, group, sequence).pack()
+    return _pack_part_context(store.bytes, group.bytes, sequence)
+
+
+def sector_context(store: UUID, place: int, sequence: int) -> bytes:
+    """Associated data of a sector at `place`, or of a frame at that unit of the log."""
+    return _pack_context(store.bytes, place, sequence)
 
 
 def seal_part(key: GroupKey, store: UUID, group: UUID, sequence: int, plaintext: bytes | bytearray) -> bytes:

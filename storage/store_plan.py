@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 from uuid import UUID
 
 from storage import store_format as fmt
@@ -20,7 +21,10 @@ from storage.store_crypto import key_check
 from storage.store_frame import GroupDrop, GroupPut
 from storage.store_group import Group
 from storage.store_records import Change, GroupRecord, PutGroup, PutVtpm, RemoveGroup, RemoveVtpm, VtpmRecord
-from storage.store_table import pack_row
+from storage.store_table import GroupTable, pack_row
+
+_PUT: Final = bytes([fmt.Operation.PUT])
+_REMOVE: Final = bytes([fmt.Operation.REMOVE])
 
 
 @dataclass
@@ -48,6 +52,15 @@ class Plan:
             part[:] = bytes(len(part))
 
 
+@dataclass(slots=True)
+class _Target:
+    """A group whose vTPMs change. Its UUID is a number here: hashing a UUID takes longer than everything else."""
+
+    number: int
+    part: bytearray
+    table: GroupTable | None
+
+
 class Planner:
     """Checks changes in order, each against the store and the changes before it."""
 
@@ -57,7 +70,8 @@ class Planner:
         self._numbers: set[int] | None = None
         self._plan = Plan()
         self._named: set[UUID] = set()  # groups changed themselves
-        self._vtpms: dict[bytes, tuple[UUID, int] | None] = {}  # (group, generation) as of now; None: removed
+        self._vtpms: dict[bytes, tuple[int, int] | None] = {}  # (group's UUID, generation) as of now; None: removed
+        self._targets: dict[int, _Target] = {}
         self._count: dict[UUID, int] = {}
 
     def plan(self, changes: Sequence[Change]) -> Plan:
@@ -80,53 +94,61 @@ class Planner:
     # --- vTPMs -------------------------------------------------------------------------------------
 
     def _put_vtpm(self, record: VtpmRecord, force: bool) -> None:
-        self._open_group(record.group)
+        target = self._targets.get(record.group.int) or self._target(record.group)
         uuid = record.uuid.bytes
-        known = self._find(uuid)
+        known = self._find(uuid, target)
         if known is not None:
-            group, generation = known
-            if group != record.group:
-                raise CommitRefused(f"vTPM {record.uuid} belongs to group {group}")
+            owner, generation = known
+            if owner != target.number:
+                raise CommitRefused(f"vTPM {record.uuid} belongs to group {UUID(int=owner)}")
             if record.generation < generation and not force:
                 raise GenerationError(f"vTPM {record.uuid}", generation, record.generation)
         else:
             self._plan.new_rows[record.group] = self._plan.new_rows.get(record.group, 0) + 1
             self._count[record.group] = self._count.get(record.group, 0) + 1
-        self._vtpms[uuid] = record.group, record.generation
-        self._part(record.group, fmt.Operation.PUT, pack_row(record))
+        self._vtpms[uuid] = target.number, record.generation
+        target.part += _PUT + pack_row(record)
 
     def _remove_vtpm(self, uuid: UUID) -> None:
         known = self._find(uuid.bytes)
         if known is None:
             raise missing_vtpm(uuid, self._groups)
-        group, _ = known
+        group = UUID(int=known[0])
         self._vtpms[uuid.bytes] = None
         self._count[group] = self._count.get(group, 0) - 1
-        self._part(group, fmt.Operation.REMOVE, uuid.bytes)
+        self._target(group).part += _REMOVE + uuid.bytes
 
-    def _find(self, uuid: bytes) -> tuple[UUID, int] | None:
+    def _find(self, uuid: bytes, first: _Target | None = None) -> tuple[int, int] | None:
         if uuid in self._vtpms:
             return self._vtpms[uuid]
-        group = find_group(uuid, self._groups)
-        if group is None or group.table is None:
-            return None
-        return group.record.uuid, group.table.generation(uuid)
+        if first is not None and first.table is not None:
+            generation = first.table.generation(uuid)
+            if generation is not None:
+                return first.number, generation
+        for group in self._groups.values():
+            if group.table is not None:
+                generation = group.table.generation(uuid)
+                if generation is not None:
+                    return group.record.uuid.int, generation
+        return None
 
-    def _part(self, group: UUID, operation: fmt.Operation, content: bytes) -> None:
-        part = self._plan.parts.setdefault(group, bytearray())
-        part.append(operation)
-        part += content
+    def _target(self, uuid: UUID) -> _Target:
+        known = self._targets.get(uuid.int)
+        if known is not None:
+            return known
+        table: GroupTable | None = None
+        if uuid not in self._plan.keys:
+            group = self._groups.get(uuid)
+            if group is None:
+                raise NoSuchGroup(uuid)
+            if group.table is None:
+                raise GroupClosed([uuid])
+            table = group.table
+        part = self._plan.parts[uuid] = bytearray()
+        target = self._targets[uuid.int] = _Target(uuid.int, part, table)
+        return target
 
     # --- groups ------------------------------------------------------------------------------------
-
-    def _open_group(self, uuid: UUID) -> None:
-        if uuid in self._plan.keys:
-            return
-        group = self._groups.get(uuid)
-        if group is None:
-            raise NoSuchGroup(uuid)
-        if group.table is None:
-            raise GroupClosed([uuid])
 
     def _name(self, uuid: UUID) -> None:
         if uuid in self._named:

@@ -3,6 +3,7 @@
 A leaf is named by its entry number in the map. Which leaf a record is in means nothing: any free row will do.
 """
 
+import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 from uuid import UUID
@@ -14,16 +15,18 @@ from storage.store_records import RecordFlags, VtpmRecord
 
 _ROW: Final = fmt.VtpmRow.size()
 _ROWS: Final = fmt.ROWS_PER_LEAF
-_SIZES: Final = {int(fmt.Operation.PUT): _ROW, int(fmt.Operation.REMOVE): 16}
+_pack: Final = fmt.VtpmRow.codec().pack
+_PUT: Final = int(fmt.Operation.PUT)
+_SIZES: Final = {_PUT: _ROW, int(fmt.Operation.REMOVE): 16}
+_GENERATION: Final = struct.Struct(">Q")
+_GENERATION_AT: Final = next(field.offset for field in fmt.VtpmRow.table() if field.name == "generation")
 _EMPTY_ID: Final = bytes(16)
 _EMPTY_ROW: Final = bytes(_ROW)
 
 
 def pack_row(record: VtpmRecord) -> bytes:
     """Lay a record out as in a leaf."""
-    return fmt.VtpmRow.codec().pack(
-        record.uuid.bytes, record.key.view.tobytes(), record.digest, record.generation, record.flags
-    )
+    return _pack(record.uuid.bytes, record.key.reveal(), record.digest, record.generation, record.flags)
 
 
 def unpack_row(raw: bytes | bytearray | memoryview, group: UUID) -> VtpmRecord:
@@ -59,9 +62,13 @@ class GroupTable:
         entry, row = divmod(self._index[uuid], _ROWS)
         return self._leaves[entry][row * _ROW : (row + 1) * _ROW]
 
-    def generation(self, uuid: bytes) -> int:
-        """Return the generation of a vTPM that is in the table."""
-        return int(fmt.VtpmRow.codec().unpack(self.row(uuid))[3])
+    def generation(self, uuid: bytes) -> int | None:
+        """Return the generation of a vTPM, None if it is not in the table."""
+        position = self._index.get(uuid)
+        if position is None:
+            return None
+        entry, row = divmod(position, _ROWS)
+        return int(_GENERATION.unpack_from(self._leaves[entry], row * _ROW + _GENERATION_AT)[0])
 
     # --- leaves ------------------------------------------------------------------------------------
 
@@ -136,18 +143,24 @@ class GroupTable:
 
     def apply(self, part: bytes | bytearray) -> None:
         """Carry out a part's plaintext. Raises StoreDamaged for one that cannot be parsed."""
-        position = 0
-        while position < len(part):
+        position, end = 0, len(part)
+        index, leaves, dirty = self._index, self._leaves, self.dirty
+        while position < end:
             operation = part[position]
             size = _SIZES.get(operation, 0)
-            item = part[position + 1 : position + 1 + size]
-            if not size or len(item) != size:
-                raise StoreDamaged("log part", f"operation {operation} at byte {position} cannot be parsed")
-            if operation == fmt.Operation.PUT:
-                self.put(item)
-            else:
-                self.remove(bytes(item))
-            position += 1 + size
+            start, position = position + 1, position + 1 + size
+            if not size or position > end:
+                raise StoreDamaged("log part", f"operation {operation} at byte {start - 1} cannot be parsed")
+            if operation != _PUT:
+                self.remove(bytes(part[start:position]))
+                continue
+            place = index.get(bytes(part[start : start + 16]))
+            if place is None:
+                self.put(part[start:position])
+                continue
+            entry, row = divmod(place, _ROWS)  # most of all changes: a save of a vTPM that is there
+            leaves[entry][row * _ROW : (row + 1) * _ROW] = part[start:position]
+            dirty.add(entry)
 
     def wipe(self) -> None:
         """Overwrite all leaves with zeros and forget them."""

@@ -330,8 +330,7 @@ def store_with_much_in_the_log(disk: MemoryDisk) -> Store:
     for start in range(0, 1300, 325):
         store.commit([put(uuid_of(10_000 + number), (A, B)[number % 2]) for number in range(start, start + 325)])
     store.checkpoint()
-    for generation in (1, 2):
-        store.commit([put(uuid_of(10_000 + number), A, generation) for number in range(0, 900, 2)])
+    store.commit([put(uuid_of(10_000 + number), A, 2) for number in range(0, 1300, 2)])
     again = reopen(disk, unlock=False)
     again.unlock_group(B, group_key(B))
     return again
@@ -343,7 +342,7 @@ def test_the_image_grows_when_carried_parts_need_it(disk: MemoryDisk) -> None:
     store.checkpoint()
     assert store.statistics().sectors > before.sectors == 77
     again = reopen(disk)
-    assert {again.get(uuid_of(10_000 + number)).generation for number in range(0, 900, 2)} == {2}
+    assert {again.get(uuid_of(10_000 + number)).generation for number in range(0, 1300, 2)} == {2}
     assert len(again) == 1300
 
 
@@ -356,10 +355,30 @@ def test_where_carried_parts_have_no_room_everything_is_kept_until_their_key_com
         store.checkpoint()
     store.commit([put(uuid_of(10_001), B, 8)])
     again = reopen(fixed)
-    assert {again.get(uuid_of(10_000 + number)).generation for number in range(0, 900, 2)} == {2}
+    assert {again.get(uuid_of(10_000 + number)).generation for number in range(0, 1300, 2)} == {2}
     store.unlock_group(A, group_key(A))
     store.checkpoint()
     assert content(reopen(fixed)) == content(store) == content(again)
+
+
+def test_saves_go_on_where_carried_parts_took_the_last_spare_sectors() -> None:
+    disk = MemoryDisk()
+    store = new_store(disk, [A, B], 77 * SECTOR)
+    for start in range(0, 1300, 325):
+        store.commit([put(uuid_of(10_000 + number), (A, B)[number % 2]) for number in range(start, start + 325)])
+    store.checkpoint()
+    store.commit([put(uuid_of(10_000 + number), A, 2) for number in range(0, 500, 2)])
+    fixed = MemoryDisk(bytes(disk.content), growable=False)
+    store = reopen(fixed, unlock=False)
+    store.unlock_group(B, group_key(B))
+    store.checkpoint()
+    assert store.statistics().sectors_spare < fmt.MIN_SPARE
+    for generation in range(1, 4):
+        store.commit([put(uuid_of(10_000 + number), B, generation) for number in range(1, 1300, 2)])
+        store.checkpoint()
+    with pytest.raises(StorageFull):
+        store.commit([put(uuid_of(20_000 + number), B) for number in range(50)])
+    assert {record.generation for record in reopen(fixed).vtpms(B)} == {3}
 
 
 # --- room ------------------------------------------------------------------------------------------

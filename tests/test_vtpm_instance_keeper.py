@@ -13,18 +13,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from vtpm_instance_rig import (
-    DEADLINE,
-    Bench,
-    KeeperClient,
-    KeeperProcess,
-    connect,
-    get_random,
-    rc,
-    running_keeper,
-    short_directory,
-    until,
-)
+from vtpm_instance_commands import get_random, rc
+from vtpm_instance_manager import DEADLINE, until
+from vtpm_instance_rig import Bench, KeeperClient, KeeperProcess, connect, running_keeper, short_directory
 
 from frontend_backend.descriptors import close_all, receive_message, send_message
 from frontend_backend.errors import ChannelClosedError

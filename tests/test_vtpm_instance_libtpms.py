@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from vtpm_instance_rig import (
+from vtpm_instance_commands import (
     GET_TEST_RESULT,
     SHUTDOWN_STATE,
     STARTUP_CLEAR,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
-from vtpm_instance_rig import DEADLINE, Record, SmallManager, until
+from vtpm_instance_manager import DEADLINE, Record, SmallManager, until
 
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import (

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from vtpm_instance_rig import Bench, extended, get_random, nv_define, pcr_extend, pcr_read, rc, running_keeper, until
+from vtpm_instance_commands import extended, get_random, nv_define, pcr_extend, pcr_read, rc
+from vtpm_instance_manager import until
+from vtpm_instance_rig import Bench, running_keeper
 
 from frontend_backend.front import RingFrontEnd
 

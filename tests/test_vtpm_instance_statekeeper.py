@@ -8,7 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from vtpm_instance_rig import Record, SmallManager
+from vtpm_instance_manager import Record, SmallManager
 
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import RefusalCode
@@ -22,7 +22,8 @@ from vtpm_instance.errors import (
     WrongVtpmError,
 )
 from vtpm_instance.managerlink import ManagerLink
-from vtpm_instance.statekeeper import MARGIN, StateKeeper
+from vtpm_instance.statekeeper import StateKeeper
+from vtpm_instance.tpm_commands import MARGIN
 
 EMULATOR = Emulator("libtpms", "0.9.2")
 
@@ -171,6 +172,9 @@ def test_room_is_made_between_commands_and_its_lack_is_told(parts: Parts) -> Non
     try:
         assert not parts.keeper.roomy
         assert not parts.keeper.make_room()
+        room = StateImage.open(parts.descriptor, parts.record.vtpm).room - len(content)
+        assert parts.keeper.fits(room)
+        assert not parts.keeper.fits(room + 1)
         store(parts.keeper, content[::-1])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -7,11 +7,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from vtpm_instance_rig import (
+from vtpm_instance_commands import (
     SHUTDOWN_STATE,
     STARTUP_CLEAR,
-    Record,
-    SmallManager,
     extended,
     get_random,
     nv_define,
@@ -19,6 +17,7 @@ from vtpm_instance_rig import (
     pcr_read,
     rc,
 )
+from vtpm_instance_manager import Record, SmallManager
 
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import RefusalCode

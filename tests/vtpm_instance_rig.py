@@ -1,11 +1,6 @@
-"""Real parts for the tests of vtpm_instance: a keeper process, a small manager that serves rings, raw TPM clients.
-
-The manager here is small but no stand-in for the protocol: it serves real rings with real messages, and its store
-is a dict. It can be silent, which is how a manager looks that is away.
-"""
+"""Real parts for the tests of vtpm_instance: a keeper process, raw TPM clients, and a bench that joins them."""
 
 import fcntl
-import hashlib
 import os
 import select
 import signal
@@ -14,32 +9,34 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import UUID, uuid4
+from uuid import uuid4
+
+from vtpm_instance_commands import (
+    GET_TEST_RESULT,
+    SHUTDOWN_CLEAR,
+    SHUTDOWN_STATE,
+    STARTUP_CLEAR,
+    STARTUP_STATE,
+    authorised,
+    command12,
+    extended,
+    get_random,
+    nv_content,
+    nv_define,
+    nv_read,
+    nv_write,
+    pcr_extend,
+    pcr_read,
+    rc,
+    sized,
+)
+from vtpm_instance_manager import DEADLINE, Record, SmallManager, page_state, until
 
 from frontend_backend.descriptors import close_all, receive_message, send_message
 from frontend_backend.local import LocalRing
-from frontend_backend.messages_instance import (
-    Commit,
-    CommitReply,
-    InstanceState,
-    Load,
-    LoadReply,
-    Orders,
-    Refusal,
-    RefusalCode,
-    Reply,
-    Report,
-    ReportReply,
-    decode_request,
-    encode_reply,
-    refusal_for_malformed,
-)
 from frontend_backend.messages_keeper import (
     Fetch,
     Fetched,
@@ -54,84 +51,45 @@ from frontend_backend.messages_keeper import (
     decode_keeper,
     encode_keeper,
 )
-from frontend_backend.ring import BackRing, Request
-from frontend_backend.tpmhdr import command
 from storage.state_image import Family, StateImage
 
-DEADLINE = 15.0  # seconds after which a test gives up waiting
-
-
-# --- TPM commands as bytes ------------------------------------------------------------------------
-
-_EMPTY_AUTH = struct.pack(">IHBH", 0x40000009, 0, 0, 0)  # TPM_RS_PW, no nonce, no attributes, empty password
-_OWNER = 0x40000001
-
-
-def authorised(code: int, handles: bytes, parameters: bytes = b"") -> bytes:
-    body = handles + struct.pack(">I", len(_EMPTY_AUTH)) + _EMPTY_AUTH + parameters
-    return command(code, body, 0x8002)
-
-
-def sized(content: bytes) -> bytes:
-    return struct.pack(">H", len(content)) + content
-
-
-STARTUP_CLEAR = command(0x144, b"\0\0")
-STARTUP_STATE = command(0x144, b"\0\1")
-SHUTDOWN_CLEAR = command(0x145, b"\0\0")
-SHUTDOWN_STATE = command(0x145, b"\0\1")
-GET_TEST_RESULT = command(0x17C)
-
-
-def get_random(count: int = 32) -> bytes:
-    return command(0x17B, struct.pack(">H", count))
-
-
-def pcr_extend(index: int, digest: bytes = b"\x11" * 32) -> bytes:
-    return authorised(0x182, struct.pack(">I", index), struct.pack(">IH", 1, 0xB) + digest)
-
-
-def pcr_read(index: int) -> bytes:
-    selection = (1 << index).to_bytes(3, "little")
-    return command(0x17E, struct.pack(">IHB", 1, 0xB, 3) + selection)
-
-
-def extended(*digests: bytes) -> bytes:
-    value = bytes(32)
-    for digest in digests:
-        value = hashlib.sha256(value + digest).digest()
-    return value
-
-
-def nv_define(index: int, size: int) -> bytes:
-    attributes = 0x00040004 | 0x00020002 | 0x02000000  # read and write by owner and by its own password, no lockout
-    public = struct.pack(">IHIHH", index, 0xB, attributes, 0, size)
-    return authorised(0x12A, struct.pack(">I", _OWNER), sized(b"") + sized(public))
-
-
-def nv_write(index: int, content: bytes) -> bytes:
-    return authorised(0x137, struct.pack(">II", index, index), sized(content) + b"\0\0")
-
-
-def nv_read(index: int, size: int) -> bytes:
-    return authorised(0x14E, struct.pack(">II", index, index), struct.pack(">HH", size, 0))
-
-
-def nv_content(response: bytes) -> bytes:
-    size = int.from_bytes(response[14:16])
-    return response[16 : 16 + size]
-
-
-def command12(code: int, body: bytes = b"") -> bytes:
-    return command(code, body, 0xC1)
-
-
-def rc(response: bytes) -> int:
-    assert int.from_bytes(response[2:6]) == len(response)
-    return int.from_bytes(response[6:10])
-
-
 # --- clients --------------------------------------------------------------------------------------
+
+
+# one name for all of it, for tests that want whole parts
+__all__ = [
+    "DEADLINE",
+    "GET_TEST_RESULT",
+    "SHUTDOWN_CLEAR",
+    "SHUTDOWN_STATE",
+    "STARTUP_CLEAR",
+    "STARTUP_STATE",
+    "Bench",
+    "KeeperClient",
+    "KeeperProcess",
+    "Record",
+    "SmallManager",
+    "authorised",
+    "command12",
+    "connect",
+    "extended",
+    "get_random",
+    "nv_content",
+    "nv_define",
+    "nv_read",
+    "nv_write",
+    "page_state",
+    "pcr_extend",
+    "pcr_read",
+    "rc",
+    "receive_exactly",
+    "receive_response",
+    "running_keeper",
+    "short_directory",
+    "sized",
+    "transact",
+    "until",
+]
 
 
 def connect(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
@@ -159,159 +117,6 @@ def receive_response(sock: socket.socket) -> bytes:
 def transact(sock: socket.socket, packet: bytes) -> bytes:
     sock.sendall(packet)
     return receive_response(sock)
-
-
-def page_state(ring: LocalRing) -> int:
-    return ring.page[4]
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    limit = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < limit, f"waited in vain for: {what}"
-        time.sleep(0.005)
-
-
-# --- the small manager ----------------------------------------------------------------------------
-
-
-@dataclass
-class Record:
-    """What the store knows of one vTPM."""
-
-    vtpm: UUID
-    family: str = "2.0"
-    lease: int = 1
-    fresh: bool = True
-    key: bytes = b""
-    digest: bytes = b""
-    generation: int = 0
-    resumable: bool = False
-    startup: str = "clear"
-    commit_timeout: float = 90.0
-    commits: int = 0
-    reports: list[Report] = field(default_factory=list)
-
-    @property
-    def states(self) -> list[InstanceState]:
-        return [report.state for report in self.reports]
-
-
-class SmallManager:
-    """Serves one ring from a thread of its own, from and into one record."""
-
-    def __init__(self, ring: LocalRing, record: Record) -> None:
-        self.ring, self.record = ring, record
-        self.orders = Orders.NONE
-        self.silent = False
-        self.mute = False
-        self._held: bytes | None = None
-        self.refused = 0
-        self.garbage = b""
-        self.refuse: RefusalCode | None = None
-        self.closed = False
-        self._wake, self._waker = os.pipe()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        back = BackRing(self.ring.page, refusal_for_malformed)
-        poll = select.poll()
-        poll.register(self.ring.fileno(), select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
-        alive = True
-        while alive and not self.closed:
-            if not self.silent:
-                self._serve(back)
-            ready = dict(poll.poll())
-            if self._wake in ready:
-                os.read(self._wake, 64)
-            if self.ring.fileno() in ready:
-                alive = self.ring.drain()
-
-    def _serve(self, back: BackRing) -> None:
-        if self._held is not None and not self.mute:
-            held, self._held = self._held, None
-            back.finish(held)
-            self.ring.ring()
-        match back.take():
-            case None:
-                return
-            case Request(packet, _):
-                reply = self._answer(packet)
-                orders, self.orders = self.orders, Orders.NONE
-                if self.garbage:
-                    back.finish(self.garbage)
-                    self.garbage = b""
-                    self.ring.ring()
-                    return
-                if self.mute:
-                    self._held = encode_reply(reply, orders)
-                    return
-                back.finish(encode_reply(reply, orders))
-                self.ring.ring()
-            case _:
-                self.ring.ring()
-
-    def _answer(self, packet: bytes) -> Reply:
-        record = self.record
-        match decode_request(packet):
-            case Load():
-                return LoadReply(
-                    record.vtpm.bytes,
-                    record.family,
-                    record.lease,
-                    record.fresh,
-                    record.key,
-                    record.digest,
-                    record.generation,
-                    record.startup,
-                    record.commit_timeout,
-                )
-            case Commit() as commit:
-                return self._commit(commit)
-            case Report() as report:
-                record.reports.append(report)
-                return ReportReply()
-            case other:
-                return Refusal(RefusalCode.UNAVAILABLE, type(other).__name__)
-
-    def _commit(self, commit: Commit) -> Reply:
-        record = self.record
-        if self.refuse is not None:
-            self.refused += 1
-            return Refusal(self.refuse, "as the test wants")
-        if commit.lease != record.lease:
-            return Refusal(RefusalCode.STALE_LEASE, "another lease")
-        if (commit.generation, commit.key, commit.digest) != (record.generation, record.key, record.digest):
-            if commit.generation != record.generation + 1:
-                return Refusal(RefusalCode.STALE_GENERATION, f"{commit.generation} after {record.generation}")
-            record.key, record.digest, record.generation = commit.key, commit.digest, commit.generation
-            record.commits += 1
-        record.fresh, record.resumable = False, commit.final
-        return CommitReply(commit.generation)
-
-    def set_mute(self, *, mute: bool) -> None:
-        """Do what is asked, but answer only when no longer mute."""
-        self.mute = mute
-        os.write(self._waker, b"x")
-
-    def set_silent(self, silent: bool) -> None:
-        self.silent = silent
-        os.write(self._waker, b"x")
-
-    def give(self, orders: Orders) -> None:
-        """Order, and ring: the instance then asks."""
-        self.orders = orders
-        self.ring.ring()
-
-    def close(self) -> None:
-        self.closed = True
-        os.write(self._waker, b"x")
-        self._thread.join(DEADLINE)
-        self.ring.close()
-        os.close(self._wake)
-        os.close(self._waker)
 
 
 # --- the keeper -----------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from vtpm_instance.errors import (
     WrongVtpmError,
 )
 from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.tpm_commands import MARGIN
 
-MARGIN: Final = 8 * 1024  # bytes a state may grow in one command: far above Shutdown(STATE)'s 3,094 or one NV index
 LOAD_TIMEOUT: Final = 30.0  # seconds for the first Load; later ones have the commit's deadline
 DEFAULT_COMMIT_TIMEOUT: Final = 90.0  # seconds; Linux' front end waits 120 s (reference/xen-vtpm.md 6.3)
 
@@ -160,6 +160,10 @@ class StateKeeper:
             return False
         self.roomy = True
         return True
+
+    def fits(self, growth: int) -> bool:
+        """Tell whether a state that is `growth` bytes larger than now fits into the image as it is."""
+        return growth - MARGIN <= self._opened().room - self._needed
 
     def _opened(self) -> StateImage:
         assert self._image is not None, "load comes first"

@@ -86,7 +86,6 @@ class Vtpm:
         self._after_reset, self._announce = after_reset, announce
         self._failure = error_response(family, _FAILURES[family])
         self._unavailable = error_response(family, _NO_ROOM[family])
-        self._reads = tpm.READS[family]
         self._shutdown_code = tpm.shutdown_code(family).to_bytes(4)
         self._condition = Condition.OFF
         self._serving = False
@@ -173,7 +172,7 @@ class Vtpm:
             return self._failure
         code = command[CODE_OFFSET:CODE_END]
         try:
-            if not self._keeper.roomy and not self._keeper.make_room() and int.from_bytes(code) not in self._reads:
+            if not self._keeper.roomy and not self._has_room_for(code):
                 return self._unavailable
             response = self._tpm.process(command, locality)
             if not self._stirred and self._is_startup(code, response):
@@ -183,6 +182,10 @@ class Vtpm:
             return self._failure
         self._guest_shut_down = code == self._shutdown_code and tpm.code_of(response) == 0
         return response
+
+    def _has_room_for(self, code: bytes) -> bool:
+        """Tell whether what a command may store surely fits, growing the state image if that can be."""
+        return self._keeper.make_room() or self._keeper.fits(tpm.growth(self.family, int.from_bytes(code)))
 
     @staticmethod
     def _is_startup(code: bytes, response: bytes) -> bool:

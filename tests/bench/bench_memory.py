@@ -41,6 +41,19 @@ def _fields(path: Path) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}
 
 
+def _private_by_kind(pid: int) -> dict[str, int]:
+    """Return a process's private KiB by what is mapped: file, heap, stack, anonymous (proc(5), smaps)."""
+    found: dict[str, int] = {}
+    name = ""
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            name = Path(words[5]).name if len(words) > 5 else "anonymous"
+        elif words[0] in ("Private_Clean:", "Private_Dirty:") and words[1] != "0":
+            found[name] = found.get(name, 0) + int(words[1])
+    return found
+
+
 def run(options: Options) -> Section:
     """Measure and return the section."""
     wanted = 4 if options.quick else options.instances
@@ -53,6 +66,7 @@ def run(options: Options) -> Section:
                 _exercise(peer.path)
             swtpm_seconds = time.monotonic() - started
             theirs = [_Memory.of(peer.pid) for peer in peers]
+            their_kinds = _private_by_kind(peers[-1].pid)
         progress(f"memory: {wanted} instances")
         started = time.monotonic()
         pids = _run_instances(subject, wanted)
@@ -60,7 +74,8 @@ def run(options: Options) -> Section:
         ours = [_Memory.of(pid) for pid in pids]
         assert subject.manager is not None
         manager, keeper = _Memory.of(subject.manager.pid), _Memory.of(subject.keeper(pids[0]))
-    return _section(ours, theirs, manager, keeper, (our_seconds, swtpm_seconds))
+        kinds = _private_by_kind(pids[-1]), their_kinds
+    return _section(ours, theirs, (manager, keeper), kinds, (our_seconds, swtpm_seconds))
 
 
 def _run_instances(subject: Subject, wanted: int) -> list[int]:
@@ -87,8 +102,8 @@ def _exercise(path: str) -> None:
 def _section(
     ours: Sequence[_Memory],
     theirs: Sequence[_Memory],
-    manager: _Memory,
-    keeper: _Memory,
+    shared: tuple[_Memory, _Memory],
+    kinds: tuple[dict[str, int], dict[str, int]],
     seconds: tuple[float, float],
 ) -> Section:
     count = len(ours)
@@ -104,22 +119,47 @@ def _section(
         table.add(what.replace("_", " "), f"{mine:.0f}", f"{other:.0f}", f"{mine / other:.2f}")
     largest = [max(each.private for each in side) for side in (ours, theirs)]
     table.add("private, largest", *map(str, largest), f"{largest[0] / largest[1]:.2f}")
-    shared = manager.private + keeper.private
-    per_vtpm = [(sum(each.private + each.page_tables for each in side) + more) / count
-                for side, more in ((ours, shared), (theirs, 0))]
-    table.add(
-        f"everything / {count}", *(f"{value:.0f}" for value in per_vtpm), f"{per_vtpm[0] / per_vtpm[1]:.2f}"
-    )
+    manager, keeper = shared
+    more = manager.private + keeper.private
+    per_vtpm = [
+        (sum(each.private + each.page_tables for each in side) + more) / count
+        for side, more in ((ours, more), (theirs, 0))
+    ]
+    table.add(f"everything / {count}", *(f"{value:.0f}" for value in per_vtpm), f"{per_vtpm[0] / per_vtpm[1]:.2f}")
     section.tables.append(table)
     private = [statistics.median(each.private for each in side) for side in (ours, theirs)]
     section.targets.append(Target(f"private memory, {count} running", private[0] / private[1], LIMIT, "swtpm"))
-    shares = (f"{manager.private / 1024:.1f}", f"{keeper.private / 1024:.1f}")
-    break_even = shared / max(1.0, statistics.median(each.private + each.page_tables for each in theirs)
-                              - statistics.median(each.private + each.page_tables for each in ours))
-    section.meaning.append(
-        f"*Everything / {count}* counts page tables and shares out the manager ({shares[0]} MiB private) and the "
-        f"keeper ({shares[1]} MiB), which swtpm has no counterpart of: from about {break_even:.0f} vTPMs on the whole "
-        f"installation takes less memory than as many swtpm processes. Making, attaching and exercising all "
-        f"{count} took {seconds[0]:.1f} s ({seconds[1]:.1f} s for swtpm, which makes no durable record of them)."
-    )
+    section.tables.append(_where(kinds))
+    section.meaning += [_meaning(ours, theirs, (manager, keeper)), _times(count, seconds)]
     return section
+
+
+def _where(kinds: tuple[dict[str, int], dict[str, int]]) -> Table:
+    table = Table(("mapping", "instance", "swtpm"), note=f"Where the private memory of one of each lies, {_KIB}:")
+    for name in sorted(kinds[0].keys() | kinds[1].keys(), key=lambda name: -kinds[0].get(name, 0)):
+        table.add(name, *(str(side.get(name, 0)) for side in kinds))
+    return table
+
+
+def _meaning(ours: Sequence[_Memory], theirs: Sequence[_Memory], shared: tuple[_Memory, _Memory]) -> str:
+    manager, keeper = shared
+    mine, other = (statistics.median(each.private + each.page_tables for each in side) for side in (ours, theirs))
+    both = manager.private + keeper.private
+    if mine < other:
+        balance = f"from about {both / (other - mine):.0f} vTPMs on the whole takes less than as many swtpm processes"
+    else:
+        balance = "so the whole takes more than as many swtpm processes, however many there are"
+    return (
+        f"*Everything / {len(ours)}* counts page tables and shares out the manager ({manager.private / 1024:.1f} MiB "
+        f"private) and the keeper ({keeper.private / 1024:.1f} MiB), which swtpm has no counterpart of; {balance}. An "
+        "instance is forked from the keeper and shares its pages until it writes to them. Python writes to a page "
+        "whenever it uses an object on it, because the reference count lies in the object: *anonymous* and *heap* are, "
+        "beside libtpms' own tables, pages of the keeper's heap that the instance has copied that way."
+    )
+
+
+def _times(count: int, seconds: tuple[float, float]) -> str:
+    return (
+        f"Making, attaching and exercising all {count}, one after the other, took {seconds[0]:.1f} s "
+        f"({seconds[1]:.1f} s for swtpm, which makes no durable record of them)."
+    )

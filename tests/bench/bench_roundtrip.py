@@ -1,5 +1,6 @@
 """Round trips of commands that store nothing, on an attached vTPM's socket and ring, beside swtpm's socket."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from document import Section, Table, Target
 from floors import echo_server, libtpms_alone
 from options import Options, progress
 from subjects import READS, Client, running_subject, running_swtpms
-from timing import MICROSECONDS, Call, Ratio, Sample, in_turns, on_one_cpu
+from timing import MICROSECONDS, Call, Ratio, Sample, cpu_time, in_turns, on_one_cpu
 
 LIMIT_SOCKET = 1.3
 LIMIT_RING = 1.0
@@ -26,7 +27,7 @@ class _Parties:
 
     clients: Mapping[str, Client]
     echo: Call
-    pids: tuple[int, ...]
+    pids: Mapping[str, int]
 
     def calls(self, packet: bytes) -> dict[str, Call]:
         """Return one call a party; the echo is sent the same however large the packet."""
@@ -49,7 +50,7 @@ def _parties() -> Iterator[_Parties]:
         for client in clients.values():
             client.prepare()
         echo_pid, echo = stack.enter_context(echo_server(_ANSWER_BYTES))
-        yield _Parties(clients, echo, (by_socket["pid"], by_ring["pid"], peer.pid, echo_pid))
+        yield _Parties(clients, echo, {SOCKET: by_socket["pid"], RING: by_ring["pid"], PEER: peer.pid, ECHO: echo_pid})
 
 
 def run(options: Options) -> Section:
@@ -57,19 +58,30 @@ def run(options: Options) -> Section:
     rounds, each = options.rounds(ROUNDS), options.each(EACH)
     with _parties() as parties:
         progress("round trips: pinned to one CPU")
-        with on_one_cpu(parties.pids):
+        with on_one_cpu(parties.pids.values()):
             pinned = _all(parties, rounds, each, BLOCK)
             progress("round trips: pinned, another party at each command")
             turns = _all(parties, rounds, each // 2, 1)
+            work = {name: _processor_time(parties, name, each * 5) for name in parties.clients}
         progress("round trips: unpinned")
         free = _all(parties, rounds, each // 4, BLOCK)
     progress("round trips: libtpms alone")
     with libtpms_alone() as calls, on_one_cpu(()):
         inside = in_turns(calls, rounds, each, BLOCK)
-    return _section(pinned, turns, free, inside)
+    return _section(pinned, turns, free, inside, work)
 
 
 _Results = dict[str, dict[str, Sample]]
+
+
+def _processor_time(parties: _Parties, name: str, count: int) -> tuple[float, float]:
+    """Return microseconds on a CPU for a PCR_Read in the client and in the server, the kernel's work included."""
+    client, pids = parties.clients[name], (os.getpid(), parties.pids[name])
+    before = [cpu_time(pid) for pid in pids]
+    for _ in range(count):
+        client.run(READS["PCR_Read"])
+    ours, theirs = ((cpu_time(pid) - earlier) / count / MICROSECONDS for pid, earlier in zip(pids, before, strict=True))
+    return ours, theirs
 
 
 def _all(parties: _Parties, rounds: int, each: int, block: int) -> _Results:
@@ -78,7 +90,13 @@ def _all(parties: _Parties, rounds: int, each: int, block: int) -> _Results:
     return {name: in_turns(parties.calls(packet), rounds, each, block) for name, packet in READS.items()}
 
 
-def _section(pinned: _Results, turns: _Results, free: _Results, inside: dict[str, Sample]) -> Section:
+def _section(
+    pinned: _Results,
+    turns: _Results,
+    free: _Results,
+    inside: dict[str, Sample],
+    work: dict[str, tuple[float, float]],
+) -> Section:
     section = Section(
         "Round trips",
         "An attached vTPM of a running manager and `swtpm socket`, each on a persistent connection from one client "
@@ -99,7 +117,7 @@ def _section(pinned: _Results, turns: _Results, free: _Results, inside: dict[str
             section.targets.append(
                 Target(f"{name}, {party.split(', ')[1]}, pinned", ratio.median, limit, "swtpm, socket", ratio.spread)
             )
-    section.tables.append(_shares(pinned, inside))
+    section.tables += [_shares(pinned, inside), _work_table(work)]
     section.meaning.append(_meaning(pinned, inside))
     return section
 
@@ -136,11 +154,20 @@ def _shares(pinned: _Results, inside: dict[str, Sample]) -> Table:
     return table
 
 
+def _work_table(work: dict[str, tuple[float, float]]) -> Table:
+    table = Table(
+        ("PCR_Read", "client", "server", "together"),
+        note="Processor time for a command, pinned, many in a row, microseconds. The socket's clients are the same "
+        "code; on the ring the client is Python that reads and writes the shared page, checks it, and walks the "
+        "table of its states, and so is the server.",
+    )
+    for name, (ours, theirs) in work.items():
+        table.add(name, f"{ours:.1f}", f"{theirs:.1f}", f"{ours + theirs:.1f}")
+    return table
+
+
 def _meaning(pinned: _Results, inside: dict[str, Sample]) -> str:
-    floors = [
-        (pinned[name][ECHO].best + inside[name].best) / pinned[name][PEER].best
-        for name in READS
-    ]
+    floors = [(pinned[name][ECHO].best + inside[name].best) / pinned[name][PEER].best for name in READS]
     return (
         f"A Python server that did nothing but call libtpms would be at {min(floors):.2f} to {max(floors):.2f} times "
         "swtpm: that is what interpreter, poll loop and binding cost, and no change of our own code goes below it. "

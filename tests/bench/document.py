@@ -22,7 +22,7 @@ class Target:
     @property
     def cells(self) -> tuple[str, ...]:
         """The target's row in the summary."""
-        measured = f"{self.measured:.2f}" if isinstance(self.measured, float) else str(self.measured)
+        measured = f"{self.measured:g}" if self.measured == int(self.measured) else f"{self.measured:.2f}"
         spread = f" ({self.spread})" if self.spread else ""
         return self.what, self.peer, measured + spread, f"{self.limit:g}", "held" if self.held else "**missed**"
 

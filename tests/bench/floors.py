@@ -7,10 +7,11 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-import vtpm_instance_rig as tpm
+import vtpm_instance_commands as tpm
 from subjects import CONTENT_BYTES, INDEX, READS, TpmError
 from timing import Call
 
@@ -81,7 +82,7 @@ def libtpms_alone() -> Iterator[dict[str, Call]]:
             tpm.nv_write(INDEX, bytes(CONTENT_BYTES)),
         ):
             run(packet)
-        yield {name: lambda packet=packet: emulator.process(packet) for name, packet in READS.items()}
+        yield {name: partial(emulator.process, packet) for name, packet in READS.items()}
     finally:
         emulator.terminate()
 

@@ -1,4 +1,4 @@
-"""What is measured: an installation of ours with its manager, and the real swtpm. Everything is torn down afterwards."""
+"""What is measured: an installation of ours with its manager, and the real swtpm. All is torn down afterwards."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-import vtpm_instance_rig as tpm
+import vtpm_instance_commands as tpm
 from e2e_rig import BIN, Installation, wait_for
 
 from frontend_backend.front import RingFrontEnd
@@ -40,12 +40,11 @@ class Client:
         self._exchange, self.close = exchange, close
 
     @classmethod
-    def on_socket(cls, path: str) -> Self:
-        """Connect to a data socket."""
+    def on_socket(cls, path: str, timeout: float | None = None) -> Self:
+        """Connect to a data socket. A timeout in seconds costs a poll for each call; without one it waits for ever."""
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(60.0)
+        sock.settimeout(timeout)
         sock.connect(path)
-        sock.settimeout(None)  # with a timeout Python polls before each call
         send, receive = sock.sendall, sock.recv
 
         def exchange(packet: bytes) -> bytes:

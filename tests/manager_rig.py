@@ -1,0 +1,209 @@
+"""A model of the hardware TPM for the manager's tests: one NV index, PCR 22, sealing, and power cuts at any call.
+
+It keeps what a real one keeps over a power cut (NV, sealed objects, its own secrets) and loses what a real one loses
+(PCR 22 at a TPM reset). The same tests also run on swtpm where that matters; the model makes thousands of runs quick.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from storage_disks import MemoryDisk
+
+from manager.config import Config, Layout, TpmConfig
+from manager.hardware import Hardware
+from manager.hwtpm import HardwareTpm
+from manager.hwtpm_errors import AnchorDenied, AnchorExists, AnchorMissing, PolicyMismatch, TpmTransport
+from manager.hwtpm_records import AnchorInfo, LocalityReport, SealedBlob
+from manager.policy import PcrBranch, SealPolicy
+from manager.provision import InitOptions, initialise
+from storage.disk import Bytes
+
+ONES = b"\xff" * 32
+FIRST_INDEX = 0x01800100
+SRK_NAME = b"\x00\x0b" + hashlib.sha256(b"the model's storage root key").digest()
+
+
+class PowerCutError(Exception):
+    """The machine went off at this call."""
+
+
+class ModelTpm:
+    """What the manager uses of HardwareTpm. `fail` maps a method's name to what happens at its next call."""
+
+    locality = 2
+    commands_sent = 0
+
+    def __init__(self) -> None:
+        self.pcrs = {index: bytes(32) for index in range(17)}
+        self.pcr22 = ONES
+        self.indices: dict[int, tuple[bytes, bytes | None]] = {}  # index -> auth, content
+        self.sealed: dict[bytes, tuple[bytes, SealPolicy]] = {}
+        self.srk = SRK_NAME
+        self.nv_writes = 0
+        self.calls: list[str] = []
+        self.fail: dict[str, tuple[str, Exception]] = {}  # method -> ("before" or "after", error)
+        self.after_write: Callable[[], None] = lambda: None
+        self.after_extend: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def _call(self, name: str) -> Iterator[None]:
+        self.calls.append(name)
+        when, error = self.fail.pop(name, ("", None))
+        if when == "before" and error is not None:
+            raise error
+        yield
+        if when == "after" and error is not None:
+            raise error
+
+    def reset(self) -> None:
+        """A TPM reset: power off and on."""
+        self.pcr22 = ONES
+
+    # the anchor
+
+    def anchor_free_index(self) -> int:
+        with self._call("anchor_free_index"):
+            return next(index for index in range(FIRST_INDEX, FIRST_INDEX + 256) if index not in self.indices)
+
+    def anchor_plan(self, index: int) -> AnchorInfo:
+        return AnchorInfo(index, b"\x00\x0b" + hashlib.sha256(index.to_bytes(4)).digest())
+
+    def anchor_define(self, index: int, auth: bytes) -> AnchorInfo:
+        with self._call("anchor_define"):
+            if index in self.indices:
+                raise AnchorExists(index)
+            self.indices[index] = auth, None
+            return self.anchor_plan(index)
+
+    def anchor_undefine(self, info: AnchorInfo) -> None:
+        with self._call("anchor_undefine"):
+            if info.index not in self.indices:
+                raise AnchorMissing(info.index, "it does not exist")
+            del self.indices[info.index]
+
+    def anchor_read(self, info: AnchorInfo, auth: bytes) -> bytes:
+        with self._call("anchor_read"):
+            known, content = self._index(info)
+            if content is None:
+                raise AnchorMissing(info.index, "it was never written")
+            if known != auth:
+                raise AnchorDenied(info.index, "read it")
+            return content
+
+    def anchor_write(self, info: AnchorInfo, auth: bytes, digest: bytes, *, first: bool = False) -> None:
+        with self._call("anchor_write"):
+            known, content = self._index(info)
+            if content is None and not first:
+                raise AnchorMissing(info.index, "it was never written")
+            if known != auth:
+                raise AnchorDenied(info.index, "write it")
+            assert len(digest) == 32
+            self.indices[info.index] = auth, digest
+            self.nv_writes += 1
+            self.after_write()
+
+    def _index(self, info: AnchorInfo) -> tuple[bytes, bytes | None]:
+        if info.index not in self.indices:
+            raise AnchorMissing(info.index, "it does not exist")
+        return self.indices[info.index]
+
+    # PCR 22
+
+    def pcr22_read(self) -> bytes:
+        with self._call("pcr22_read"):
+            return self.pcr22
+
+    def pcr22_extend(self, digest: bytes) -> None:
+        with self._call("pcr22_extend"):
+            self.pcr22 = hashlib.sha256(self.pcr22 + digest).digest()
+            self.after_extend()
+
+    # the rest
+
+    def check_locality(self) -> LocalityReport:
+        return LocalityReport(2, refused_at_zero=True, weaker=False)
+
+    def provision_srk(self) -> bytes:
+        with self._call("provision_srk"):
+            return self.srk
+
+    def open_srk(self, pinned_name: bytes) -> None:
+        assert pinned_name == self.srk
+
+    def pcr_values_to_seal(self, selection: Any) -> dict[int, bytes]:
+        return {index: self.pcrs[index] for index in selection}
+
+    def seal(self, secret: bytes, policy: SealPolicy) -> SealedBlob:
+        with self._call("seal"):
+            handle = os.urandom(16)
+            self.sealed[handle] = secret, policy
+            return SealedBlob(b"public", handle, policy)
+
+    def unseal(self, blob: SealedBlob) -> bytes:
+        with self._call("unseal"):
+            secret, policy = self.sealed[blob.private]
+            bound = [dict(branch.values) for branch in policy.branches if isinstance(branch, PcrBranch)]
+            differing = [{i: (v, self.pcrs[i]) for i, v in values.items() if self.pcrs[i] != v} for values in bound]
+            if bound and all(differing):
+                raise PolicyMismatch("unseal", differing[0])
+            return secret
+
+    def unseal_with_recovery(self, blob: SealedBlob, sign: Callable[[bytes], bytes]) -> bytes:
+        with self._call("unseal_with_recovery"):
+            assert sign(os.urandom(32))
+            return self.sealed[blob.private][0]
+
+    def random(self, count: int) -> bytes:
+        with self._call("random"):
+            return os.urandom(count)
+
+
+def as_tpm(model: ModelTpm) -> HardwareTpm:
+    """Say that the model is enough of a hardware TPM for this test."""
+    return cast("HardwareTpm", model)
+
+
+def hardware(model: ModelTpm) -> Hardware:
+    return Hardware(as_tpm(model))
+
+
+def lost_answer() -> TpmTransport:
+    """The TPM's answer got lost: whether it obeyed is not known."""
+    return TpmTransport("do it", "the answer was lost")
+
+
+class SnapshotDisk(MemoryDisk):
+    """Keeps the image as of every flush, and cuts the power at the `cut`-th write from now, leaving it torn."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        super().__init__(content)
+        self.on_flush: Callable[[bytes], None] = lambda _image: None
+        self.cut: int | None = None
+
+    def pwrite(self, data: Bytes, offset: int) -> int:
+        if self.cut is not None:
+            self.cut -= 1
+            if self.cut <= 0:
+                super().pwrite(bytes(data)[: len(data) // 2], offset)
+                raise PowerCutError
+        return super().pwrite(data, offset)
+
+    def fdatasync(self) -> None:
+        self.on_flush(bytes(self.content))
+
+
+def initialised(directory: Path, model: ModelTpm) -> tuple[Layout, Config]:
+    """Make an installation on the model, without PCRs and recovery key."""
+    layout = Layout(directory / "state", directory / "run")
+    layout.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    options = InitOptions(tcti="embedded", locality=2, pcrs="none", recovery=None, store_size=256 * 1024)
+    initialise(layout, options, as_tpm(model))
+    return layout, Config.load(layout.config)
+
+
+def plain_config(**changes: Any) -> Config:
+    return Config(tpm=TpmConfig(pcrs="none", srk_name=SRK_NAME.hex()), **changes)

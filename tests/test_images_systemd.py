@@ -1,0 +1,92 @@
+"""The systemd units are accepted by systemd, and keep what the design depends on."""
+
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+UNITS = Path(__file__).resolve().parent.parent / "images" / "systemd"
+MANAGER, INSTANCES = UNITS / "vtpm-manager.service", UNITS / "vtpm-instances.service"
+WORST_EXPOSURE = {MANAGER.name: 2.5, INSTANCES.name: 1.5}
+COMMAND = "/opt/vtpm-manager/bin/vtpm-manager"
+
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+
+
+def settings(unit: Path) -> dict[str, list[str]]:
+    """Every setting of a unit with its values, in order."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for line in unit.read_text(encoding="utf-8").splitlines():
+        key, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found[key].append(value)
+    return found
+
+
+def installed(directory: Path) -> list[Path]:
+    """The units with a command that exists on every machine in place of ours."""
+    made = []
+    for unit in (MANAGER, INSTANCES):
+        copy = directory / unit.name
+        copy.write_text(unit.read_text(encoding="utf-8").replace(COMMAND, "/bin/true"), encoding="utf-8")
+        made.append(copy)
+    return made
+
+
+@needs_systemd
+def test_systemd_finds_nothing_to_complain_about(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *map(str, installed(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    complaints = [line for line in done.stderr.splitlines() if "vtpm-" in line]
+    assert not complaints
+    assert done.returncode == 0, done.stderr
+
+
+@needs_systemd
+def test_the_sandbox_is_as_tight_as_the_documents_say(tmp_path: Path) -> None:
+    for unit in installed(tmp_path):
+        done = subprocess.run(
+            ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        exposure = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+        assert exposure is not None, done.stdout + done.stderr
+        assert float(exposure[1]) <= WORST_EXPOSURE[unit.name]
+
+
+def test_restarting_the_manager_leaves_keeper_and_instances_alone() -> None:
+    unit = settings(MANAGER)
+    assert unit["KillMode"] == ["process"]
+    assert unit["KillSignal"] == ["SIGHUP"], "SIGHUP is: step down, keep instances"
+    assert unit["RuntimeDirectoryPreserve"] == ["yes"], "the keeper's socket lies there"
+    assert unit["OOMPolicy"] == ["continue"]
+    assert "PrivateTmp" not in unit, "removed when the manager stops, under the keeper"
+    assert "yes" not in unit["MemoryDenyWriteExecute"], "cffi's closures need it"
+    assert unit["ProtectProc"] == ["default"], "the manager looks up its instances' users"
+
+
+def test_a_refused_store_is_not_tried_again_and_again() -> None:
+    assert settings(MANAGER)["RestartPreventExitStatus"] == ["2 3 5 6"]
+
+
+def test_instances_are_stopped_before_the_manager_and_not_by_its_restart() -> None:
+    unit = settings(INSTANCES)
+    assert unit["After"] == ["vtpm-manager.service"], "stopped in reverse order"
+    for binding in ("Requires", "BindsTo", "PartOf", "Requisite"):
+        assert binding not in unit
+    assert f"{COMMAND} stop" in unit["ExecStop"][0]
+
+
+def test_the_manager_has_longer_to_stop_than_its_instances() -> None:
+    assert int(settings(MANAGER)["TimeoutStopSec"][0]) > 60 + 30
