@@ -15,6 +15,7 @@ from typing import Final
 from manager.errors import IntegrityError, RolledBackError
 
 DIGEST_SIZE: Final = 32
+_NONE: Final = bytes(DIGEST_SIZE)  # in a note: nothing; no store has this digest
 # TPM 2.0 PC Client Profile: PCR 17-22 start as all ones, a D-RTM launch makes them all zeros
 PCR22_AFTER_RESET: Final = (b"\xff" * DIGEST_SIZE, b"\x00" * DIGEST_SIZE)
 
@@ -90,7 +91,9 @@ def judge(position: StorePosition, durable: bytes, pcr22: bytes | None) -> Stand
         return Standing.CLEAN
     if hmac.compare_digest(position.digest, durable):
         standing = Standing.EQUAL
-    elif any(hmac.compare_digest(durable, known) for known in (position.held, position.notes.pending)):
+    elif durable != _NONE and any(
+        hmac.compare_digest(durable, known) for known in (position.held, position.notes.pending)
+    ):
         standing = Standing.DESCENDS
     else:
         raise RolledBackError(

@@ -129,14 +129,15 @@ class Anchoring:
         written_at = self._committer.store.sequence
         while True:
             await trio.sleep(seconds)
-            if self._committer.store.sequence == written_at:
+            sequence = self._committer.store.sequence
+            if sequence == written_at:
                 continue
             try:
                 await self.write_durable()
             except (ManagerError, StorageError) as error:
                 _log.warning("the durable anchor was not written: %s", error)
                 continue
-            written_at = self._committer.store.sequence
+            written_at = sequence
 
     async def run_volatile(self) -> None:
         """Extend PCR 22 after groups, coalesced, until cancelled. Returns at once without a volatile anchor."""

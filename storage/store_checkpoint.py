@@ -30,7 +30,7 @@ class _Item:
     entry: int
     key: Secret
     purpose: Purpose
-    payload: Callable[[], bytes]
+    payload: Callable[[], bytes | bytearray]
     written: Callable[[], None]
 
 
@@ -106,7 +106,9 @@ def _items(state: State) -> list[_Item]:
     """List what is dirty: group records before leaves, so that no root has leaves without their group."""
     records = [_record_item(state, group) for group in state.groups.values() if group.dirty]
     leaves = [item for group in state.groups.values() for item in _leaf_items(group)]
-    return records + sorted(leaves, key=lambda item: item.entry)
+    # One map sector after the other, so that a round writes few of them; within each by place, so that what a round
+    # frees are neighbours, which the next round then writes at once.
+    return records + sorted(leaves, key=lambda item: (item.entry // fmt.REFS_PER_MAP, state.tree.place(item.entry)))
 
 
 def _record_item(state: State, group: Group) -> _Item:
@@ -130,18 +132,18 @@ def _leaf_items(group: Group) -> list[_Item]:
 
 def _fitting(state: State, items: list[_Item]) -> int:
     """Count how many items a round can write with their map sectors."""
-    low, high = 0, min(len(items), state.tree.free)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if middle + state.tree.cost(item.entry for item in items[:middle]) <= state.tree.free:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    maps: set[int] = set()
+    fixed = state.tree.cost(())
+    for count, item in enumerate(items):
+        if not state.tree.is_touched(item.entry):
+            maps.add(item.entry // fmt.REFS_PER_MAP)
+        if count + 1 + len(maps) + fixed > state.tree.free:
+            return count
+    return len(items)
 
 
 def _final_fits(state: State, items: list[_Item]) -> bool:
-    return _final_cost(state, items) <= state.tree.free
+    return len(items) <= state.tree.free and _final_cost(state, items) <= state.tree.free
 
 
 def _final_cost(state: State, items: list[_Item]) -> int:
@@ -198,8 +200,15 @@ def _carry(state: State) -> None:
 
 
 def _commit_root(state: State, log_unit: int, log_previous: bytes) -> None:
+    """Write the map and a root that leads to it, and flush.
+
+    A root with an empty log is all there is, so everything it leads to must be durable before it. One that still needs
+    the log need not wait: while its sectors are not there, its predecessor and the same log give the same records.
+    """
     state.tree.write_maps(state.sequence + 1)
-    state.flush()
+    state.tree.write_out()
+    if log_previous == state.log.head:
+        state.flush()
     body = fmt.RootBody(
         total_sectors=state.tree.total,
         log_first=state.log.first,
@@ -215,7 +224,8 @@ def _commit_root(state: State, log_unit: int, log_previous: bytes) -> None:
         boot=state.carried.boot,
     )
     root = Root(state.sequence + 1, body, tuple(state.tree.maps), 1 - state.root.slot)
-    state.root = write_root(state.device, state.store, state.key, root)
+    root = write_root(state.device, state.store, state.key, root)
     state.flush()
+    state.root = root
     state.sequence += 1
     state.tree.settle()

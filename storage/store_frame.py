@@ -24,7 +24,9 @@ _NONCE: Final = bytes(12)
 _GROUP_HEAD: Final = fmt.GroupHead.size()
 _EMPTY_FRAME: Final = fmt.FrameHeader.size() + fmt.EnvelopeHead.size() + fmt.TAG_BYTES
 _PART_EXTRA: Final = fmt.PartHead.size() + fmt.SALT_BYTES + fmt.TAG_BYTES
-_pack_header: Final = fmt.FrameHeader.codec().pack  # every save waits for these: making the dataclass first takes longer
+_pack_header: Final = (
+    fmt.FrameHeader.codec().pack
+)  # every save waits for these: making the dataclass first takes longer
 _pack_part_head: Final = fmt.PartHead.codec().pack
 
 

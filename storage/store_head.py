@@ -28,6 +28,16 @@ class Root:
     slot: int
     digest: bytes = b""
 
+    @property
+    def needs_log(self) -> bool:
+        """Whether it is of a checkpoint that had not ended: written in one flush with the sectors it leads to."""
+        return self.body.log_previous != self.body.log_head
+
+    def continues(self, other: "Root") -> bool:
+        """Tell whether both replay the log from the same frame."""
+        mine, its = self.body, other.body
+        return (mine.log_first, mine.log_unit, mine.log_previous) == (its.log_first, its.log_unit, its.log_previous)
+
 
 @dataclass(frozen=True, slots=True)
 class BootCopy:
@@ -139,16 +149,16 @@ def write_root(device: Device, store: UUID, key: StoreKey, root: Root) -> Root:
     return replace(root, digest=hashlib.sha256(raw).digest())
 
 
-def read_root(device: Device, store: UUID, key: StoreKey) -> Root:
-    """Read the authentic root with the higher sequence.
+def read_roots(device: Device, store: UUID, key: StoreKey) -> list[Root]:
+    """Read the authentic roots, one or two, the one with the higher sequence first.
 
-    The other one may be older, never written, or torn by a power cut; if it was newer and is damaged now,
+    A missing one may never have been written, or was torn by a power cut; if it was newer and is damaged now,
     the log tells (see `Log.replay`). Raises: StoreTooNew, StoreDamaged (neither is authentic), DeviceError.
     """
     roots = [root for slot in (0, 1) if (root := _read_root_slot(device, store, key, slot)) is not None]
     if not roots:
         raise StoreDamaged("roots", "neither root A nor root B is authentic")
-    return max(roots, key=lambda root: root.sequence)
+    return sorted(roots, key=lambda root: root.sequence, reverse=True)
 
 
 def _read_root_slot(device: Device, store: UUID, key: StoreKey, slot: int) -> Root | None:

@@ -10,7 +10,7 @@ from storage.secrets import GroupKey, StoreKey
 from storage.store_crypto import Purpose
 from storage.store_frame import Carried, Frame, GroupDrop, GroupPut
 from storage.store_group import Group
-from storage.store_head import Root, read_root
+from storage.store_head import Root, read_roots
 from storage.store_log import Log
 from storage.store_records import Damage, GroupRecord
 from storage.store_tree import Extent, Tree
@@ -49,26 +49,57 @@ def load(device: Device, store: UUID, key: StoreKey) -> State:
 
     Raises: StoreDamaged (roots, map, group records, log; leaves are collected in `damage`), StoreTooNew, DeviceError.
     """
-    root = read_root(device, store, key)
+    roots = read_roots(device, store, key)
+    root, tree, bad = _choose(device, store, key, roots)
     body = root.body
-    extent = Extent(body.log_first, body.log_sectors)
-    if device.size() < body.total_sectors * fmt.SECTOR:
-        raise StoreDamaged("image", f"cut short: {device.size()} bytes of {body.total_sectors * fmt.SECTOR}")
-    if not fmt.POOL_FIRST <= body.log_first <= body.total_sectors - body.log_sectors or not body.log_sectors:
-        raise StoreDamaged("root", "authentic, but its log is outside the image")
-    tree = Tree(device, store, key, body.total_sectors, extent)
-    tree.load(root.maps)
     log = Log(device, body.log_first, body.log_sectors, body.log_unit, body.log_previous)
     carried = Carried(body.anchored, body.volatile[: body.volatile_length], body.boot)
     state = State(device, store, key, tree, log, root, root.sequence, carried)
-    _load_groups(state)
-    for frame in log.replay(key, store, root.sequence, body.log_head):
+    _load_groups(state, bad)
+    for frame in log.replay(key, store, root.sequence, roots[0].body.log_head):
         replay(state, frame)
     return state
 
 
-def _load_groups(state: State) -> None:
-    bad = dict(state.tree.check())
+def _choose(device: Device, store: UUID, key: StoreKey, roots: list[Root]) -> tuple[Root, Tree, dict[int, str]]:
+    """Take the newest root, or its predecessor if a power cut kept from the disk what the newest one leads to.
+
+    That happens only to a root that needs the log. The same log then gives the same records from the predecessor,
+    none of whose sectors was overwritten. Where both lack sectors there is damage: the one that lacks fewer is taken.
+    """
+    newest = roots[0]
+    if len(roots) == 1 or not newest.needs_log or not newest.continues(roots[1]):
+        return newest, *_load_tree(device, store, key, newest)
+    try:
+        tree, bad = _load_tree(device, store, key, newest)
+    except StoreDamaged as damage:
+        try:
+            return roots[1], *_load_tree(device, store, key, roots[1])
+        except StoreDamaged:
+            raise damage from None
+    if bad:
+        try:
+            older_tree, older_bad = _load_tree(device, store, key, roots[1])
+        except StoreDamaged:
+            return newest, tree, bad
+        if len(older_bad) < len(bad):
+            return roots[1], older_tree, older_bad
+    return newest, tree, bad
+
+
+def _load_tree(device: Device, store: UUID, key: StoreKey, root: Root) -> tuple[Tree, dict[int, str]]:
+    """Read what a root leads to: the map, and the problem of every entry whose sector is not what the map names."""
+    body = root.body
+    if device.size() < body.total_sectors * fmt.SECTOR:
+        raise StoreDamaged("image", f"cut short: {device.size()} bytes of {body.total_sectors * fmt.SECTOR}")
+    if not fmt.POOL_FIRST <= body.log_first <= body.total_sectors - body.log_sectors or not body.log_sectors:
+        raise StoreDamaged("root", "authentic, but its log is outside the image")
+    tree = Tree(device, store, key, body.total_sectors, Extent(body.log_first, body.log_sectors))
+    tree.load(root.maps)
+    return tree, dict(tree.check())
+
+
+def _load_groups(state: State, bad: dict[int, str]) -> None:
     by_number: dict[int, Group] = {}
     for entry, kind, number in state.tree.by_owner():
         if kind is fmt.Kind.GROUP:

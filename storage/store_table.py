@@ -95,9 +95,9 @@ class GroupTable:
                 self._index[uuid] = position
                 self._used[entry] += 1
 
-    def leaf(self, entry: int) -> bytes:
-        """Copy out the plaintext of a leaf, to be written."""
-        return bytes(self._leaves[entry])
+    def leaf(self, entry: int) -> bytearray:
+        """Give the plaintext of a leaf, to be sealed at once."""
+        return self._leaves[entry]
 
     def entries(self) -> list[int]:
         """List the entry numbers of all leaves."""

@@ -108,11 +108,11 @@ class World:
         self.findings.durable += 1
 
     def _stands_for(self, node: Node) -> bool:
-        _, content = self.tpm.indices[self.info.index]
-        return content in (node.position.digest, clean_stop(node.position.digest))
+        return self.durable() in (node.position.digest, clean_stop(node.position.digest))
 
     def _extended(self) -> None:
-        self.volatile_floor = [node for node in chain_of(self.current) if node.position.notes.pcr_after == self.tpm.pcr22][-1]
+        now = self.tpm.pcr22_read()
+        self.volatile_floor = [node for node in chain_of(self.current) if node.position.notes.pcr_after == now][-1]
         self.findings.extends += 1
 
     # one run of a manager
@@ -136,7 +136,7 @@ class World:
         self.findings.opens += 1
         disk = self._open(node)
         store = reopen(disk)
-        store.note_anchored(self.tpm.indices[self.info.index][1] or b"")
+        store.note_anchored(self.durable())
         committer = Committer(store, lambda: None)
         anchoring = Anchoring(committer, hardware(self.tpm), self.info, AUTH, volatile=True, strict=self.strict)
         try:
@@ -220,9 +220,9 @@ class World:
         """What `vtpm-manager reseal` does to the store: group records, the boot area, a clean anchor; cut anywhere."""
         disk = self._open(self.current)
         store = reopen(disk)
-        note_present(store, self.tpm.pcr22)
+        note_present(store, self.tpm.pcr22_read())
         try:
-            store.note_anchored(self.tpm.indices[self.info.index][1] or b"")
+            store.note_anchored(self.durable())
             self._plan_cut(disk, chance=0.5)
             store.commit([PutGroup(GroupRecord(GROUP, 1, self.rng.randbytes(20)))])
             store.write_boot_area(self.rng.randbytes(20))
@@ -235,12 +235,14 @@ class World:
 
     # the adversary
 
-    def accepted(self, node: Node) -> bool:
-        content = self.tpm.indices[self.info.index][1]
-        assert content is not None
+    def durable(self) -> bytes:
+        return self.tpm.anchor_read(self.info, AUTH)
+
+    def accepted(self, node: Node, anchors: tuple[bytes, bytes] | None = None) -> bool:
+        durable, pcr22 = anchors or (self.durable(), self.tpm.pcr22_read())
         self.findings.offered += 1
         try:
-            self.judge(node.position, content, self.tpm.pcr22)
+            self.judge(node.position, durable, pcr22)
         except RolledBackError:
             self.findings.refused += 1
             return False
@@ -256,7 +258,8 @@ class World:
     def offer_everything(self, when: str) -> list[Node]:
         """Offer every image ever written; returns the accepted ones."""
         allowed = self.allowed_saves()
-        accepted = [node for node in self.nodes if self.accepted(node)]
+        anchors = self.durable(), self.tpm.pcr22_read()
+        accepted = [node for node in self.nodes if self.accepted(node, anchors)]
         for node in accepted:
             if node.saves not in allowed:
                 self.findings.accepted_old.append(f"{when}: depth {node.depth}, now {self.current.depth}")

@@ -18,7 +18,7 @@ from storage.catalogue import Catalogue
 
 LIMIT = 1.0
 ROUNDS = 7
-EACH = 10
+EACH = 15
 OURS, PEER, COMMAND, SHOW, FLUSHES, EVENT = (
     "attach by the admin socket, to the first answer",
     "swtpm start, to the first answer",

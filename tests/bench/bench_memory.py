@@ -1,5 +1,6 @@
 """Private memory of running instances, beside as many swtpm processes after the same commands."""
 
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ LIMIT = 0.7
 COMMANDS = 100  # each TPM has done so many when its memory is read
 _PREPARING = 2 + len(READS)  # commands of Client.prepare
 _KIB = "KiB"
+_TITLE = "Private memory"
 _REPORT_EVERY = 100
 
 
@@ -55,7 +57,9 @@ def _private_by_kind(pid: int) -> dict[str, int]:
 
 
 def run(options: Options) -> Section:
-    """Measure and return the section."""
+    """Measure and return the section; without root it says that nothing was measured."""
+    if os.geteuid() != 0:
+        return Section(_TITLE, "Not measured: an instance's memory is open to root only (prctl(2), PR_SET_DUMPABLE).")
     wanted = 4 if options.quick else options.instances
     with running_subject() as subject:
         with ExitStack() as stack:
@@ -108,7 +112,7 @@ def _section(
 ) -> Section:
     count = len(ours)
     section = Section(
-        "Private memory",
+        _TITLE,
         f"{count} vTPMs running at once in a manager, each after {COMMANDS} commands (an NV index defined and "
         "written, then GetRandom, PCR_Read, PCR_Extend and NV_Read in turn), and as many swtpm processes after the "
         "same. *Private* is the unique set size from smaps_rollup; *page tables* is VmPTE and comes on top for both.",

@@ -154,5 +154,5 @@ def _background(flushes: float) -> str:
     return (
         f"The store was flushed {flushes:.2f} times for each save: what is above 1 is the note of the volatile anchor, "
         "written in the background before PCR 22 is extended (at most every 50 ms), and checkpoints of the log. A "
-        "save that meets one of them waits for it; that is the tail."
+        "save that meets one of them waits for it."
     )

@@ -1,0 +1,566 @@
+"""What instances may do to the manager, and what they may not, on real rings with a real store."""
+
+import logging
+import os
+import random
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from uuid import UUID
+
+import pytest
+import trio
+from manager_rig import ModelTpm, SnapshotDisk, hardware, lost_answer
+from storage_histories import new_store, uuid_of
+
+from frontend_backend import messages_instance as m
+from frontend_backend.channel_trio import wait_doorbell
+from frontend_backend.errors import RingCancelledError
+from frontend_backend.local import LocalRing
+from frontend_backend.ring import FrontRing
+from frontend_backend.tpmif import PAGE_SIZE
+from manager.committer import Committer
+from manager.ring_server import RingServer
+from manager.running import Running, Stage
+from storage.errors import DeviceError, GenerationError
+from storage.secrets import StateKey
+from storage.store import PutVtpm, RecordFlags, Store, VtpmRecord
+
+GROUP = UUID(int=7)
+LEASE = 1000
+
+
+class Front:
+    """The instance's end of a ring."""
+
+    def __init__(self, ring: LocalRing, running: Running) -> None:
+        self.ring, self.running = ring, running
+        self.page = FrontRing(ring.page)
+
+    def submit(self, request: m.Request) -> None:
+        self.page.submit(m.encode_request(request))
+        self.ring.ring()
+
+    async def answer(self) -> tuple[m.Reply, m.Orders]:
+        with trio.fail_after(5):
+            while (packet := self.page.poll()) is None:
+                await wait_doorbell(self.ring)
+        return m.decode_reply(packet)
+
+    async def ask(self, request: m.Request) -> m.Reply:
+        self.submit(request)
+        return (await self.answer())[0]
+
+    def commit(self, generation: int, seed: int = 1, **more: object) -> m.Commit:
+        triple = m.Commit(generation, bytes([seed]) * 32, bytes([seed + 1]) * 32, self.running.lease)
+        return replace(triple, **more)  # type: ignore[arg-type]
+
+
+@dataclass
+class Manager:
+    store: Store
+    committer: Committer
+    rings: RingServer
+    tpm: ModelTpm
+    disk: SnapshotDisk
+    fronts: list[Front]
+
+    def start(self, number: int = 1, lease: int = LEASE, startup: str = "clear") -> Front:
+        front, back = LocalRing.pair()
+        running = Running(uuid_of(number), lease, os.getpid(), -1, back, startup, "clear")
+        made = Front(front, running)
+        self.fronts.append(made)
+        self.rings.add(running)
+        return made
+
+    def record(self, number: int = 1) -> VtpmRecord:
+        return self.store.get(uuid_of(number))
+
+    def put(self, number: int = 1, **changes: object) -> None:
+        self.store.commit([PutVtpm(replace(self.record(number), **changes))])  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def manager() -> AsyncIterator[Manager]:
+    disk = SnapshotDisk()
+    store = new_store(disk, [GROUP])
+    store.commit([PutVtpm(VtpmRecord(uuid_of(number), GROUP, StateKey(bytes(32)))) for number in range(5)])
+    committer = Committer(store, lambda: None)
+    tpm = ModelTpm()
+    async with trio.open_nursery() as nursery:
+        rings = RingServer(committer, hardware(tpm), nursery, 90.0)
+        made = Manager(store, committer, rings, tpm, disk, [])
+        nursery.start_soon(committer.run)
+        nursery.start_soon(rings.run)
+        yield made
+        nursery.cancel_scope.cancel()
+    rings.close()
+    for front in made.fronts:
+        front.ring.close()
+        front.running.ring.close()
+    store.close()
+
+
+# --- commits --------------------------------------------------------------------------------------
+
+
+async def test_a_commit_is_answered_when_it_is_on_the_disk() -> None:
+    async with manager() as made:
+        front = made.start()
+        assert await front.ask(front.commit(1)) == m.CommitReply(1)
+        record = made.record()
+        assert (record.generation, record.digest, record.flags) == (1, b"\x02" * 32, RecordFlags.NONE)
+        made.store.close()
+
+
+async def test_the_same_triple_again_is_acknowledged_and_writes_nothing() -> None:
+    async with manager() as made:
+        front = made.start()
+        await front.ask(front.commit(1))
+        sequence = made.store.sequence
+        assert await front.ask(front.commit(1)) == m.CommitReply(1)
+        assert made.store.sequence == sequence
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"generation": 1, "seed": 9}, m.RefusalCode.STALE_GENERATION),
+        ({"generation": 0}, m.RefusalCode.STALE_GENERATION),
+        ({"generation": 3}, m.RefusalCode.STALE_GENERATION),
+        ({"generation": -1}, m.RefusalCode.STALE_GENERATION),
+        ({"generation": 2**64 - 1}, m.RefusalCode.STALE_GENERATION),
+        ({"generation": 2, "lease": LEASE - 1}, m.RefusalCode.STALE_LEASE),
+        ({"generation": 2, "lease": LEASE + 1}, m.RefusalCode.STALE_LEASE),
+        ({"generation": 2, "key": b""}, m.RefusalCode.MALFORMED),
+        ({"generation": 2, "key": bytes(33)}, m.RefusalCode.MALFORMED),
+        ({"generation": 2, "digest": bytes(31)}, m.RefusalCode.MALFORMED),
+        ({"generation": 2, "digest": bytes(64)}, m.RefusalCode.MALFORMED),
+    ],
+)
+async def test_a_commit_that_cannot_be_is_refused_and_changes_nothing(
+    change: dict[str, object], code: m.RefusalCode
+) -> None:
+    async with manager() as made:
+        front = made.start()
+        await front.ask(front.commit(1))
+        before = made.record()
+        reply = await front.ask(front.commit(**change))  # type: ignore[arg-type]
+        assert isinstance(reply, m.Refusal)
+        assert reply.code is code
+        assert made.record() == before
+        assert await front.ask(front.commit(2)) == m.CommitReply(2), "it goes on"
+
+
+async def test_a_vtpm_that_is_not_in_the_store_commits_nothing() -> None:
+    async with manager() as made:
+        front = made.start(99)
+        for request in (front.commit(1), m.Load()):
+            reply = await front.ask(request)
+            assert isinstance(reply, m.Refusal)
+            assert reply.code is m.RefusalCode.UNKNOWN_VTPM
+
+
+async def test_commits_of_many_instances_share_a_flush() -> None:
+    async with manager() as made:
+        fronts = [made.start(number) for number in range(5)]
+        await fronts[0].ask(fronts[0].commit(1))
+        commits, groups = made.store.statistics().commits, made.committer.statistics().groups
+        async with made.committer.lock:  # what arrives meanwhile is the next group
+            for number, front in enumerate(fronts):
+                front.submit(front.commit(2 if not number else 1))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert [await front.answer() for front in fronts]
+        assert made.store.statistics().commits - commits <= 2
+        assert made.committer.statistics().groups - groups <= 2
+
+
+async def test_a_failing_disk_is_no_success() -> None:
+    async with manager() as made:
+        front = made.start()
+
+        def fail(_image: bytes) -> None:
+            raise OSError(5, "Input/output error")
+
+        made.disk.on_flush = fail
+        reply = await front.ask(front.commit(1))
+        assert isinstance(reply, m.Refusal)
+        assert reply.code is m.RefusalCode.STORE_FAILED
+        made.disk.on_flush = lambda _image: None
+        later = await front.ask(front.commit(1))
+        assert isinstance(later, m.Refusal), "nothing is known of this store until it is opened again"
+
+
+async def test_a_successor_loads_what_its_predecessor_had_in_flight() -> None:
+    for _ in range(5):
+        async with manager() as made:
+            front = made.start()
+            async with made.committer.lock:
+                front.submit(front.commit(1))
+                await trio.testing.wait_all_tasks_blocked(0.005)
+                assert front.running.busy
+                async with trio.open_nursery() as nursery:
+
+                    async def succeed() -> None:
+                        await made.rings.quiesce(front.running)
+                        successor = made.start(lease=LEASE + 1)
+                        reply = await successor.ask(m.Load())
+                        assert isinstance(reply, m.LoadReply)
+                        assert reply.generation == made.record().generation == 1
+                        refused = await successor.ask(replace(successor.commit(2), lease=LEASE))
+                        assert isinstance(refused, m.Refusal)
+
+                    nursery.start_soon(succeed)
+                    await trio.testing.wait_all_tasks_blocked(0.005)
+                    assert len(made.fronts) == 1, "it waits for the commit in flight"
+                    made.committer.lock.release()
+                    try:
+                        await trio.testing.wait_all_tasks_blocked(0.01)
+                    finally:
+                        await made.committer.lock.acquire()
+
+
+async def test_what_a_dead_instance_left_on_its_page_is_not_committed() -> None:
+    async with manager() as made:
+        front = made.start()
+        made.rings.remove(front.running)
+        front.submit(front.commit(1))
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await made.rings.quiesce(front.running)
+        assert made.record().generation == 0
+
+
+async def test_a_request_that_waits_for_the_next_manager_is_answered() -> None:
+    async with manager() as made:
+        front, back = LocalRing.pair()
+        running = Running(uuid_of(1), LEASE, os.getpid(), -1, back, "failed", "clear")
+        waiting = Front(front, running)
+        waiting.submit(waiting.commit(1))
+        back.drain()  # the ring was heard by the manager that died
+        made.fronts.append(waiting)
+        made.rings.add(running)
+        assert (await waiting.answer())[0] == m.CommitReply(1)
+
+
+# --- loading, once --------------------------------------------------------------------------------
+
+
+async def test_a_fresh_vtpm_gets_no_key_and_its_first_commit_ends_that() -> None:
+    async with manager() as made:
+        front = made.start()
+        reply = await front.ask(m.Load())
+        assert isinstance(reply, m.LoadReply)
+        assert (reply.fresh, reply.key, reply.digest, reply.startup) == (True, b"", b"", "clear")
+        await front.ask(front.commit(1))
+        again = await front.ask(m.Load())
+        assert isinstance(again, m.LoadReply)
+        assert (again.fresh, again.key) == (False, b"\x01" * 32)
+
+
+async def test_only_the_final_commit_makes_a_state_resumable() -> None:
+    async with manager() as made:
+        front = made.start()
+        await front.ask(front.commit(1))
+        assert not made.record().flags & RecordFlags.RESUMABLE
+        await front.ask(front.commit(2, final=True))
+        assert made.record().flags & RecordFlags.RESUMABLE
+        await front.ask(front.commit(3))
+        assert not made.record().flags & RecordFlags.RESUMABLE
+
+
+async def test_a_resumable_state_is_consumed_durably_before_load_is_answered() -> None:
+    async with manager() as made:
+        first = made.start()
+        await first.ask(first.commit(1, final=True))
+        second = made.start(lease=LEASE + 1, startup="state")
+        on_disk: list[RecordFlags] = []
+        made.disk.on_flush = lambda _image: on_disk.append(second.page.head().state)  # type: ignore[arg-type]
+        reply = await second.ask(m.Load())
+        assert isinstance(reply, m.LoadReply)
+        assert reply.startup == "state"
+        assert on_disk, "there was a flush"
+        assert all(state.name == "SUBMIT" for state in on_disk), "and no answer before it"  # type: ignore[attr-defined]
+        assert not made.record().flags & RecordFlags.RESUMABLE
+
+
+@pytest.mark.parametrize("flags", [RecordFlags.NONE, RecordFlags.FRESH])
+async def test_a_state_that_was_consumed_is_never_resumed_again(flags: RecordFlags) -> None:
+    async with manager() as made:
+        made.put(flags=flags)
+        front = made.start(startup="state")
+        reply = await front.ask(m.Load())
+        assert isinstance(reply, m.LoadReply)
+        assert reply.startup == "failed"
+
+
+async def test_a_second_load_is_told_what_a_reset_is_told() -> None:
+    async with manager() as made:
+        first = made.start()
+        await first.ask(first.commit(1, final=True))
+        front = made.start(lease=LEASE + 1, startup="state")
+        replies = [await front.ask(m.Load()) for _ in range(3)]
+        assert [reply.startup for reply in replies if isinstance(reply, m.LoadReply)] == ["state", "clear", "clear"]
+
+
+async def test_a_load_whose_mark_cannot_be_written_is_refused() -> None:
+    async with manager() as made:
+        first = made.start()
+        await first.ask(first.commit(1, final=True))
+        front = made.start(lease=LEASE + 1, startup="state")
+
+        def fail(_image: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        made.disk.on_flush = fail
+        reply = await front.ask(m.Load())
+        assert isinstance(reply, m.Refusal)
+        assert reply.code is m.RefusalCode.STORE_FAILED
+
+
+async def test_who_commits_is_not_quarantined_any_more() -> None:
+    async with manager() as made:
+        made.put(flags=RecordFlags.QUARANTINED)
+        front = made.start()
+        await front.ask(front.commit(1))
+        assert not made.record().flags & RecordFlags.QUARANTINED
+
+
+# --- the other verbs ------------------------------------------------------------------------------
+
+
+async def test_random_bytes_are_mixed_and_bounded() -> None:
+    async with manager() as made:
+        front = made.start()
+        reply = await front.ask(m.Random(64))
+        assert isinstance(reply, m.RandomReply)
+        assert len(set(reply.data)) > 8
+        for count in (0, -1, 65, 2**63):
+            refused = await front.ask(m.Random(count))
+            assert isinstance(refused, m.Refusal)
+            assert refused.code is m.RefusalCode.LIMIT
+        made.tpm.fail["random"] = "before", lost_answer()
+        refused = await front.ask(m.Random(8))
+        assert isinstance(refused, m.Refusal)
+        assert refused.code is m.RefusalCode.UNAVAILABLE
+
+
+async def test_what_this_manager_does_not_offer_is_refused() -> None:
+    async with manager() as made:
+        front = made.start()
+        for request in (m.PcrRead("sha256", (0,)), m.Quote(b"n")):
+            reply = await front.ask(request)
+            assert isinstance(reply, m.Refusal)
+            assert reply.code is m.RefusalCode.UNAVAILABLE
+
+
+async def test_orders_travel_in_the_next_answer_and_a_reset_only_once() -> None:
+    async with manager() as made:
+        front = made.start()
+        await front.ask(m.Report(m.InstanceState.READY))
+        front.running.order(m.Orders.RESET)
+        front.submit(m.Report(m.InstanceState.READY))
+        assert (await front.answer())[1] is m.Orders.RESET
+        front.submit(m.Report(m.InstanceState.READY))
+        assert (await front.answer())[1] is m.Orders.NONE
+        front.running.order(m.Orders.STOP)
+        for _ in range(2):
+            front.submit(m.Report(m.InstanceState.READY))
+            assert (await front.answer())[1] is m.Orders.STOP
+
+
+# --- hostile instances ----------------------------------------------------------------------------
+
+
+def scribble(front: Front, rng: random.Random) -> None:
+    """Anything an instance can do to its own ring."""
+    page = front.ring.page
+    match rng.randrange(9):
+        case 0:
+            page[:] = rng.randbytes(PAGE_SIZE)
+        case 1:
+            page[:8] = rng.randbytes(8)
+        case 2:
+            page[4] = rng.randrange(256)
+        case 3:
+            page[:4] = rng.choice([0, 1, 9, 10, 4088, 4089, 2**31, 2**32 - 1]).to_bytes(4, "little")
+            page[4] = 1
+        case 4:
+            packet = bytearray(m.encode_request(m.Random(5)))
+            packet[rng.randrange(len(packet))] ^= 1 << rng.randrange(8)
+            with suppress(Exception):
+                front.page.submit(bytes(packet))
+        case 5:
+            packet = m.encode_request(front.commit(1))
+            with suppress(Exception):
+                front.page.submit(packet[: rng.randrange(1, len(packet))])
+        case 6:
+            with suppress(Exception):
+                front.page.submit(m.encode_request(m.Report(m.InstanceState.FAILED, "x" * 500, "\x1b[2J\n" * 300)))
+        case 7:
+            with suppress(Exception):
+                front.page.cancel()
+        case 8:
+            with suppress(Exception):
+                front.page.poll()
+    for _ in range(rng.choice([0, 1, 1, 3])):
+        front.ring.ring()
+
+
+async def test_a_hostile_instance_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with manager() as made:
+        good, bad = made.start(1), made.start(2)
+        for seed in range(400):
+            scribble(bad, random.Random(seed))
+            if not seed % 4:
+                await trio.lowlevel.checkpoint()
+            if not seed % 40:
+                assert await good.ask(good.commit(seed // 40 + 1)) == m.CommitReply(seed // 40 + 1)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert made.record(1).generation == 10
+        assert made.record(3).generation == 0
+        bad.ring.page[:] = bytes(PAGE_SIZE)  # and when it comes to reason it is served again
+        bad.page = FrontRing(bad.ring.page)
+        for _ in range(3):
+            with suppress(RingCancelledError):
+                assert isinstance(await bad.ask(m.Load()), m.LoadReply)
+                break
+    assert len(caplog.records) < 40, "nor does it fill the log"
+
+
+async def test_a_flood_of_rings_starves_nobody() -> None:
+    async with manager() as made:
+        good, bad = made.start(1), made.start(2)
+        flooding = True
+
+        async def flood() -> None:
+            while flooding:
+                for _ in range(300):
+                    bad.ring.ring()
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(flood)
+            for generation in range(1, 6):
+                assert await good.ask(good.commit(generation)) == m.CommitReply(generation)
+            flooding = False
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda ring: ring._doorbell.shutdown(socket.SHUT_RDWR),
+        lambda ring: ring._doorbell.send(b""),
+        lambda ring: ring._doorbell.sendmsg([b"x" * 70000]),
+        lambda ring: socket.send_fds(ring._doorbell, [b"x"], [0, 1, 2]),
+    ],
+)
+async def test_whatever_is_sent_through_the_doorbell_the_others_are_served(end: Callable[[LocalRing], None]) -> None:
+    async with manager() as made:
+        good, bad = made.start(1), made.start(2)
+        descriptors = len(os.listdir("/proc/self/fd"))
+        end(bad.ring)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert await good.ask(good.commit(1)) == m.CommitReply(1)
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+        bad.running.order(m.Orders.STOP)  # does not raise
+
+
+async def test_words_of_an_instance_cannot_command_a_terminal_or_a_log() -> None:
+    async with manager() as made:
+        front = made.start()
+        await front.ask(
+            m.Report(m.InstanceState.FAILED, "no\nsuch", "\x1b]0;owned\x07 line\r\nERROR forged" + "x" * 3000)
+        )
+        report = front.running.report
+        assert report is not None
+        assert (report.reason + report.text).isprintable()
+        assert len(report.text) <= 1000
+
+
+async def test_reports_carry_no_authority() -> None:
+    async with manager() as made:
+        front = made.start()
+        for stage in Stage:
+            for state in m.InstanceState:
+                front.running.stage = stage
+                await front.ask(m.Report(state))
+                assert front.running.stage in Stage
+                if stage in (Stage.STOPPED, Stage.FAILED, Stage.ENDED):
+                    assert front.running.stage is stage, "nobody comes back by saying so"
+
+
+async def test_a_report_from_before_a_reset_does_not_settle_it() -> None:
+    async with manager() as made:
+        front = made.start()
+        await front.ask(m.Report(m.InstanceState.NEEDS_RESET))
+        front.running.order(m.Orders.RESET)
+        await front.ask(m.Report(m.InstanceState.NEEDS_RESET))  # fetches the order
+        assert not front.running.settled.is_set()
+        await front.ask(m.Report(m.InstanceState.READY))
+        assert front.running.settled.is_set()
+        assert front.running.stage is Stage.RUNNING
+
+
+# --- the committer --------------------------------------------------------------------------------
+
+
+async def test_a_bad_entry_costs_only_itself() -> None:
+    async with manager() as made:
+        made.put(generation=5)
+        stale = PutVtpm(replace(made.record(), generation=2))
+        fine = PutVtpm(replace(made.record(2), generation=3))
+        outcomes: dict[str, Exception | None] = {}
+        async with made.committer.lock:
+            made.committer.enqueue([stale], lambda error: outcomes.update(stale=error))
+            made.committer.enqueue([fine], lambda error: outcomes.update(fine=error))
+        with trio.fail_after(5):
+            while len(outcomes) < 2:
+                await trio.sleep(0.001)
+        assert isinstance(outcomes["stale"], GenerationError)
+        assert outcomes["fine"] is None
+        assert made.record(2).generation == 3
+
+
+async def test_a_failing_device_fails_every_entry() -> None:
+    async with manager() as made:
+
+        def fail(_image: bytes) -> None:
+            raise OSError(5, "Input/output error")
+
+        made.disk.on_flush = fail
+        with pytest.raises(DeviceError):
+            await made.committer.commit(PutVtpm(replace(made.record(), generation=1)))
+
+
+async def test_readers_never_see_a_store_between_two_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    from storage.store_table import GroupTable
+
+    async with manager() as made:
+        apply = GroupTable.apply
+        seen: list[object] = []
+
+        def slow(table: GroupTable, part: bytes) -> None:
+            async def read() -> None:
+                try:
+                    seen.append(made.store.get(uuid_of(1)).generation)
+                except Exception as error:
+                    seen.append(error)
+
+            async def begin() -> None:
+                nursery.start_soon(read)
+
+            from_thread(begin)
+            apply(table, part)
+
+        def from_thread(call: Callable[[], object]) -> None:
+            trio.from_thread.run_sync(lambda: nursery.start_soon(call))
+            # the loop is free to run the reader while this thread is in the middle of its changes
+            with suppress(TimeoutError):
+                raise TimeoutError
+
+        monkeypatch.setattr(GroupTable, "apply", slow)
+        async with trio.open_nursery() as nursery:
+            await made.committer.commit(PutVtpm(replace(made.record(), generation=1)))
+        assert seen == [1]
