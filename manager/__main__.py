@@ -30,13 +30,17 @@ def _layout(options: argparse.Namespace) -> Layout:
     return Layout(Path(options.state_dir).absolute(), Path(options.runtime_dir).absolute())
 
 
-def _config(options: argparse.Namespace, layout: Layout) -> Config:
-    """Return the configuration: --config, else the state directory's, else the system's."""
+def _config_path(options: argparse.Namespace, layout: Layout) -> Path:
+    """Return which configuration counts: --config, else the system's for the system's state, else the state's own."""
     if options.config:
-        return Config.load(Path(options.config))
+        return Path(options.config)
     if layout.state_dir == SYSTEM_STATE_DIR and SYSTEM_CONFIG.exists():
-        return Config.load(SYSTEM_CONFIG)
-    return Config.load(layout.config)
+        return SYSTEM_CONFIG
+    return layout.config
+
+
+def _config(options: argparse.Namespace, layout: Layout) -> Config:
+    return Config.load(_config_path(options, layout))
 
 
 def _prepare_state_dir(path: Path) -> None:
@@ -122,6 +126,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _reseal(options: argparse.Namespace) -> int:
     from manager.maintenance import parse_predicted, reseal  # noqa: PLC0415 - as above
+    from manager.provision import write_config  # noqa: PLC0415
     from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
 
     layout = _layout(options)
@@ -130,13 +135,16 @@ def _reseal(options: argparse.Namespace) -> int:
     if options.recovery_key:
         passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
         recovery = RecoveryPrivate.load(options.recovery_key, passphrase)
-    for what in reseal(layout, config, recovery, parse_predicted(options.predict), options.pcrs):
+    done, resealed = reseal(layout, config, recovery, parse_predicted(options.predict), options.pcrs)
+    write_config(_config_path(options, layout), resealed)
+    for what in done:
         print(f"resealed {what}")
     return int(ExitCode.OK)
 
 
 def _recover(options: argparse.Namespace) -> int:
-    from manager.recovery import recover  # noqa: PLC0415 - as above
+    from manager.provision import write_config  # noqa: PLC0415 - as above
+    from manager.recovery import recover  # noqa: PLC0415
     from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
 
     layout = _layout(options)
@@ -144,9 +152,11 @@ def _recover(options: argparse.Namespace) -> int:
     if options.tcti:
         config = replace(config, tpm=replace(config.tpm, tcti=options.tcti))
     passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
-    done = recover(layout, config, RecoveryPrivate.load(options.key, passphrase))
+    key = RecoveryPrivate.load(options.key, passphrase)
+    done, recovered = recover(layout, config, key, accept_older_store=options.accept_older_store)
+    write_config(_config_path(options, layout), recovered)
     print(f"recovered store {done.store}: {done.groups} groups, {done.vtpms} vTPMs, sequence {done.sequence}")
-    print("the old TPM's anchors are gone: that this is the newest store could not be checked", file=sys.stderr)
+    print("rollback protection starts anew: that this is the newest store could not be checked", file=sys.stderr)
     return int(ExitCode.OK)
 
 
@@ -197,6 +207,11 @@ def _parser() -> argparse.ArgumentParser:
     recover = verb("recover", _recover, "the TPM was cleared, replaced or lost: provision the new one from the escrow")
     recover.add_argument("--key", required=True, metavar="FILE", help="the recovery key")
     recover.add_argument("--passphrase-file", metavar="FILE", help="passphrase of the recovery key")
+    recover.add_argument(
+        "--accept-older-store",
+        action="store_true",
+        help="the TPM is the old one, but the newest store is lost: go back to this one (kept in the event log)",
+    )
     recover.add_argument("--tcti", help="the new hardware TPM, if it is reached in another way")
     for name in ("status", "stop"):
         add_output_options(verb(name, _verb, BY_NAME[name].help))

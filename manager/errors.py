@@ -63,3 +63,7 @@ class BusyError(ManagerError):
 
 class KeeperError(ManagerError):
     """The keeper could not start or keep an instance."""
+
+
+class KeeperRefusedError(KeeperError):
+    """The keeper is there, and said no."""

@@ -224,7 +224,7 @@ class RecoveryRefused(TpmError):
         super().__init__(
             f"The recovery key does not open the sealed object: {why}",
             "The sealed object was kept.",
-            "Use the recovery file whose fingerprint `vtpm-manager status` shows.",
+            "Use the recovery file whose fingerprint `vtpm-manager check` shows.",
         )
 
 
@@ -263,7 +263,7 @@ class AnchorMissing(TpmError):
         super().__init__(
             f"The anchor at NV index 0x{index:08x} is not ours any more: {why}",
             "The store was kept and is not opened, because nothing proves that it is the latest.",
-            "Run `vtpm-manager accept-rollback` or `recover` with the recovery key.",
+            "Run `vtpm-manager recover` with the recovery key.",
         )
         self.index = index
 
@@ -277,7 +277,7 @@ class AnchorDenied(TpmError):
         super().__init__(
             f"The anchor at NV index 0x{index:08x} refuses our authorisation to {doing}",
             "The anchor and the store were kept as they are.",
-            "If the TPM's owner redefined it run `vtpm-manager accept-rollback` with the recovery key.",
+            "If the TPM's owner redefined it run `vtpm-manager recover` with the recovery key.",
         )
         self.index = index
 

@@ -14,7 +14,7 @@ from frontend_backend import messages_keeper as m
 from frontend_backend.channel_trio import receive_message_trio, send_message_trio
 from frontend_backend.descriptors import MAX_DESCRIPTORS, close_all
 from frontend_backend.errors import ChannelClosedError, MessageError
-from manager.errors import BusyError, KeeperError
+from manager.errors import BusyError, KeeperError, KeeperRefusedError
 
 _log = logging.getLogger("vtpm.keeper")
 _START_SECONDS: Final = 15.0  # importing and warming libtpms takes about 0.3 s; a loaded machine more
@@ -43,9 +43,12 @@ class Keeper:
         try:
             async with keeper._turn:
                 await keeper._greet()
-        except KeeperError as error:
+        except KeeperRefusedError as error:
             keeper.close()
             raise BusyError(f"the keeper at {path} serves another manager ({error})") from error
+        except KeeperError:
+            keeper.close()
+            raise
         return keeper
 
     async def ask(self, message: m.KeeperRequest, descriptors: tuple[int, ...] = ()) -> tuple[m.KeeperReply, list[int]]:
@@ -99,7 +102,7 @@ class Keeper:
         match reply:
             case m.KeeperRefusal(text):
                 close_all(received)
-                raise KeeperError(text)
+                raise KeeperRefusedError(text)
             case m.Hello() | m.Spawn() | m.List() | m.Fetch() | m.Forget() | m.Stop():
                 close_all(received)
                 raise KeeperError("the keeper asks where it should answer")

@@ -23,7 +23,7 @@ from manager.opening import (
     read_boot_area,
 )
 from manager.policy import SealPolicy, parse_pcrs
-from manager.provision import PCRS_NONE, group_reference, platform_reference, policy_for, write_config
+from manager.provision import PCRS_NONE, group_reference, platform_reference, policy_for
 from manager.recovery_key import RecoveryPrivate, RecoveryPublic
 from storage.secrets import GroupKey
 from storage.store_records import GroupRecord, PutGroup
@@ -56,8 +56,10 @@ def parse_predicted(pairs: list[str]) -> dict[int, bytes]:
 
 def reseal(
     layout: Layout, config: Config, recovery: RecoveryPrivate | None, predicted: dict[int, bytes], pcrs: str | None
-) -> list[str]:
-    """Seal every key anew to the PCR values of now (and to predicted ones beside them); returns what was done.
+) -> tuple[list[str], Config]:
+    """Seal every key anew to the PCR values of now (and to predicted ones beside them).
+
+    Returns what was done, and the configuration to keep from now on.
 
     With `recovery` the old seals are opened by the recovery key, whatever the PCRs are; without it by their policy.
 
@@ -91,9 +93,7 @@ def reseal(
         finally:
             opened.store.close()
             opened.secret.wipe()
-        if pcrs is not None:
-            write_config(layout.config, replace(config, tpm=replace(config.tpm, pcrs=pcrs)))
-    return done
+    return done, replace(config, tpm=replace(config.tpm, pcrs=selection))
 
 
 def _unsealer(tpm: HardwareTpm, recovery: RecoveryPrivate | None) -> Unsealer:

@@ -1,10 +1,12 @@
 """`vtpm-manager recover`: the hardware TPM was cleared, replaced or lost; the recovery key opens the off-line escrow.
 
-It cannot apply the rollback rule: the anchors went with the TPM. Hence it refuses while the old TPM still answers.
+It cannot apply the rollback rule: the anchors went with the TPM. Hence it refuses while the old anchor still stands,
+unless the operator says that he goes back on purpose; the catalogue's events keep that he did.
 """
 
 import hmac
 from dataclasses import dataclass, replace
+from typing import Final
 from uuid import UUID
 
 from manager import escrow
@@ -13,15 +15,21 @@ from manager.config import Config, Layout
 from manager.errors import ConflictError, IntegrityError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
 from manager.hwtpm import HardwareTpm
-from manager.hwtpm_errors import SrkChanged, TpmCleared
+from manager.hwtpm_errors import AnchorDenied, AnchorMissing, SrkChanged, TpmCleared
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
 from manager.opening import integrity, locked_store, open_tpm, pin_srk, read_boot_area
-from manager.provision import group_reference, platform_reference, policy_for, write_config
+from manager.provision import group_reference, platform_reference, policy_for
 from manager.recovery_key import RecoveryPrivate
 from storage.catalogue import Catalogue
 from storage.secrets import GroupKey
 from storage.store import Store
 from storage.store_records import GroupRecord, PutGroup
+
+_STILL_THERE: Final = (
+    "the hardware TPM is the one that this store is sealed to, and its anchor stands: recovery would only take the "
+    "rollback protection away. If its PCRs have changed, run 'vtpm-manager reseal --recovery-key FILE'. If the newest "
+    "store is lost and you must go back to this one, say --accept-older-store. Nothing was changed"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +42,13 @@ class Recovered:
     sequence: int
 
 
-def recover(layout: Layout, config: Config, key: RecoveryPrivate) -> Recovered:
-    """Provision a new (or cleared) TPM for the store at hand; writes the new pins into the configuration.
+def recover(
+    layout: Layout, config: Config, key: RecoveryPrivate, *, accept_older_store: bool = False
+) -> tuple[Recovered, Config]:
+    """Provision a new (or cleared) TPM for the store at hand.
 
-    What was interrupted can be done again.
+    Returns what was done, and the configuration with the new pins, to keep from now on. What was interrupted can be
+    done again. With `accept_older_store` also where the TPM is the old one: the operator goes back, on purpose.
 
     Raises:
         ConflictError: this TPM is the one that the store is sealed to: reseal instead. UsageError: no escrow.
@@ -45,13 +56,15 @@ def recover(layout: Layout, config: Config, key: RecoveryPrivate) -> Recovered:
 
     """
     with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
-        _refuse_the_old_tpm(tpm, config)
         uuid, boot = read_boot_area(descriptor)
         if not boot.escrow:
             raise UsageError("this installation was made without a recovery key: there is no escrow to open")
         secret = PlatformSecret(escrow.unwrap(boot.escrow, key, EscrowPlace(uuid, EscrowPurpose.STORE_KEY)))
         if not hmac.compare_digest(store_check(secret.store_key, uuid), config.tpm.store_check):
             raise IntegrityError("the escrow in this store holds the key of another store. Nothing was changed")
+        old_anchor = _old_anchor(tpm, config, boot, secret)
+        if old_anchor and not accept_older_store:
+            raise ConflictError(_STILL_THERE)
         with integrity():
             store = Store.open(descriptor, secret.store_key)
         try:
@@ -61,23 +74,23 @@ def recover(layout: Layout, config: Config, key: RecoveryPrivate) -> Recovered:
             done = Recovered(uuid, len(keys), len(store), store.sequence)
         finally:
             store.close()
-        write_config(layout.config, replace(config, tpm=replace(config.tpm, srk_name=srk_name.hex())))
+        if old_anchor:
+            tpm.anchor_undefine(boot.anchor)
         with integrity(), Catalogue.open(layout.catalogue, catalogue_key(secret.store_key, uuid)) as catalogue:
-            catalogue.log("recovered", None, f"new hardware TPM; store sequence {done.sequence}, rollback not checked")
+            how = "the operator accepted an older store" if old_anchor else "new hardware TPM"
+            catalogue.log("recovered", None, f"{how}; store sequence {done.sequence}, rollback not checked")
         secret.wipe()
-    return done
+    return done, replace(config, tpm=replace(config.tpm, srk_name=srk_name.hex()))
 
 
-def _refuse_the_old_tpm(tpm: HardwareTpm, config: Config) -> None:
+def _old_anchor(tpm: HardwareTpm, config: Config, boot: BootArea, secret: PlatformSecret) -> bool:
+    """Tell whether this TPM still has the store's anchor: then the rollback rule could be applied, and must be."""
     try:
         pin_srk(tpm, config)
-    except (TpmCleared, SrkChanged):
-        return
-    raise ConflictError(
-        "the hardware TPM is the one that this store is sealed to, and not cleared: recovery would only take its "
-        "rollback protection away. If its PCRs have changed, run 'vtpm-manager reseal --recovery-key FILE'. "
-        "Nothing was changed"
-    )
+        tpm.anchor_read(boot.anchor, secret.anchor_auth)
+    except (TpmCleared, SrkChanged, AnchorMissing, AnchorDenied):
+        return False
+    return True
 
 
 def _unlock(store: Store, recovery: RecoveryPrivate) -> dict[UUID, GroupKey]:

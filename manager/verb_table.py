@@ -104,8 +104,8 @@ VERBS: Final[tuple[Verb, ...]] = (
 
 # Verbs of the daemon's own command, on the same socket.
 DAEMON_VERBS: Final[tuple[Verb, ...]] = (
-    Verb("status", "show the manager, its store, anchors and hardware TPM", Role.AUDITOR),
-    Verb("stop", "stop every instance cleanly, then the manager", Role.ADMINISTRATOR),
+    Verb("status", "show the manager, its store, anchors and hardware TPM", Role.AUDITOR, prints="pid"),
+    Verb("stop", "stop every instance cleanly, then the manager", Role.ADMINISTRATOR, prints="pid"),
 )
 
 BY_NAME: Final = {verb.name: verb for verb in VERBS + DAEMON_VERBS}

@@ -69,7 +69,9 @@ def content(store: Store) -> Content:
 
 
 def content_of_image(image: bytes) -> Content:
+    """Open an image that a power cut left: nothing in it may pass for damage."""
     with reopen(MemoryDisk(image)) as store:
+        assert not store.damage
         return content(store)
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -23,9 +24,10 @@ from frontend_backend.tpmif import PAGE_SIZE
 from manager.committer import Committer
 from manager.ring_server import RingServer
 from manager.running import Running, Stage
-from storage.errors import DeviceError, GenerationError
+from storage.errors import DeviceError, GenerationError, StorageError
 from storage.secrets import StateKey
 from storage.store import PutVtpm, RecordFlags, Store, VtpmRecord
+from storage.store_table import GroupTable
 
 GROUP = UUID(int=7)
 LEASE = 1000
@@ -193,32 +195,32 @@ async def test_a_failing_disk_is_no_success() -> None:
 
 
 async def test_a_successor_loads_what_its_predecessor_had_in_flight() -> None:
-    for _ in range(5):
-        async with manager() as made:
-            front = made.start()
-            async with made.committer.lock:
-                front.submit(front.commit(1))
-                await trio.testing.wait_all_tasks_blocked(0.005)
-                assert front.running.busy
-                async with trio.open_nursery() as nursery:
+    gate = threading.Event()
+    async with manager() as made:
+        front = made.start()
+        made.disk.on_flush = lambda _image: assert_opened(gate)
+        front.submit(front.commit(1))
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert front.running.busy
 
-                    async def succeed() -> None:
-                        await made.rings.quiesce(front.running)
-                        successor = made.start(lease=LEASE + 1)
-                        reply = await successor.ask(m.Load())
-                        assert isinstance(reply, m.LoadReply)
-                        assert reply.generation == made.record().generation == 1
-                        refused = await successor.ask(replace(successor.commit(2), lease=LEASE))
-                        assert isinstance(refused, m.Refusal)
+        async def succeed() -> None:
+            await made.rings.quiesce(front.running)
+            successor = made.start(lease=LEASE + 1)
+            reply = await successor.ask(m.Load())
+            assert isinstance(reply, m.LoadReply)
+            assert reply.generation == made.record().generation == 1
+            refused = await successor.ask(replace(successor.commit(2), lease=LEASE))
+            assert isinstance(refused, m.Refusal)
 
-                    nursery.start_soon(succeed)
-                    await trio.testing.wait_all_tasks_blocked(0.005)
-                    assert len(made.fronts) == 1, "it waits for the commit in flight"
-                    made.committer.lock.release()
-                    try:
-                        await trio.testing.wait_all_tasks_blocked(0.01)
-                    finally:
-                        await made.committer.lock.acquire()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(succeed)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            assert len(made.fronts) == 1, "it waits for the commit in flight"
+            gate.set()
+
+
+def assert_opened(gate: threading.Event) -> None:
+    assert gate.wait(10)
 
 
 async def test_what_a_dead_instance_left_on_its_page_is_not_committed() -> None:
@@ -511,15 +513,11 @@ async def test_a_bad_entry_costs_only_itself() -> None:
         made.put(generation=5)
         stale = PutVtpm(replace(made.record(), generation=2))
         fine = PutVtpm(replace(made.record(2), generation=3))
-        outcomes: dict[str, Exception | None] = {}
-        async with made.committer.lock:
-            made.committer.enqueue([stale], lambda error: outcomes.update(stale=error))
-            made.committer.enqueue([fine], lambda error: outcomes.update(fine=error))
+        outcomes: list[Exception | None] = []
+        made.committer.enqueue([stale], outcomes.append)
         with trio.fail_after(5):
-            while len(outcomes) < 2:
-                await trio.sleep(0.001)
-        assert isinstance(outcomes["stale"], GenerationError)
-        assert outcomes["fine"] is None
+            await made.committer.commit(fine)
+        assert [type(outcome) for outcome in outcomes] == [GenerationError]
         assert made.record(2).generation == 3
 
 
@@ -534,33 +532,28 @@ async def test_a_failing_device_fails_every_entry() -> None:
             await made.committer.commit(PutVtpm(replace(made.record(), generation=1)))
 
 
-async def test_readers_never_see_a_store_between_two_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    from storage.store_table import GroupTable
+def test_readers_never_see_a_store_between_two_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, seen = GroupTable.apply, list[object]()
+    with new_store(SnapshotDisk(), [GROUP]) as store:
+        record = VtpmRecord(uuid_of(1), GROUP, StateKey(bytes(32)))
+        store.commit([PutVtpm(record)])
 
-    async with manager() as made:
-        apply = GroupTable.apply
-        seen: list[object] = []
+        def read() -> None:
+            try:
+                seen.append(store.get(uuid_of(1)).generation)
+            except StorageError as error:
+                seen.append(error)
+
+        reader = threading.Thread(target=read)
 
         def slow(table: GroupTable, part: bytes) -> None:
-            async def read() -> None:
-                try:
-                    seen.append(made.store.get(uuid_of(1)).generation)
-                except Exception as error:
-                    seen.append(error)
-
-            async def begin() -> None:
-                nursery.start_soon(read)
-
-            from_thread(begin)
+            reader.start()
+            reader.join(0.05)
             apply(table, part)
 
-        def from_thread(call: Callable[[], object]) -> None:
-            trio.from_thread.run_sync(lambda: nursery.start_soon(call))
-            # the loop is free to run the reader while this thread is in the middle of its changes
-            with suppress(TimeoutError):
-                raise TimeoutError
-
         monkeypatch.setattr(GroupTable, "apply", slow)
-        async with trio.open_nursery() as nursery:
-            await made.committer.commit(PutVtpm(replace(made.record(), generation=1)))
-        assert seen == [1]
+        committer = threading.Thread(target=store.commit, args=([PutVtpm(replace(record, generation=1))],))
+        committer.start()
+        committer.join(10)
+        reader.join(10)
+    assert seen == [1]

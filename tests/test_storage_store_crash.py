@@ -5,7 +5,7 @@ from uuid import UUID
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from storage_disks import MemoryDisk, RecordingDisk, Write
+from storage_disks import MemoryDisk, RecordingDisk, Write, apply
 from storage_histories import (
     KEY,
     SECTOR,
@@ -102,7 +102,7 @@ def test_every_cut_of_group_commits_and_checkpoints_leaves_whole_acknowledged_co
         if round_ % 2:
             history.store.checkpoint()
     history.commit(*history.model.some_changes(rng, 5))
-    assert history.check_all_cuts(2) > 50
+    assert history.check_all_cuts(2, subsets=8) > 80
 
 
 def test_every_cut_of_a_checkpoint_of_several_rounds_leaves_everything(full_image: bytes) -> None:
@@ -118,7 +118,7 @@ def test_every_cut_of_a_checkpoint_of_several_rounds_leaves_everything(full_imag
     history.store.checkpoint()
     assert history.store.statistics().checkpoints >= before + 2
     history.commit(*history.model.some_changes(random.Random(3), 30))
-    assert history.check_all_cuts(3, subsets=1) > 60
+    assert history.check_all_cuts(3, subsets=8) > 150
 
 
 def test_every_cut_of_groups_made_emptied_and_removed_leaves_whole_commits(small_image: bytes) -> None:
@@ -132,7 +132,7 @@ def test_every_cut_of_groups_made_emptied_and_removed_leaves_whole_commits(small
     history.store.checkpoint()
     history.commit(PutVtpm(record_of(uuid_of(701), old)), RemoveVtpm(uuid_of(700)))
     history.store.checkpoint()
-    assert history.check_all_cuts(4) > 30
+    assert history.check_all_cuts(4, subsets=12) > 50
 
 
 def test_every_cut_of_growth_leaves_whole_commits_and_a_store_that_goes_on(full_image: bytes) -> None:
@@ -141,7 +141,114 @@ def test_every_cut_of_growth_leaves_whole_commits_and_a_store_that_goes_on(full_
         numbers = range(5000 + start, 5300 + start)
         history.commit(*(PutVtpm(record_of(uuid_of(number), GROUPS[0])) for number in numbers))
     assert history.store.statistics().sectors > 80
-    assert history.check_all_cuts(5, subsets=1) > 30
+    assert history.check_all_cuts(5, subsets=10) > 60
+
+
+def test_a_root_of_an_unfinished_checkpoint_without_any_one_of_its_sectors_is_taken_back(full_image: bytes) -> None:
+    history = all_leaves_dirty(full_image)
+    expected = history.model.content()
+    history.disk.steps.clear()
+    history.disk.start = bytes(history.disk.content)
+    history.store.checkpoint()
+    durable = bytearray(history.disk.start)
+    window: list[Write] = []
+    taken_back = 0
+    for step in history.disk.steps:
+        if isinstance(step, Write):
+            window.append(step)
+            continue
+        assert step is None
+        *sectors, root = (piece for write in window for piece in in_sectors(write))
+        whole = image_with(durable, window)
+        if sectors and is_root(root):
+            taken_back += 1
+            newest = sequence_of(whole)
+            for missing in [sectors, *([sector] for sector in sectors)]:
+                image = image_with(durable, [piece for piece in [*sectors, root] if piece not in missing])
+                assert content_of_image(image) == expected
+                assert sequence_of(image) < newest
+        durable = bytearray(whole)
+        window.clear()
+    assert taken_back >= 2
+
+
+def test_a_store_that_went_back_to_the_root_before_goes_on_and_can_be_cut_again(full_image: bytes) -> None:
+    image = full_image
+    rng = random.Random(10)
+    for lap in range(5):
+        history = all_leaves_dirty(image, lap)
+        history.store.checkpoint()
+        history.commit(*history.model.some_changes(rng, 20))
+        cuts = list(history.disk.cuts(rng, 2))
+        for steps, cut in rng.sample(cuts, 12):
+            assert content_of_image(cut) in history.allowed(steps)
+            image = cut
+
+
+def test_a_damaged_sector_of_an_unfinished_checkpoint_loses_nothing_while_its_predecessor_is_whole(
+    full_image: bytes,
+) -> None:
+    history = all_leaves_dirty(full_image)
+    expected = history.model.content()
+    before = len(history.disk.steps)
+    history.store.checkpoint()
+    flushes = [count for count, step in enumerate(history.disk.steps, 1) if step is None and count > before]
+    image = image_with(
+        bytearray(full_image), [step for step in history.disk.steps[: flushes[0]] if isinstance(step, Write)]
+    )
+    state = reopen(MemoryDisk(image))._state
+    assert state.root.needs_log
+    leaves = [ref for ref in state.tree.entries if ref is not None and fmt.kind_and_group(ref.owner)[0] is fmt.Kind.LEAF]
+    of_this_round = [ref.location for ref in leaves if ref.sequence == state.root.sequence]
+    of_both = [ref.location for ref in leaves if ref.sequence < state.root.sequence]
+    assert of_this_round
+    assert of_both
+    for location in of_this_round:
+        assert content_of_image(damaged(image, location)) == expected
+    for location in of_both:
+        with reopen(MemoryDisk(damaged(image, location))) as store:
+            assert [damage.where.split()[0] for damage in store.damage] == ["leaf"]
+            assert store.sequence == state.sequence
+
+
+def all_leaves_dirty(image: bytes, generation: int = 0) -> History:
+    """A history whose next checkpoint has to rewrite every leaf, in several rounds."""
+    history = History(image)
+    history.store.checkpoint()
+    vtpms = sorted(history.model.rows)
+    for uuid in vtpms[::2]:
+        assert history.model.rows[uuid][3] <= generation + 1
+    history.commit(*(PutVtpm(record_of(uuid, history.model.rows[uuid][0], generation + 2)) for uuid in vtpms[::2]))
+    return history
+
+
+def in_sectors(write: Write) -> list[Write]:
+    if write.offset < fmt.POOL_FIRST * SECTOR:
+        return [write]
+    places = range(0, len(write.data), SECTOR)
+    return [Write(write.offset + place, write.data[place : place + SECTOR]) for place in places]
+
+
+def is_root(write: Write) -> bool:
+    return write.offset in [place * SECTOR for place in fmt.ROOT_SECTORS]
+
+
+def image_with(start: bytes | bytearray, writes: list[Write]) -> bytes:
+    image = bytearray(start)
+    for write in writes:
+        apply(image, write)
+    return bytes(image)
+
+
+def damaged(image: bytes, location: int) -> bytes:
+    changed = bytearray(image)
+    changed[location * SECTOR + 1000] ^= 1
+    return bytes(changed)
+
+
+def sequence_of(image: bytes) -> int:
+    with Store.open(MemoryDisk(image), KEY) as store:
+        return store._state.root.sequence
 
 
 def test_every_cut_of_a_wrapping_log_leaves_whole_commits(small_image: bytes) -> None:

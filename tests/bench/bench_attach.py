@@ -187,9 +187,9 @@ def _meaning(samples: dict[str, Sample], requests: Sample, work: dict[str, float
     return (
         f"For each attach with the detach after it the manager made {work['commits']:.1f} commits with "
         f"{work['store_flushes']:.1f} flushes of the store, sent {work['tpm_commands']:.1f} commands to the hardware "
-        f"TPM, all for the {work['pcr22_extends']:.1f} background extends of PCR 22, and wrote "
+        f"TPM with {work['pcr22_extends']:.1f} background extends of PCR 22 (each reads it first), and wrote "
         f"{work['anchor_writes']:.1f} durable anchors. An attach has five flushes in turn that swtpm does not have "
-        "(seen with strace): the attachment's row, the mark that the stored state is used up, the state after "
+        "(counted with strace when this benchmark was written): the attachment's row, the mark that the stored state is used up, the state after "
         "TPM2_Startup, its record, the event; an event is a transaction of SQLite and takes "
         f"{samples[EVENT].best / MILLISECONDS:.2f} ms. The request is {requests.best / MILLISECONDS:.2f} ms of the "
         f"{samples[OURS].best / MILLISECONDS:.2f} ms. The forked instance shares the keeper's memory until it touches "

@@ -167,8 +167,8 @@ def _section(
     section.meaning.append(
         f"An extend of PCR 22 took {per_extend:g} commands (the value is read first), all in the background; how many "
         "there are follows the time that saves take, not their number. *The rest* at start is what is left without "
-        "the extends for the vTPMs that saved during the start: opening TPM and store, one unseal for the store and "
-        "one for the group, the durable anchor."
+        "the extends for the vTPMs that saved during the start: opening and checking the TPM, unsealing, writing "
+        "the durable anchor."
     )
     return section
 

@@ -157,8 +157,8 @@ def _meaning(ours: Sequence[_Memory], theirs: Sequence[_Memory], shared: tuple[_
         f"*Everything / {len(ours)}* counts page tables and shares out the manager ({manager.private / 1024:.1f} MiB "
         f"private) and the keeper ({keeper.private / 1024:.1f} MiB), which swtpm has no counterpart of; {balance}. An "
         "instance is forked from the keeper and shares its pages until it writes to them. Python writes to a page "
-        "whenever it uses an object on it, because the reference count lies in the object: *anonymous* and *heap* are, "
-        "beside libtpms' own tables, pages of the keeper's heap that the instance has copied that way."
+        "whenever it uses an object on it, because the reference count lies in the object. *Anonymous* and *heap* hold "
+        "such copies and libtpms' own tables; the two are not told apart here."
     )
 
 

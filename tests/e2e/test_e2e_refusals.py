@@ -383,6 +383,61 @@ def test_a_missing_or_cleared_hardware_tpm_is_told_apart(bare: Installation, tmp
         assert bare.vtpm_manager("recover", "--key", str(bare.recovery), check=False).code == 4, "not while it works"
 
 
+def test_an_operator_who_lost_the_newest_store_can_go_back_on_purpose(vtpms: Installation) -> None:
+    image = stored_vtpm(vtpms)
+    vtpms.stop()
+    old = {path: path.read_bytes() for path in (vtpms.state / "store.img", image)}
+    vtpms.start()
+    guest = Guest(vtpms.attach("web")["endpoint"])
+    guest.write(INDEX, b"newer!!!")
+    guest.close()
+    vtpms.command("vtpm-detach", "web")
+    vtpms.stop()
+    for path, content in old.items():
+        path.write_bytes(content)
+    assert vtpms.try_start() == 6
+    refused = vtpms.vtpm_manager("recover", "--key", str(vtpms.recovery), check=False)
+    assert refused.code == 4
+    assert "--accept-older-store" in refused.err
+    vtpms.vtpm_manager("recover", "--key", str(vtpms.recovery), "--accept-older-store")
+    vtpms.start()
+    still_precious(vtpms)
+    with sqlite3.connect(vtpms.state / "catalogue.sqlite") as database:
+        kinds = [row[0] for row in database.execute("select text from events where kind = 'recovered'")]
+    database.close()
+    assert "accepted an older store" in kinds[0]
+
+
+def test_an_anchor_that_the_tpms_owner_took_away_is_noticed_and_recovered(bare: Installation, tmp_path: Path) -> None:
+    with running_swtpm(tmp_path) as chip:
+        bare.init(tcti=chip.tcti)
+        bare.start()
+        stored_vtpm(bare)
+        bare.stop()
+        index = chip.tool("tpm2_getcap", "handles-nv-index").split()[-1]
+        chip.tool("tpm2_nvundefine", index, "-C", "o")
+        assert bare.try_start() == 6, bare.refusal
+        assert "vtpm-manager recover" in bare.refusal
+        bare.vtpm_manager("recover", "--key", str(bare.recovery))
+        bare.start()
+        still_precious(bare)
+
+
+def test_a_configuration_elsewhere_is_the_one_that_is_kept_up_to_date(bare: Installation, tmp_path: Path) -> None:
+    with running_swtpm(tmp_path) as chip:
+        bare.init(tcti=chip.tcti)
+        config = bare.base / "elsewhere.toml"
+        (bare.state / "config.toml").rename(config)
+        config.with_suffix(".old").write_text(config.read_text())
+        bare.vtpm_manager("reseal", "--config", str(config), "--pcrs", "sha256:1,3")
+        assert 'pcrs = "sha256:1,3"' in config.read_text()
+        assert not (bare.state / "config.toml").exists()
+        chip.tool("tpm2_clear")
+        bare.vtpm_manager("recover", "--config", str(config), "--key", str(bare.recovery))
+        check = bare.vtpm_manager("check", "--config", str(config), "--json", check=False).json
+        assert {row["verdict"] for row in check if row["check"].startswith("seals")} == {"ok"}
+
+
 def test_changed_pcrs_lock_and_the_recovery_key_reseals(bare: Installation, tmp_path: Path) -> None:
     with running_swtpm(tmp_path) as chip:
         bare.init(tcti=chip.tcti)
