@@ -89,7 +89,7 @@ def listen(path: Path, config: AdminConfig) -> socket.socket:
         sock.listen(_MAX_CLIENTS)
     except OSError as error:
         sock.close()
-        raise ConfigurationError(f"cannot make the admin socket {path}: {error.strerror}") from error
+        raise ConfigurationError(f"cannot make the admin socket {path}: {error.strerror or error}") from error
     finally:
         os.umask(previous)
     sock.setblocking(False)

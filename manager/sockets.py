@@ -115,7 +115,7 @@ class SocketFolder:
             for sock in made:
                 sock.close()
             raise ManagerError(
-                f"cannot make the sockets in {self.path}: {error.strerror}; nothing was started"
+                f"cannot make the sockets in {self.path}: {error.strerror or error}; nothing was started"
             ) from error
         return made
 

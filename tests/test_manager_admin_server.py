@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import socket
 import stat
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +38,24 @@ class Admin:
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.setblocking(False)
-        sock.connect(str(self.path))
+        try:
+            sock.connect(str(self.path))
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    async def patient_connect(self) -> socket.socket:
+        """Connect as a client does: where the queue is full it waits."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.settimeout(10)
+        await trio.to_thread.run_sync(sock.connect, str(self.path))
+        sock.setblocking(False)
         return sock
 
     async def talk(self, data: bytes, descriptors: tuple[int, ...] = ()) -> list[Any]:
         """Send one datagram and return every answer until the end."""
-        with self.connect() as sock:
+        with await self.patient_connect() as sock:
             send_message(sock, data, descriptors)
             return await answers(sock)
 
@@ -62,7 +76,8 @@ async def answers(sock: socket.socket) -> list[Any]:
 
 @asynccontextmanager
 async def admin(config: AdminConfig | None = None) -> AsyncIterator[Admin]:
-    path = Path(f"/tmp/vt-admin-{uuid4().hex[:8]}")
+    folder = tempfile.mkdtemp(prefix="vt")  # short: a socket's path has at most 107 bytes
+    path = Path(folder) / "admin.sock"
     made = Admin(path, [{"schema": 1, "pid": 1}])
     settings = config or AdminConfig()
     services = Services(
@@ -75,7 +90,7 @@ async def admin(config: AdminConfig | None = None) -> AsyncIterator[Admin]:
                 yield made
                 nursery.cancel_scope.cancel()
     finally:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def refused(received: list[Any]) -> Failure:
@@ -293,18 +308,25 @@ def test_defaults_fill_what_is_not_said() -> None:
         check_arguments(BY_NAME["remove"], {"vtpm": "v", "yes": 1})
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory with a short name: a socket's path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="vt") as made:
+        yield Path(made)
+
+
 # --- sockets --------------------------------------------------------------------------------------
 
 
-def test_the_admin_socket_has_its_mode_before_anybody_can_connect(tmp_path: Path) -> None:
-    path = tmp_path / "a"
+def test_the_admin_socket_has_its_mode_before_anybody_can_connect(short: Path) -> None:
+    path = short / "a"
     with admin_server.listen(path, AdminConfig(socket_mode="0640")):
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
     for bad in (AdminConfig(socket_mode="rw"), AdminConfig(socket_group="no-such-group-here")):
         with pytest.raises(ConfigurationError):
             admin_server.listen(path, bad)
     with pytest.raises(ConfigurationError, match="cannot make"):
-        admin_server.listen(tmp_path / "nowhere" / "a", AdminConfig())
+        admin_server.listen(short / "nowhere" / "a", AdminConfig())
 
 
 @pytest.mark.parametrize(
@@ -313,7 +335,7 @@ def test_the_admin_socket_has_its_mode_before_anybody_can_connect(tmp_path: Path
         "no-such-user-here",
         ":",
         "4294967295",
-        "99999999999999999999999",
+        "9" * 30,
         "0:4294967295",
         "0:no-such-group",
         "a\0b",
@@ -340,30 +362,29 @@ def test_a_mode_that_is_none_is_refused(text: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give sockets away")
-def test_sockets_are_made_where_their_owner_cannot_reach_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_are_made_where_their_owner_cannot_reach_yet(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = Owner(54321, 54321)
-    folder = SocketFolder(tmp_path, uuid4(), "socket")
-    secret = tmp_path / "shadow"
+    folder = SocketFolder(short, uuid4(), "socket")
+    secret = short / "shadow"
     secret.write_text("root's")
+    given: list[str] = []
+    real = os.chown
+
+    def chown(path: Any, uid: int, gid: int, **more: Any) -> None:
+        if str(path).endswith((".sock", ".ctrl")):
+            status = folder.path.stat()
+            assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, 0o700), "its owner could swap a link in"
+            given.append(str(path))
+        real(path, uid, gid, **more)
+
+    monkeypatch.setattr(os, "chown", chown)
     for _ in range(2):  # the second time the folder belongs to the owner already
-        given: list[str] = []
-        real = os.chown
-
-        def chown(path: Any, uid: int, gid: int, **more: Any) -> None:
-            if str(path).endswith((".sock", ".ctrl")):
-                status = folder.path.stat()
-                assert (status.st_uid, stat.S_IMODE(status.st_mode)) == (0, 0o700), "its owner could swap a link in"
-                given.append(str(path))
-            real(path, uid, gid, **more)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "chown", chown)
-            for sock in folder.listen(owner, 0o600):
-                sock.close()
-        assert len(given) == 2
+        for sock in folder.listen(owner, 0o600):
+            sock.close()
         assert folder.path.stat().st_uid == owner.uid
         folder.endpoint.unlink()
         folder.endpoint.symlink_to(secret)  # as its owner may
+    assert len(given) == 4
     for sock in folder.listen(owner, 0o660):
         sock.close()
     assert secret.stat().st_uid == 0
@@ -373,8 +394,8 @@ def test_sockets_are_made_where_their_owner_cannot_reach_yet(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(("mode", "folder_mode"), [(0o600, 0o700), (0o660, 0o750), (0o666, 0o755), (0o606, 0o705)])
-def test_who_may_use_a_socket_may_pass_its_folder(tmp_path: Path, mode: int, folder_mode: int) -> None:
-    folder = SocketFolder(tmp_path, uuid4(), "ring")
+def test_who_may_use_a_socket_may_pass_its_folder(short: Path, mode: int, folder_mode: int) -> None:
+    folder = SocketFolder(short, uuid4(), "ring")
     for sock in folder.listen(Owner(os.geteuid(), os.getegid()), mode):
         assert sock.type is socket.SOCK_SEQPACKET
         sock.close()
@@ -382,7 +403,7 @@ def test_who_may_use_a_socket_may_pass_its_folder(tmp_path: Path, mode: int, fol
     assert stat.S_IMODE(folder.endpoint.stat().st_mode) == mode
 
 
-def test_a_folder_that_cannot_be_made_starts_nothing(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_a_folder_that_cannot_be_made_starts_nothing(short: Path) -> None:
+    (short / "file").write_text("")
     with pytest.raises(ManagerError, match="nothing was started"):
-        SocketFolder(tmp_path / "file", uuid4(), "socket").listen(Owner(0, 0), 0o600)
+        SocketFolder(short / "file", uuid4(), "socket").listen(Owner(0, 0), 0o600)

@@ -21,7 +21,7 @@ from storage_histories import (
 )
 
 from storage import store_format as fmt
-from storage.errors import NotAStore
+from storage.errors import NotAStore, StoreDamaged
 from storage.store import Change, GroupRecord, PutGroup, PutVtpm, RemoveGroup, RemoveVtpm, Store
 
 GROUPS = [uuid_of(1), uuid_of(2), uuid_of(3)]
@@ -209,6 +209,22 @@ def test_a_damaged_sector_of_an_unfinished_checkpoint_loses_nothing_while_its_pr
         with reopen(MemoryDisk(damaged(image, location))) as store:
             assert [damage.where.split()[0] for damage in store.damage] == ["leaf"]
             assert store.sequence == state.sequence
+
+
+def test_a_root_that_is_taken_back_still_tells_that_a_frame_is_missing(full_image: bytes) -> None:
+    history = all_leaves_dirty(full_image)
+    before = len(history.disk.steps)
+    frame = next(step for step in history.disk.steps[before - 2 :: -1] if isinstance(step, Write))
+    history.store.checkpoint()
+    flush = next(count for count, step in enumerate(history.disk.steps) if step is None and count >= before)
+    *sectors, root = (step for step in history.disk.steps[:flush] if isinstance(step, Write))
+    assert is_root(root)
+    lost = next(write for write in sectors[::-1] if write.offset != frame.offset)
+    image = image_with(full_image, [write for write in [*sectors, root] if write is not lost])
+    assert content_of_image(image) == history.model.content()
+    assert history.disk.steps.index(lost) > history.disk.steps.index(frame)
+    with pytest.raises(StoreDamaged, match="a frame that the root needs"):
+        Store.open(MemoryDisk(damaged(image, frame.offset // SECTOR)), KEY)
 
 
 def all_leaves_dirty(image: bytes, generation: int = 0) -> History:

@@ -157,6 +157,19 @@ def test_any_byte_of_any_live_sector_is_found_and_located(image: bytes) -> None:
             assert kind in found, (kind, offset)
 
 
+def test_damage_after_a_clean_stop_is_found_though_the_root_before_and_the_log_would_do(image: bytes) -> None:
+    disk = MemoryDisk(image)
+    with reopen(disk) as store:
+        store.checkpoint()
+        digest = store.digest()
+        newest = [ref for ref in store._state.tree.entries if ref is not None and ref.sequence == store.sequence]
+    assert newest
+    for ref in newest:
+        changed = flipped(bytes(disk.content), ref.location * SECTOR + 99)
+        assert "leaf" in finding(changed)
+        assert Store.open(MemoryDisk(changed), KEY).digest() == digest
+
+
 def test_any_byte_of_a_frame_that_is_not_the_last_is_found(image: bytes) -> None:
     places = list(frames(image))
     for offset, length in places[:-1]:
