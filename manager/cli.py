@@ -5,12 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Final, NoReturn
 
 from frontend_backend.messages_admin import ExitCode
-from manager.client import RemoteError, open_for_verb, request, socket_path
-from manager.errors import ManagerError
-from manager.output import render
+from manager.cli_output import print_answer
+from manager.client import RemoteError, open_for_verb, socket_path, stream
+from manager.errors import ManagerError, UsageError
 from manager.verb_table import BY_NAME, VERBS, Argument, Verb
 
 EXIT_CODES: Final = (
@@ -41,7 +42,8 @@ def add_verb_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
     """Add what the verb takes."""
     for argument in verb.arguments:
         if argument.positional:
-            parser.add_argument(argument.name, metavar=argument.name.upper(), help=argument.help)
+            count = None if argument.required else "?"
+            parser.add_argument(argument.name, nargs=count, metavar=argument.name.upper(), help=argument.help)
         elif argument.kind == "flag":
             parser.add_argument(argument.option, dest=argument.name, action="store_true", help=argument.help)
         else:
@@ -53,6 +55,8 @@ def add_verb_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
                 choices=argument.choices or None,
                 help=_help(argument),
             )
+    if verb.many:
+        parser.add_argument("--no-pager", action="store_true", help="print at once, also on a terminal")
     add_output_options(parser)
 
 
@@ -62,25 +66,28 @@ def _help(argument: Argument) -> str:
 
 def run_verb(verb: Verb, options: argparse.Namespace) -> int:
     """Ask the manager for `verb` and print its answer. Returns the exit code."""
+    if getattr(options, "state_dir", None) and any(argument.local for argument in verb.arguments):
+        return _run_offline(verb, options)
     descriptors: list[int] = []
     arguments: dict[str, str | int | bool | None] = {}
     try:
         for argument in verb.arguments:
+            if argument.local:
+                continue
             value = getattr(options, argument.name)
             if argument.kind == "path" and value is not None:
                 descriptors.append(open_for_verb(value))
                 value = os.path.realpath(value)
             arguments[argument.name] = value
-        documents = request(
+        answer = stream(
             socket_path(options.socket),
             verb.name,
             arguments,
             tuple(descriptors),
             lambda text: print(text, file=sys.stderr),
         )
-        text = render(verb, documents, options.form)
-        if text:
-            print(text)
+        with closing(answer):
+            return print_answer(verb, answer, options.form, paged=not getattr(options, "no_pager", False))
     except ManagerError as error:
         return report(error, options.form, f"vtpm-{verb.name}")
     except BrokenPipeError:  # the reader (head, less) has seen enough
@@ -93,7 +100,21 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    return int(ExitCode.OK)
+
+
+def _run_offline(verb: Verb, options: argparse.Namespace) -> int:
+    """Verify an installation that no manager serves: this process opens it."""
+    from manager.offline import installation_at, verify_offline  # noqa: PLC0415 - loads the TPM's libraries
+
+    try:
+        if bool(options.vtpm) and options.all:
+            raise UsageError("name one vTPM, or say --all")
+        findings = verify_offline(*installation_at(options.state_dir, options.config), options.vtpm)
+        with closing(findings):
+            documents = (finding.document() for finding in findings)
+            return print_answer(verb, documents, options.form, paged=not options.no_pager)
+    except ManagerError as error:
+        return report(error, options.form, f"vtpm-{verb.name}")
 
 
 def report(error: ManagerError, form: str, who: str) -> int:

@@ -29,6 +29,7 @@ class Argument:
     required: bool = False
     default: str | int | bool | None = None
     choices: tuple[str, ...] = ()
+    local: bool = False  # for the command itself, never sent to the manager
 
     @property
     def option(self) -> str:
@@ -47,6 +48,7 @@ class Verb:
     many: bool = False
     prints: str = "uuid"  # field printed alone by --quiet, and by verbs with `terse`
     terse: bool = False
+    judges: bool = False  # each document has a `verdict` and the exit `code` it asks for
     columns: tuple[str, ...] = field(default=("uuid", "name", "group", "tpm", "state", "guest", "frontend"))
 
 
@@ -100,6 +102,21 @@ VERBS: Final[tuple[Verb, ...]] = (
         (_VTPM, _YES),
     ),
     Verb("remove", "remove a detached vTPM, its key and its state image", Role.ADMINISTRATOR, (_VTPM, _YES)),
+    Verb(
+        "verify",
+        "check store, catalogue and state images by each other; changes nothing, exits with 6 if anything is wrong",
+        Role.AUDITOR,
+        (
+            Argument("vtpm", "UUID or name", positional=True),
+            Argument("all", "the store, the catalogue and every vTPM", kind="flag", default=False),
+            Argument("state_dir", "verify this installation, which no manager serves now, opening its TPM", local=True),
+            Argument("config", "with --state-dir: its configuration (default: DIR/config.toml)", local=True),
+        ),
+        many=True,
+        prints="verdict",
+        judges=True,
+        columns=("what", "vtpm", "name", "verdict", "text"),
+    ),
 )
 
 # Verbs of the daemon's own command, on the same socket.

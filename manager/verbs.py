@@ -2,43 +2,16 @@
 
 import os
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from manager.attachments import Attachments, AttachOptions
+from manager.attachments import AttachOptions
 from manager.errors import UsageError
-from manager.registry import Registry
+from manager.services import Arguments, Caller, Document, Handler, Services
 from manager.sockets import SocketFolder
 from manager.verb_table import SCHEMA_VERSION
+from manager.verbs_verify import verify
 from storage.catalogue import VtpmRow
-
-Document = dict[str, Any]
-Arguments = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: user id from the kernel, and the descriptors that came with the request (closed after it)."""
-
-    uid: int
-    descriptors: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What the verbs work with."""
-
-    registry: Registry
-    attachments: Attachments
-    sockets: Path
-    status: Callable[[], Document]
-    stop: Callable[[], None]
-
-
-Handler = Callable[[Services, Caller, Arguments], Awaitable[list[Document]]]
 
 
 async def add(services: Services, caller: Caller, arguments: Arguments) -> list[Document]:
@@ -144,6 +117,7 @@ HANDLERS: Final[dict[str, Handler]] = {
     "reset-platform": reset_platform,
     "reset": reset,
     "remove": remove,
+    "verify": verify,
     "status": status,
     "stop": stop,
 }

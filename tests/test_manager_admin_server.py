@@ -22,12 +22,13 @@ from frontend_backend.messages_admin import AdminRequest, Done, ExitCode, Failur
 from manager import admin_server
 from manager.admin_server import AdminServer, check_arguments, role_of
 from manager.attachments import Attachments
-from manager.config import AdminConfig
+from manager.config import AdminConfig, Config, Layout
 from manager.errors import ConfigurationError, ManagerError, UsageError
 from manager.registry import Registry
 from manager.sockets import Owner, SocketFolder, parse_mode
+from manager.services import Services
 from manager.verb_table import BY_NAME, Role
-from manager.verbs import HANDLERS, Services
+from manager.verbs import HANDLERS
 
 
 @dataclass
@@ -81,7 +82,13 @@ async def admin(config: AdminConfig | None = None) -> AsyncIterator[Admin]:
     made = Admin(path, [{"schema": 1, "pid": 1}])
     settings = config or AdminConfig()
     services = Services(
-        cast("Registry", None), cast("Attachments", None), path.parent, lambda: made.statuses[0], lambda: None
+        cast("Registry", None),
+        cast("Attachments", None),
+        path.parent,
+        lambda: made.statuses[0],
+        lambda: None,
+        Layout(path.parent, path.parent),
+        Config(),
     )
     try:
         with admin_server.listen(path, settings) as listener:
@@ -173,10 +180,10 @@ async def test_clients_that_do_not_speak_or_read_keep_no_place(monkeypatch: pyte
     async with admin() as made:
         made.statuses[0] = {"schema": 1, "long": "x" * 100_000}
         monkeypatch.setitem(HANDLERS, "status", many)
-        deaf = [made.connect() for _ in range(3)]
+        deaf = [await made.patient_connect() for _ in range(3)]
         for sock in deaf:
             sock.send(encode_admin(AdminRequest("status", {})))
-        mute = [made.connect() for _ in range(3)]
+        mute = [await made.patient_connect() for _ in range(3)]
         monkeypatch.setitem(HANDLERS, "list", few)
         assert (await made.ask("list"))[-1] == Done()
         for sock in (*deaf, *mute):
