@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Final, NoReturn
 
 from frontend_backend.messages_admin import ExitCode
@@ -87,7 +88,9 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             lambda text: print(text, file=sys.stderr),
         )
         with closing(answer):
-            return print_answer(verb, answer, options.form, paged=not getattr(options, "no_pager", False))
+            many = verb.many or arguments.get("count") is not None
+            paged = not getattr(options, "no_pager", False)
+            return print_answer(replace(verb, many=many), answer, options.form, paged=paged)
     except ManagerError as error:
         return report(error, options.form, f"vtpm-{verb.name}")
     except BrokenPipeError:  # the reader (head, less) has seen enough

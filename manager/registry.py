@@ -52,6 +52,11 @@ class Registry:
         """The one writer of the store."""
         return self._committer
 
+    @property
+    def anchoring(self) -> Anchoring:
+        """What keeps the hardware TPM's anchors up to date."""
+        return self._anchoring
+
     def find(self, text: str) -> VtpmRow:
         """Return the vTPM with this UUID or name.
 

@@ -8,6 +8,11 @@ from enum import IntEnum
 from typing import Final
 
 SCHEMA_VERSION: Final = 1  # `schema` in every JSON document; grows when a field changes its meaning
+# docs/states.md; an attached vTPM's are the stages of its instance (manager.running)
+STATES: Final = (
+    *("added", "starting", "running", "needs-reset", "stopping", "stopped", "failed", "ended", "down", "detached"),
+    *("quarantined", "closed", "missing"),
+)
 
 
 class Role(IntEnum):
@@ -61,7 +66,9 @@ VERBS: Final[tuple[Verb, ...]] = (
         "make a vTPM; prints its UUID",
         Role.ADMINISTRATOR,
         (
-            Argument("name", "a name: 1 to 64 of A-Z a-z 0-9 . _ -"),
+            Argument("name", "a name: 1 to 64 of A-Z a-z 0-9 . _ -; with --count a template: web-{} or web-{:05}"),
+            Argument("count", "make so many", kind="int"),
+            Argument("first", "with --count: the first number in the template", kind="int", default=1),
             Argument("uuid", "its UUID (default: a random one)"),
             Argument("group", "the group it belongs to", default="default"),
             Argument("tpm", "TPM family", default="2.0", choices=("2.0", "1.2")),
@@ -87,7 +94,18 @@ VERBS: Final[tuple[Verb, ...]] = (
         columns=("uuid", "name", "guest", "state", "frontend", "endpoint", "tcti", "pid"),
     ),
     Verb("detach", "stop a vTPM cleanly and take it from its guest", Role.OPERATOR, (_VTPM,)),
-    Verb("list", "list vTPMs", Role.AUDITOR, many=True),
+    Verb(
+        "list",
+        "list vTPMs by name",
+        Role.AUDITOR,
+        (
+            Argument("group", "only those of this group"),
+            Argument("state", "only those in this state", choices=STATES),
+            Argument("guest", "only those attached to this guest"),
+            Argument("tpm", "only those of this TPM family", choices=("2.0", "1.2")),
+        ),
+        many=True,
+    ),
     Verb("show", "show one vTPM", Role.AUDITOR, (_VTPM,)),
     Verb(
         "reset-platform",

@@ -267,7 +267,7 @@ async def test_every_verb_is_denied_to_the_role_below_and_to_nobody(monkeypatch:
 
 
 def test_only_looking_is_for_auditors_and_only_administrators_make_and_unmake() -> None:
-    assert {name for name, verb in BY_NAME.items() if verb.role is Role.AUDITOR} == {"list", "show", "status"}
+    assert {name for name, verb in BY_NAME.items() if verb.role is Role.AUDITOR} == {"list", "show", "status", "verify"}
     for name in ("add", "remove", "reset", "stop"):
         assert BY_NAME[name].role is Role.ADMINISTRATOR
 
