@@ -58,7 +58,7 @@ def verify_offline(layout: Layout, config: Config, vtpm: str | None) -> Generato
     """
     try:
         with opened_installation(layout, config) as opened:
-            audit, groups, findings = _audit(layout, opened)
+            audit, groups, findings = audit_catalogue(layout, opened)
             stored = [record.uuid for record in opened.store.vtpms()]
             subject = Subject(opened.store, stored, audit, groups, layout.state_images)
             if vtpm is not None:
@@ -80,8 +80,11 @@ def _find(audit: Audit, text: str) -> VtpmRow:
     raise NotFoundError(f"there is no vTPM '{text[:80]}' whose row in the catalogue holds; --all shows what there is")
 
 
-def _audit(layout: Layout, opened: Opened) -> tuple[Audit, list[GroupRow], list[Finding]]:
-    """Audit a copy of the catalogue: SQLite changes files that it opens, if only to clean up after a crash."""
+def audit_catalogue(layout: Layout, opened: Opened) -> tuple[Audit, list[GroupRow], list[Finding]]:
+    """Audit a copy of the catalogue: SQLite changes files that it opens, if only to clean up after a crash.
+
+    Returns the audit, the groups' rows, and a finding where the catalogue cannot be read at all.
+    """
     key = catalogue_key(opened.secret.store_key, opened.store.uuid)
     with tempfile.TemporaryDirectory(prefix="vtpm-verify-") as folder:
         copy = Path(folder) / layout.catalogue.name

@@ -140,6 +140,13 @@ VERBS: Final[tuple[Verb, ...]] = (
 # Verbs of the daemon's own command, on the same socket.
 DAEMON_VERBS: Final[tuple[Verb, ...]] = (
     Verb("status", "show the manager, its store, anchors and hardware TPM", Role.AUDITOR, prints="pid"),
+    Verb(
+        "backup",
+        "write store, catalogue, configuration and state images to one file, while everything goes on",
+        Role.ADMINISTRATOR,
+        (Argument("file", "a new file", kind="path", positional=True, required=True),),
+        prints="file",
+    ),
     Verb("stop", "stop every instance cleanly, then the manager", Role.ADMINISTRATOR, prints="pid"),
 )
 

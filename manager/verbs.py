@@ -11,6 +11,7 @@ from manager.errors import UsageError
 from manager.listing import describe, list_vtpms
 from manager.services import Answer, Arguments, Caller, Document, Handler, Services
 from manager.verb_table import SCHEMA_VERSION
+from manager.verbs_backup import backup
 from manager.verbs_verify import verify
 
 
@@ -119,6 +120,7 @@ HANDLERS: Final[dict[str, Handler]] = {
     "remove": remove,
     "verify": verify,
     "status": status,
+    "backup": backup,
     "stop": stop,
 }
 
