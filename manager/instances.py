@@ -93,7 +93,9 @@ class Instances:
             back.close()
             raise KeeperError(f"unexpected answer {type(reply).__name__} to Spawn")
         back.forget_page_descriptor()
-        running = Running(launch.vtpm, launch.lease, reply.pid, received[0], back, launch.startup, launch.after_reset)
+        running = Running(
+            launch.vtpm, launch.lease, reply.pid, received[0], back, launch.startup, launch.after_reset, uid or None
+        )
         self._take_on(running)
         return running
 
@@ -112,7 +114,8 @@ class Instances:
             raise KeeperError(f"what the keeper kept is no ring, so the instance was ended: {error}") from error
         ring.forget_page_descriptor()
         # an instance that waits in Load is told what a reset would be told: it never resumes twice
-        running = Running(UUID(bytes=kept.vtpm), kept.lease, kept.pid, pidfd, ring, "failed", after_reset)
+        uid = _uid_of(kept.pid)
+        running = Running(UUID(bytes=kept.vtpm), kept.lease, kept.pid, pidfd, ring, "failed", after_reset, uid)
         self._take_on(running)
         running.ring.ring()  # "ask me": it reports how it is
         return running
@@ -214,7 +217,7 @@ class Instances:
         """Return a user id that no running instance has; 0 (keep the keeper's) where we may not choose."""
         if os.geteuid() != 0 or not self._config.uid_base:
             return 0
-        taken = {_uid_of(running.pid) for running in self.running.values()}
+        taken = {running.uid for running in self.running.values()}
         return next(uid for uid in range(self._config.uid_base, self._config.uid_base + _UIDS) if uid not in taken)
 
 

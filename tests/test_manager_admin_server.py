@@ -173,10 +173,10 @@ async def test_clients_that_do_not_speak_or_read_keep_no_place(monkeypatch: pyte
     async with admin() as made:
         made.statuses[0] = {"schema": 1, "long": "x" * 100_000}
         monkeypatch.setitem(HANDLERS, "status", many)
-        deaf = [made.connect() for _ in range(3)]
+        deaf = [await made.patient_connect() for _ in range(3)]
         for sock in deaf:
             sock.send(encode_admin(AdminRequest("status", {})))
-        mute = [made.connect() for _ in range(3)]
+        mute = [await made.patient_connect() for _ in range(3)]
         monkeypatch.setitem(HANDLERS, "list", few)
         assert (await made.ask("list"))[-1] == Done()
         for sock in (*deaf, *mute):
