@@ -159,7 +159,8 @@ class Instances:
     async def _watch(self, running: Running) -> None:
         """Wait for the process to end, then clean up after it."""
         await trio.lowlevel.wait_readable(running.pidfd)
-        os.close(running.pidfd)
+        pidfd, running.pidfd = running.pidfd, -1  # the number may soon be another instance's
+        os.close(pidfd)
         await self._rings.quiesce(running)
         if self.running.get(running.vtpm) is running:
             del self.running[running.vtpm]
@@ -171,6 +172,14 @@ class Instances:
         running.ring.close()
         running.ended.set()
         await self._on_end(running, status)
+
+    def close(self) -> None:
+        """Let go of the instances that go on without this manager; when no task uses them any more."""
+        for running in self.running.values():
+            running.ring.close()
+            if running.pidfd >= 0:
+                os.close(running.pidfd)
+        self.running.clear()
 
     async def forget(self, vtpm: UUID, lease: int) -> int | None:
         """Let the keeper drop what it keeps of an ended instance; returns its exit status where known."""
@@ -209,9 +218,10 @@ class Instances:
 
     @staticmethod
     def kill(running: Running) -> None:
-        """End an instance at once (SIGKILL)."""
+        """End an instance at once (SIGKILL), unless it has ended."""
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
+            if running.pidfd >= 0:
+                signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
 
     def _free_uid(self) -> int:
         """Return a user id that no running instance has; 0 (keep the keeper's) where we may not choose."""

@@ -255,6 +255,7 @@ async def running_daemon(
     base, layout, config = place
     make_runtime_directory(layout)
     with locked_store(layout) as descriptor:
+        layout.admin_socket.unlink(missing_ok=True)
         opened = open_store(descriptor, as_tpm(model), config)
         running = RunningDaemon(layout, config, opened, model, base)
         async with trio.open_nursery() as nursery:
