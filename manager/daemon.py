@@ -71,9 +71,10 @@ class Daemon:
 
     async def run(self) -> None:
         """Serve until told to stop."""
-        if self._opened.standing is not Standing.CLEAN:
+        unclean = self._opened.standing is not Standing.CLEAN
+        if unclean:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
-        await self._anchoring.write_opening()
+        await self._anchoring.write_opening(unclean=unclean)
         keeper = await Keeper.connect(self._layout.keeper_socket)
         self._keeper_pid = lambda: keeper.pid
         try:

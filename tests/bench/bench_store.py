@@ -296,7 +296,7 @@ def _group_table(singles: dict[str, Sample], groups: dict[tuple[int, bool], dict
             "records in a group",
             *(head for name in (SMALL, BIG, SQLITE) for head in (f"{name}, updates/s", "to single")),
         ),
-        note="Groups; *to single*: as a multiple of single updates per second, both by the median of the rounds' means:",
+        note="Groups; *to single* is the rate as a multiple of single updates; medians of the rounds' means:",
     )
     for (size, same), samples in groups.items():
         cells = []
