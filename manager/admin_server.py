@@ -122,10 +122,13 @@ class AdminServer:
         self._room = trio.Semaphore(_MAX_CLIENTS)
 
     async def run(self, listener: socket.socket) -> None:
-        """Accept until cancelled."""
+        """Accept until cancelled, or until trio is told that `listener` closes; those accepted are served on."""
         async with trio.open_nursery() as nursery:
-            while True:
-                await trio.lowlevel.wait_readable(listener)
+            while listener.fileno() >= 0:
+                try:
+                    await trio.lowlevel.wait_readable(listener)
+                except trio.ClosedResourceError:
+                    return
                 await self._room.acquire()  # before the accept: those who wait cost no descriptor
                 try:
                     client, _ = listener.accept()

@@ -15,7 +15,7 @@ from manager.errors import ManagerError, RolledBackError
 from manager.hardware import Hardware
 from manager.hwtpm_errors import TpmError
 from manager.hwtpm_records import AnchorInfo
-from storage.errors import StorageError
+from storage.errors import StorageError, StorageFull
 from storage.store import Store
 
 _log = logging.getLogger("vtpm.anchor")
@@ -61,21 +61,29 @@ class Anchoring:
         """Tell that the store has changed (called by the committer)."""
         self._group_done.set()
 
-    async def write_opening(self) -> None:
+    async def write_opening(self, *, unclean: bool = False) -> None:
         """Make this open a state of its own, and both anchors stand for it; before anything is served.
 
         The image as it was opened may have been opened before. Were its digest anchored a second time, the saves
         made after the first open and those made after the second would both descend from the anchor: a fork.
+        After an unclean stop a checkpoint comes first: what is anchored must not hang on a checkpoint that was cut
+        short, whose damage would be answered by going back to the root before it (docs/format.md).
 
         Raises:
             TpmError: the hardware TPM did not do it. StorageError: the store took no frame.
 
         """
+        store = self._committer.store
+        if unclean:
+            try:
+                await trio.to_thread.run_sync(store.checkpoint)
+            except StorageFull as error:
+                _log.warning("no room for a checkpoint, the log stays as it is: %s", error)
         if self._volatile:
             await self.extend_volatile()
         else:
             async with self._committer.lock:
-                await trio.to_thread.run_sync(partial(self._committer.store.commit, (), notes=True))
+                await trio.to_thread.run_sync(partial(store.commit, (), notes=True))
         await self.write_durable()
 
     async def write_durable(self) -> None:

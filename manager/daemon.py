@@ -50,6 +50,7 @@ class Daemon:
         self._started = time.monotonic()
         self._stop_requested = trio.Event()
         self._keep_instances = False
+        self._closing = contextlib.ExitStack()
         self._keeper_pid: Callable[[], int] = lambda: 0
         self._committer = Committer(opened.store, self._group_committed)
         self._anchoring = Anchoring(
@@ -71,9 +72,10 @@ class Daemon:
 
     async def run(self) -> None:
         """Serve until told to stop."""
-        if self._opened.standing is not Standing.CLEAN:
+        unclean = self._opened.standing is not Standing.CLEAN
+        if unclean:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
-        await self._anchoring.write_opening()
+        await self._anchoring.write_opening(unclean=unclean)
         keeper = await Keeper.connect(self._layout.keeper_socket)
         self._keeper_pid = lambda: keeper.pid
         try:
@@ -81,6 +83,7 @@ class Daemon:
                 await self._serve(nursery, keeper)
                 nursery.cancel_scope.cancel()
         finally:
+            self._closing.close()
             keeper.close()
             self._catalogue.close()
             self._opened.store.close()
@@ -89,7 +92,9 @@ class Daemon:
     async def _serve(self, nursery: trio.Nursery, keeper: Keeper) -> None:
         config = self._config
         rings = RingServer(self._committer, self._hardware, nursery, config.instance.commit_timeout)
+        self._closing.callback(rings.close)
         instances = Instances(keeper, rings, nursery, config.instance, self._ended)
+        self._closing.callback(instances.close)
         self._attachments = Attachments(self._registry, instances, self._layout, config, self._opened.store.uuid)
         nursery.start_soon(self._committer.run)
         nursery.start_soon(rings.run)
@@ -111,10 +116,10 @@ class Daemon:
             _log.info(READY)
             notify("READY=1")
             await self._stop_requested.wait()
+            trio.lowlevel.notify_closing(listener)  # its number may soon be another descriptor's
             notify("STOPPING=1")
             self._layout.admin_socket.unlink(missing_ok=True)
         await self._wind_up(keeper)
-        rings.close()
 
     async def _ended(self, running: Running, status: int | None) -> None:
         await self._attachments.ended(running, status)

@@ -93,7 +93,9 @@ class Instances:
             back.close()
             raise KeeperError(f"unexpected answer {type(reply).__name__} to Spawn")
         back.forget_page_descriptor()
-        running = Running(launch.vtpm, launch.lease, reply.pid, received[0], back, launch.startup, launch.after_reset)
+        running = Running(
+            launch.vtpm, launch.lease, reply.pid, received[0], back, launch.startup, launch.after_reset, uid or None
+        )
         self._take_on(running)
         return running
 
@@ -112,7 +114,8 @@ class Instances:
             raise KeeperError(f"what the keeper kept is no ring, so the instance was ended: {error}") from error
         ring.forget_page_descriptor()
         # an instance that waits in Load is told what a reset would be told: it never resumes twice
-        running = Running(UUID(bytes=kept.vtpm), kept.lease, kept.pid, pidfd, ring, "failed", after_reset)
+        uid = _uid_of(kept.pid)
+        running = Running(UUID(bytes=kept.vtpm), kept.lease, kept.pid, pidfd, ring, "failed", after_reset, uid)
         self._take_on(running)
         running.ring.ring()  # "ask me": it reports how it is
         return running
@@ -156,7 +159,8 @@ class Instances:
     async def _watch(self, running: Running) -> None:
         """Wait for the process to end, then clean up after it."""
         await trio.lowlevel.wait_readable(running.pidfd)
-        os.close(running.pidfd)
+        pidfd, running.pidfd = running.pidfd, -1  # the number may soon be another instance's
+        os.close(pidfd)
         await self._rings.quiesce(running)
         if self.running.get(running.vtpm) is running:
             del self.running[running.vtpm]
@@ -168,6 +172,14 @@ class Instances:
         running.ring.close()
         running.ended.set()
         await self._on_end(running, status)
+
+    def close(self) -> None:
+        """Let go of the instances that go on without this manager; when no task uses them any more."""
+        for running in self.running.values():
+            running.ring.close()
+            if running.pidfd >= 0:
+                os.close(running.pidfd)
+        self.running.clear()
 
     async def forget(self, vtpm: UUID, lease: int) -> int | None:
         """Let the keeper drop what it keeps of an ended instance; returns its exit status where known."""
@@ -206,15 +218,16 @@ class Instances:
 
     @staticmethod
     def kill(running: Running) -> None:
-        """End an instance at once (SIGKILL)."""
+        """End an instance at once (SIGKILL), unless it has ended."""
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
+            if running.pidfd >= 0:
+                signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
 
     def _free_uid(self) -> int:
         """Return a user id that no running instance has; 0 (keep the keeper's) where we may not choose."""
         if os.geteuid() != 0 or not self._config.uid_base:
             return 0
-        taken = {_uid_of(running.pid) for running in self.running.values()}
+        taken = {running.uid for running in self.running.values()}
         return next(uid for uid in range(self._config.uid_base, self._config.uid_base + _UIDS) if uid not in taken)
 
 

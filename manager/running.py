@@ -57,6 +57,7 @@ class Running:
     ring: LocalRing
     startup: str
     after_reset: str
+    uid: int | None = None  # its own user id, None for the keeper's
     stage: Stage = Stage.STARTING
     orders: Orders = Orders.NONE
     report: Report | None = None

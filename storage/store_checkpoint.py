@@ -1,8 +1,9 @@
 """Checkpoints: from the log and memory into leaves, map and a new root, in as many rounds as there is room for.
 
-A round: write sectors and maps to free places, flush, write the other root, flush. The durable root never leads
+A round: write sectors and maps to free places and the other root, flush. The durable root never leads
 to anything that a round overwrites, so a power cut leaves the state before or after it. Only the last round moves
 the start of the log; replaying the log over newer leaves gives the same records again, as the last change wins.
+The last round flushes before its root, too: there is no log left that would do in place of its sectors.
 """
 
 import errno

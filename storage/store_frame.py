@@ -27,6 +27,7 @@ _PART_EXTRA: Final = fmt.PartHead.size() + fmt.SALT_BYTES + fmt.TAG_BYTES
 _pack_header: Final = (
     fmt.FrameHeader.codec().pack
 )  # every save waits for these: making the dataclass first takes longer
+_pack_envelope_head: Final = fmt.EnvelopeHead.codec().pack
 _pack_part_head: Final = fmt.PartHead.codec().pack
 
 
@@ -127,7 +128,9 @@ def _context(header: bytes, parts: bytes, store: UUID, unit: int, sequence: int)
 
 
 def _pack_envelope(carried: Carried, groups: Sequence[GroupChange]) -> bytes:
-    head = fmt.EnvelopeHead(carried.anchored, len(carried.volatile), carried.volatile, carried.boot, len(groups)).pack()
+    head = _pack_envelope_head(carried.anchored, len(carried.volatile), carried.volatile, carried.boot, len(groups))
+    if not groups:
+        return head
     items = [head]
     for change in groups:
         if isinstance(change, GroupPut):

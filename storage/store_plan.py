@@ -27,7 +27,7 @@ _PUT: Final = bytes([fmt.Operation.PUT])
 _REMOVE: Final = bytes([fmt.Operation.REMOVE])
 
 
-@dataclass
+@dataclass(slots=True)
 class Plan:
     """A checked commit: group changes, keys of new groups, plaintext of each group's part, rows to be found."""
 
@@ -39,6 +39,8 @@ class Plan:
 
     def new_entries(self, groups: Mapping[UUID, Group]) -> int:
         """Count the leaves and group records that will be needed, at most."""
+        if not self.puts and not self.new_rows:
+            return 0
         count = sum(1 for put in self.puts if put.head.group not in groups)
         for uuid, rows in self.new_rows.items():
             group = groups.get(uuid)
@@ -78,8 +80,8 @@ class Planner:
         """Check all changes. Raises what `Store.commit` names for a refusal."""
         for change in changes:
             match change:
-                case PutVtpm(record, force):
-                    self._put_vtpm(record, force)
+                case PutVtpm():
+                    self._put_vtpm(change.record, change.force)
                 case RemoveVtpm(uuid):
                     self._remove_vtpm(uuid)
                 case PutGroup(group, key):

@@ -6,20 +6,28 @@ It keeps what a real one keeps over a power cut (NV, sealed objects, its own sec
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import trio
 from storage_disks import MemoryDisk
 
-from manager.config import Config, Layout, TpmConfig
+from manager.attachments import Attachments
+from manager.client import request
+from manager.config import Config, Layout
+from manager.daemon import Daemon, make_runtime_directory
 from manager.hardware import Hardware
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import AnchorDenied, AnchorExists, AnchorMissing, PolicyMismatch, TpmTransport
 from manager.hwtpm_records import AnchorInfo, LocalityReport, SealedBlob
+from manager.opening import Opened, locked_store, open_store
 from manager.policy import PcrBranch, SealPolicy
 from manager.provision import InitOptions, initialise
+from manager.registry import Registry
 from storage.disk import Bytes
 
 ONES = b"\xff" * 32
@@ -205,5 +213,58 @@ def initialised(directory: Path, model: ModelTpm) -> tuple[Layout, Config]:
     return layout, Config.load(layout.config)
 
 
-def plain_config(**changes: Any) -> Config:
-    return Config(tpm=TpmConfig(pcrs="none", srk_name=SRK_NAME.hex()), **changes)
+class RunningDaemon:
+    """A manager in this process, with a real keeper and real instances, on the model TPM."""
+
+    def __init__(self, layout: Layout, config: Config, opened: Opened, model: ModelTpm, base: Path) -> None:
+        self.layout, self.config, self.opened, self.model, self.base = layout, config, opened, model, base
+        self.daemon = Daemon(layout, config, opened, hardware(model))
+
+    async def ask(self, verb: str, **arguments: Any) -> list[dict[str, Any]]:
+        """Ask as a command does; raises RemoteError."""
+        path = str(self.layout.admin_socket)
+        return await trio.to_thread.run_sync(lambda: request(path, verb, arguments))
+
+    @property
+    def attachments(self) -> Attachments:
+        return self.daemon._attachments
+
+    @property
+    def registry(self) -> Registry:
+        return self.daemon._registry
+
+    def stop(self) -> None:
+        self.daemon._stop_requested.set()
+
+
+@contextmanager
+def installation(model: ModelTpm) -> Iterator[tuple[Path, Layout, Config]]:
+    """A state directory with a short name, initialised on the model; removed afterwards."""
+    base = Path(tempfile.mkdtemp(prefix="vt"))
+    try:
+        yield base, *initialised(base, model)
+    finally:
+        shutil.rmtree(base)
+
+
+@asynccontextmanager
+async def running_daemon(
+    model: ModelTpm, place: tuple[Path, Layout, Config], *, stop: bool = True
+) -> AsyncIterator[RunningDaemon]:
+    """Run a manager until the block ends; with `stop` it then stops cleanly."""
+    base, layout, config = place
+    make_runtime_directory(layout)
+    with locked_store(layout) as descriptor:
+        layout.admin_socket.unlink(missing_ok=True)
+        opened = open_store(descriptor, as_tpm(model), config)
+        running = RunningDaemon(layout, config, opened, model, base)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(running.daemon.run)
+            with trio.fail_after(30):
+                while not layout.admin_socket.exists():  # noqa: ASYNC110 - the daemon tells systemd only
+                    await trio.sleep(0.005)
+            yield running
+            if stop:
+                running.stop()
+            else:
+                nursery.cancel_scope.cancel()

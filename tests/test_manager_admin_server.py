@@ -238,6 +238,35 @@ async def test_no_line_of_the_log_is_the_callers(caplog: pytest.LogCaptureFixtur
     assert "\x1b" not in "".join(record.getMessage() for record in caplog.records if record.levelname == "INFO")
 
 
+async def test_a_listener_that_closes_ends_the_accepting_and_serves_who_is_there(
+    monkeypatch: pytest.MonkeyPatch, short: Path
+) -> None:
+    go_on = trio.Event()
+
+    async def slow(*_: Any) -> list[dict[str, Any]]:
+        await go_on.wait()
+        return [{"schema": 1}]
+
+    monkeypatch.setitem(HANDLERS, "status", slow)
+    made = Admin(short / "a", [])
+    services = Services(cast("Registry", None), cast("Attachments", None), short, dict, lambda: None)
+    listener = admin_server.listen(made.path, AdminConfig())
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(AdminServer(services, AdminConfig()).run, listener)
+            with made.connect() as sock:
+                sock.send(encode_admin(AdminRequest("status", {})))
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                trio.lowlevel.notify_closing(listener)
+                listener.close()
+                near, far = socket.socketpair()  # takes the listener's number
+                with near, far:
+                    with trio.move_on_after(0.01):
+                        await trio.lowlevel.wait_readable(near)
+                go_on.set()
+                assert (await answers(sock))[-1] == Done()
+
+
 # --- who may --------------------------------------------------------------------------------------
 
 

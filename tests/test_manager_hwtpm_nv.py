@@ -173,7 +173,7 @@ def test_an_index_redefined_by_the_owner_is_detected_unwritten(tpm: HardwareTpm)
     info = defined(tpm)
     tpm.anchor_undefine(info)
     tpm.anchor_define(info.index, b"attacker" * 4)
-    with pytest.raises(AnchorMissing, match=r"never written.*accept-rollback"):
+    with pytest.raises(AnchorMissing, match=r"never written.*vtpm-manager recover"):
         tpm.anchor_read(info, AUTH)
     with pytest.raises(AnchorDenied):
         tpm.anchor_write(info, AUTH, DIGEST, first=True)

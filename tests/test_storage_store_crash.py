@@ -198,7 +198,9 @@ def test_a_damaged_sector_of_an_unfinished_checkpoint_loses_nothing_while_its_pr
     )
     state = reopen(MemoryDisk(image))._state
     assert state.root.needs_log
-    leaves = [ref for ref in state.tree.entries if ref is not None and fmt.kind_and_group(ref.owner)[0] is fmt.Kind.LEAF]
+    leaves = [
+        ref for ref in state.tree.entries if ref is not None and fmt.kind_and_group(ref.owner)[0] is fmt.Kind.LEAF
+    ]
     of_this_round = [ref.location for ref in leaves if ref.sequence == state.root.sequence]
     of_both = [ref.location for ref in leaves if ref.sequence < state.root.sequence]
     assert of_this_round

@@ -1,11 +1,13 @@
 """The front end `ring`: rings handed out by a real instance."""
 
+import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
-from vtpm_instance_commands import extended, get_random, nv_define, pcr_extend, pcr_read, rc
+from vtpm_instance_commands import command12, extended, get_random, nv_define, pcr_extend, pcr_read, rc
 from vtpm_instance_manager import until
-from vtpm_instance_rig import Bench, running_keeper
+from vtpm_instance_rig import Bench, connect, running_keeper
 
 from frontend_backend.front import RingFrontEnd
 
@@ -64,3 +66,28 @@ def test_a_ninth_ring_comes_when_another_is_given_back(bench: Bench) -> None:
 def _one_more(bench: Bench, rings: list[RingFrontEnd]) -> bool:
     rings.append(ring_of(bench))
     return True
+
+
+def test_programs_that_ask_for_a_ring_and_leave_at_once_write_nothing_into_the_log(bench: Bench) -> None:
+    before = bench.keeper.log.read_bytes()
+    for _ in range(10):  # fewer than the listener's backlog
+        connect(bench.ring_path, socket.SOCK_SEQPACKET).close()
+    with ring_of(bench) as ring:
+        assert rc(ring.transact(get_random(), timeout=10)) == OK
+    assert bench.keeper.log.read_bytes() == before
+
+
+def test_an_answer_that_does_not_fit_a_page_is_an_error_and_not_the_end_of_the_vtpm() -> None:
+    with running_keeper() as keeper:
+        bench = Bench(keeper, family="1.2", frontend="ring")
+        bench.spawn()
+        # TPM_NV_DATA_PUBLIC (TPM 1.2 Part 2, 19.3) of an index that everybody may read and write
+        pcrs = struct.pack(">H3sB20s", 3, bytes(3), 0x1F, bytes(20))
+        public = struct.pack(">HI", 0x18, 0x1234) + pcrs * 2 + struct.pack(">HI3sI", 0x17, 2, bytes(3), 4080)
+        assert rc(bench.run(command12(0xCC, public + bytes(20)))) == OK
+        with ring_of(bench) as ring:
+            for size, code in ((4074, OK), (4075, 0x17), (4080, 0x17)):
+                packet = command12(0xCF, struct.pack(">III", 0x1234, 0, size))
+                assert rc(ring.transact(packet, timeout=10)) == code
+            assert rc(ring.transact(command12(0x15, struct.pack(">I", 10)), timeout=10)) == OK
+        bench.close()

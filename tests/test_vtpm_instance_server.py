@@ -1,6 +1,7 @@
 """The sockets of a real instance: data channel, control channel, real clients."""
 
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -10,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 from vtpm_instance_commands import extended, get_random, pcr_extend, pcr_read, rc
-from vtpm_instance_rig import Bench, KeeperProcess, receive_response, running_keeper, transact
+from vtpm_instance_rig import Bench, KeeperProcess, connect, receive_response, running_keeper, transact
 
 INDEX = 0x01500001
 MakeBench = Callable[..., Bench]
@@ -133,3 +134,21 @@ def test_tpm2_tools_and_swtpm_ioctl_work_as_with_swtpm(make_bench: MakeBench) ->
     assert run("swtpm_ioctl", "--unix", str(bench.control_path), "-c") == "ptm capability is 0x29"
     run("swtpm_ioctl", "--unix", str(bench.control_path), "-i")
     assert "00" * 32 in run("tpm2_pcrread", "sha256:7")
+
+
+def test_without_descriptors_new_connections_end_and_the_others_go_on(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.spawn()
+    with bench.data() as old:
+        assert rc(transact(old, get_random())) == 0
+        limits = resource.prlimit(bench.pid, resource.RLIMIT_NOFILE, (3, 64))
+        for path, kind in (
+            (bench.data_path, socket.SOCK_STREAM),
+            (bench.control_path, socket.SOCK_STREAM),
+            (bench.ring_path, socket.SOCK_SEQPACKET),
+        ):
+            with connect(path, kind) as refused:
+                assert refused.recv(64) == b""
+        assert rc(transact(old, pcr_extend(7))) == 0
+        resource.prlimit(bench.pid, resource.RLIMIT_NOFILE, limits)
+        assert bench.run(pcr_read(7))[-32:] == extended(b"\x11" * 32)

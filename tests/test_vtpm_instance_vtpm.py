@@ -1,6 +1,7 @@
 """Conditions of a vTPM, and its commands with the real library in this process."""
 
 import os
+import select
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -23,9 +24,11 @@ from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import RefusalCode
 from frontend_backend.tpmhdr import TpmFamily
 from storage.state_image import Emulator, Family, StateImage
+from vtpm_instance.control import FrontEnd
 from vtpm_instance.errors import CommitRefusedError, CrashedBeforeError, ManagerConfusedError, WrongFamilyError
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.server import Server
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import Startup
 from vtpm_instance.vtpm import TRANSITIONS, Change, Condition, Vtpm
@@ -189,3 +192,28 @@ def test_an_unknown_startup_is_refused(parts: Parts) -> None:
 def test_a_record_of_another_family_is_refused(parts: Parts) -> None:
     with pytest.raises(WrongFamilyError):
         parts.vtpm(family=TpmFamily.TPM_1_2).start()
+
+
+def test_the_cause_of_a_failure_keeps_no_frame_and_so_no_key_alive(parts: Parts) -> None:
+    vtpm = parts.vtpm()
+    vtpm.start()
+    parts.manager.refuse = RefusalCode.STORE_FAILED
+    assert rc(vtpm.execute(nv_define(INDEX, 4), 0)) == 0x101
+    assert isinstance(vtpm.cause, CommitRefusedError)
+    link: BaseException | None = vtpm.cause
+    while link is not None:
+        assert link.__traceback__ is None
+        link = link.__cause__ or link.__context__
+
+
+def test_a_stop_signal_stays_readable_so_that_the_last_commit_waits_no_longer_than_its_grace(parts: Parts) -> None:
+    vtpm = parts.vtpm()
+    vtpm.start()
+    wakeup, wake = os.pipe()
+    server = Server(vtpm, parts.link, FrontEnd.SOCKET, frozenset(), wakeup, lambda: None)
+    os.write(wake, b"x")
+    server.run()
+    server.close()
+    assert select.select([wakeup], [], [], 0)[0]
+    os.close(wake)
+    os.close(wakeup)

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.tpmhdr import MAX_COMMAND
+from vtpm_instance.reserve import Reserve
 
 MAX_CONNECTIONS: Final = 8  # a port; more wait in the listener's backlog
 _NO_SIGNAL: Final = socket.MSG_NOSIGNAL
@@ -43,8 +44,8 @@ class Host(Protocol):
     def come_back(self, connection: "Connection") -> None:
         """Call `step` in the next turn, after the others had theirs."""
 
-    def drop(self, connection: "Connection", descriptor: int) -> None:
-        """Forget a connection that has closed itself; `descriptor` was its."""
+    def drop(self, connection: "Connection") -> None:
+        """Forget a connection that is about to close itself."""
 
 
 class Connection:
@@ -76,26 +77,29 @@ class Connection:
         except OSError:
             # The peer reset the connection: the same as an orderly end, nobody is left to answer.
             data = b""
-        if data:
-            self._deliver(self._exchange(data))
-        else:
+        if not data:
             self._end()
+            return
+        answer = self._exchange(data)
+        if answer is not None and self._send(answer):
+            session = self._session
+            if session.pending or session.closing:
+                self._go_on()
 
     def step(self) -> None:
         """Answer at most one request of those that are here already."""
         self._waiting_turn = False
-        self._deliver(self._session.next_answer())
+        answer = self._session.next_answer()
+        if answer is not None and self._send(answer):
+            self._go_on()
 
-    def _deliver(self, answer: bytes | None) -> None:
-        if answer is None:
-            return
-        session = self._session
-        if self._send(answer):
-            if session.closing:
-                self._end()
-            elif session.pending:
-                self._waiting_turn = True
-                self._host.come_back(self)
+    def _go_on(self) -> None:
+        """End after the last answer, or have the next request served in the next turn."""
+        if self._session.closing:
+            self._end()
+        elif self._session.pending:
+            self._waiting_turn = True
+            self._host.come_back(self)
 
     def _send(self, data: bytes) -> bool:
         """Send; returns whether all of it went out. What did not is kept, and nothing more is read until it has."""
@@ -110,26 +114,21 @@ class Connection:
         if sent == len(data):
             return True
         if not self._unsent:
-            self._host.wait_for(self, select.POLLOUT)
+            self._host.wait_for(self, select.EPOLLOUT)
         self._unsent = data[sent:]
         return False
 
     def _on_writable(self, events: int) -> None:
-        if not events & select.POLLOUT:
+        if not events & select.EPOLLOUT:
             self._end()
         elif self._send(self._unsent):
             self._unsent = b""
-            self._host.wait_for(self, select.POLLIN)
-            if self._session.closing:
-                self._end()
-            elif self._session.pending:
-                self._waiting_turn = True
-                self._host.come_back(self)
+            self._host.wait_for(self, select.EPOLLIN)
+            self._go_on()
 
     def _end(self) -> None:
-        descriptor = self._sock.fileno()
+        self._host.drop(self)
         self._sock.close()
-        self._host.drop(self, descriptor)
 
     def close(self) -> None:
         """Close the socket, without telling the host. May be repeated."""
@@ -155,7 +154,12 @@ class Port:
         return len(self.connections) >= MAX_CONNECTIONS
 
     def accept(self) -> Connection | None:
-        """Take one waiting connection, None when there is none any more."""
+        """Take one waiting connection, None when there is none any more.
+
+        Raises:
+            OSError: out of descriptors or memory; the connection still waits.
+
+        """
         try:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -163,6 +167,10 @@ class Port:
         connection = Connection(sock, self._serve(PeerCredentials.of(sock)), self._host)
         self.connections.add(connection)
         return connection
+
+    def refuse(self, reserve: Reserve) -> None:
+        """Turn one waiting connection away, at the expense of `reserve`."""
+        reserve.spend_on(self._listener)
 
     def close(self) -> None:
         """Close everything."""

@@ -4,18 +4,19 @@ swtpm passes on whatever one read returned, so that split or pipelined commands 
 Source: TPM 2.0 Part 1, 18.2 (header); reference/swtpm-libtpms-qemu.md 1.7.
 """
 
+import struct
 from typing import Final
 
 from frontend_backend.tpmhdr import HEADER_SIZE, MAX_COMMAND
 from vtpm_instance.errors import FramingError
 
-_SIZE_OFFSET: Final = 2
-_SIZE_END: Final = 6
+_SIZE: Final = struct.Struct(">2xI")  # the tag, then the size of the whole packet
+_size_in: Final = _SIZE.unpack_from
 
 
 def is_whole_command(data: bytes) -> bool:
     """Tell whether `data` is exactly one command, as it nearly always is when something arrives."""
-    return HEADER_SIZE <= len(data) <= MAX_COMMAND and int.from_bytes(data[_SIZE_OFFSET:_SIZE_END]) == len(data)
+    return HEADER_SIZE <= len(data) <= MAX_COMMAND and _size_in(data)[0] == len(data)
 
 
 class CommandStream:
@@ -44,7 +45,7 @@ class CommandStream:
         buffer = self._buffer
         if len(buffer) < HEADER_SIZE:
             return None
-        size = int.from_bytes(buffer[_SIZE_OFFSET:_SIZE_END])
+        (size,) = _size_in(buffer)
         if not HEADER_SIZE <= size <= MAX_COMMAND:
             raise FramingError(size)
         if len(buffer) == size:

@@ -3,9 +3,11 @@
 Not the logging package: an instance writes a handful of lines in its life, and what is imported costs memory.
 """
 
-import sys
+import os
+from contextlib import suppress
 from typing import Final
 
+_STANDARD_ERROR: Final = 2
 _subject: Final = ["vtpm-keeper"]
 
 
@@ -15,6 +17,8 @@ def speak_as(subject: str) -> None:
 
 
 def note(text: str) -> None:
-    """Write one line; line breaks in `text` become blanks."""
-    sys.stderr.write(f"{_subject[0]}: {' '.join(text.splitlines())}\n")
-    sys.stderr.flush()
+    """Write one line; line breaks in `text` become blanks. Never raises."""
+    line = f"{_subject[0]}: {' '.join(text.splitlines())}\n"
+    # A log that takes nothing (a full disk, a reader that is gone) must not end a vTPM: its PCRs would be lost.
+    with suppress(OSError):
+        os.write(_STANDARD_ERROR, line.encode("utf-8", "backslashreplace"))

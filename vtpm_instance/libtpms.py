@@ -23,6 +23,7 @@ VOLATILE: Final = "volatilestate"
 SAVED: Final = "savestate"
 BLOB_NAMES: Final = frozenset({PERMANENT, VOLATILE, SAVED})
 
+_buffer: Final = ffi.buffer
 _SUCCESS: Final = 0
 _FAIL: Final = 9  # TPM_FAIL, understood by both families as an answer of a callback
 _RETRY: Final = 0x800  # TPM_RETRY from a load callback: there is no such blob
@@ -239,7 +240,7 @@ class Tpm:
             self._raise_kept()
         if code:
             raise LibtpmsError("Process", code)
-        response: bytes = ffi.buffer(self._response[0], self._response_size[0])[:]
+        response: bytes = _buffer(self._response[0], self._response_size[0])[:]
         return response
 
     def terminate(self) -> None:

@@ -37,7 +37,7 @@ class ManagerLink:
         """Use `ring` as its front end."""
         self._front = RingFrontEnd(ring)
         self._orders = Orders.NONE
-        self._ordered = False  # the same for a hot loop: an IntFlag's arithmetic costs a microsecond
+        self.news = False  # whether take_orders or take_asked may return something; plain, for a hot loop
         self._outstanding = False  # something of ours may still be on the page
         self._surplus = 0  # rings less answers
         self._queued: Report | None = None
@@ -51,14 +51,9 @@ class ManagerLink:
         """Shorten every wait to STOP_GRACE once the descriptor `wakeup` is readable (it is not read)."""
         self._wakeup = wakeup
 
-    @property
-    def news(self) -> bool:
-        """Whether `take_orders` or `take_asked` would return something."""
-        return self._ordered or self._surplus > 0
-
     def take_orders(self) -> Orders:
         """Return the manager's orders since the last call."""
-        orders, self._orders, self._ordered = self._orders, Orders.NONE, False
+        orders, self._orders, self.news = self._orders, Orders.NONE, self._surplus > 0
         return orders
 
     def ask(self, request: Request, seconds: float) -> Reply:
@@ -102,6 +97,7 @@ class ManagerLink:
         asked = self._surplus > 0
         if asked:
             self._surplus = 0
+        self.news = self._orders is not Orders.NONE
         return asked
 
     def on_doorbell(self) -> None:
@@ -133,6 +129,7 @@ class ManagerLink:
             except ConnectionResetError:
                 return False
             self._surplus += 1
+            self.news = True
 
     def close(self) -> None:
         """Close the ring."""
@@ -201,7 +198,7 @@ class ManagerLink:
             raise ManagerConfusedError(verb, str(error)) from error
         if orders is not Orders.NONE:
             self._orders |= orders
-            self._ordered = True
+            self.news = True
         return reply
 
 

@@ -11,14 +11,17 @@ from frontend_backend.descriptors import send_message
 from frontend_backend.local import LocalRing
 from frontend_backend.ring import Answered, BackRing, Request
 from frontend_backend.tpmhdr import TpmFamily, error_response
+from frontend_backend.tpmif import MAX_PACKET
 from vtpm_instance.framing import is_whole_command
-from vtpm_instance.journal import note
+from vtpm_instance.reserve import Reserve
 from vtpm_instance.vtpm import Vtpm, wrong_size_response
 
 MAX_RINGS: Final = 8  # more wait in the listener's backlog
 _GREETING: Final = b"ring"  # the datagram that carries the descriptors; its content says nothing
 # TPM_RC_LOCALITY (TPM 2.0 Part 2, 6.6.3) and TPM_BAD_LOCALITY (TPM 1.2 Part 2, 16)
 _BAD_LOCALITY: Final = {TpmFamily.TPM_2_0: 0x107, TpmFamily.TPM_1_2: 0x3D}
+# An answer of up to 4096 bytes that does not fit a page (TPM_NV_ReadValue can ask for one): TPM_RC_SIZE and TPM_SIZE.
+_TOO_LONG: Final = {TpmFamily.TPM_2_0: 0x95, TpmFamily.TPM_1_2: 0x17}
 
 
 class ServedRing:
@@ -51,7 +54,10 @@ class ServedRing:
             return wrong_size_response(self._vtpm.family)
         if locality != 0:
             return error_response(self._vtpm.family, _BAD_LOCALITY[self._vtpm.family])
-        return self._vtpm.execute(packet, locality)
+        answer = self._vtpm.execute(packet, locality)
+        if len(answer) > MAX_PACKET:
+            return error_response(self._vtpm.family, _TOO_LONG[self._vtpm.family])
+        return answer
 
     def close(self) -> None:
         """Close the ring."""
@@ -77,23 +83,36 @@ class RingPort:
         return len(self.rings) >= MAX_RINGS
 
     def accept(self) -> ServedRing | None:
-        """Make a ring for one waiting program, None when there is none any more."""
+        """Make a ring for one waiting program, None when there is none any more.
+
+        Raises:
+            OSError: out of descriptors or memory; the program still waits.
+
+        """
         try:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        front, back = LocalRing.pair()
-        with sock, front:
+        with sock:
             sock.setblocking(False)
             try:
-                send_message(sock, _GREETING, front.descriptors())
-            except OSError as error:
-                note(f"a program that asked for a ring is gone: {error}")
-                back.close()
-                return None
+                front, back = LocalRing.pair()
+            except OSError:
+                return None  # out of descriptors or memory: the program sees its connection end, and may ask again
+            with front:
+                try:
+                    send_message(sock, _GREETING, front.descriptors())
+                except OSError:
+                    # Who asked for a ring is gone. No line in the log: a guest could fill it that way.
+                    back.close()
+                    return None
         served = ServedRing(back, self._vtpm)
         self.rings[served.fileno()] = served
         return served
+
+    def refuse(self, reserve: Reserve) -> None:
+        """Turn one waiting program away, at the expense of `reserve`."""
+        reserve.spend_on(self._listener)
 
     def close(self) -> None:
         """Close everything."""

@@ -6,13 +6,13 @@ ends with `os._exit`, so that nothing of the keeper's is flushed, closed or run 
 
 import os
 import signal
-import sys
 import traceback
 from typing import Final
 
 from vtpm_instance import confine, instance
 from vtpm_instance.errors import LibtpmsMisuseError
 from vtpm_instance.instance import InstanceOrder
+from vtpm_instance.journal import note
 from vtpm_instance.libtpms import the_tpm
 
 PROCESS_NAME: Final = "vtpm-instance"  # 13 of at most 15 characters (PR_SET_NAME)
@@ -32,7 +32,6 @@ def spawn(order: InstanceOrder, uid: int, gid: int) -> tuple[int, int]:
     """
     if the_tpm().running is not None:
         raise LibtpmsMisuseError("a process with a running TPM must not be forked")
-    sys.stderr.flush()
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -56,7 +55,6 @@ def _child(order: InstanceOrder, uid: int, gid: int, parent: int) -> None:
         if confine.lock_down(PROCESS_NAME, parent):
             status = instance.run(order)
     except BaseException:  # noqa: BLE001 - the process ends here whatever it was; it must not unwind into the keeper
-        traceback.print_exc()
+        note(f"a bug ended this instance: {traceback.format_exc()}")
     finally:
-        sys.stderr.flush()
         os._exit(status)

@@ -65,6 +65,15 @@ _BAD_SIZES: Final = {
 }
 
 
+def _without_frames(error: Exception) -> Exception:
+    """Drop the tracebacks of an exception and of what led to it, and with them the local variables they keep alive."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
 def wrong_size_response(family: TpmFamily) -> bytes:
     """Return the answer to a command whose size cannot be."""
     return error_response(family, _BAD_SIZES[family])
@@ -106,7 +115,8 @@ class Vtpm:
     def _change(self, change: Change, cause: Exception | None = None) -> None:
         self._condition = TRANSITIONS[self._condition, change]
         self._serving = self._condition is Condition.RUNNING
-        self._cause = cause
+        # Without its traceback, whose frames hold the command, the blobs and the commit's key until the next change.
+        self._cause = cause and _without_frames(cause)
         self._announce(self._condition, cause)
 
     # starting

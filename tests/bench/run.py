@@ -17,6 +17,7 @@ import bench_hardware
 import bench_memory
 import bench_roundtrip
 import bench_save
+import bench_store
 import document
 import surroundings
 from options import Options, progress
@@ -30,6 +31,7 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "memory": bench_memory.run,
     "attach": bench_attach.run,
     "hardware": bench_hardware.run,
+    "store": bench_store.run,
 }
 
 

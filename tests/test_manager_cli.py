@@ -1,0 +1,160 @@
+import json
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frontend_backend.messages_admin import AdminRequest, Done, ExitCode, Failure, Note, Row, decode_admin, encode_admin
+from manager import cli, client
+from manager.__main__ import main as manager_main
+from manager.errors import BusyError, ManagerError, NotFoundError
+from manager.output import as_table, render
+from manager.verb_table import BY_NAME, VERBS
+
+DOCUMENT = {"schema": 1, "uuid": "u-1", "name": "web", "pid": None, "fresh": True}
+
+
+@contextmanager
+def answering(*replies: bytes) -> Iterator[tuple[str, list[Any]]]:
+    """A manager's socket that takes one request and gives these datagrams."""
+    heard: list[Any] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="vt") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock,
+    ):
+        path = f"{folder}/a"
+        sock.bind(path)
+        sock.listen()
+
+        def serve() -> None:
+            near, _ = sock.accept()
+            with near:
+                data, descriptors, _, _ = socket.recv_fds(near, 65536, 4)
+                heard.append((decode_admin(data), len(descriptors)))
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                for reply in replies:
+                    near.send(reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield path, heard
+        thread.join(10)
+
+
+def rows(*documents: dict[str, Any]) -> list[bytes]:
+    return [*(encode_admin(Row(document)) for document in documents), encode_admin(Done())]
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "check"),
+    [
+        (["--json"], lambda text: json.loads(text) == DOCUMENT),
+        (["--jsonl"], lambda text: json.loads(text) == DOCUMENT),
+        (["--quiet"], lambda text: text == "u-1\n"),
+        ([], lambda text: "pid    -" in text and "fresh  yes" in text),
+    ],
+)
+def test_an_answer_is_printed_as_it_was_asked_for(
+    capsys: pytest.CaptureFixture[str], words: list[str], check: Callable[[str], bool]
+) -> None:
+    with answering(encode_admin(Note("by the way")), *rows(DOCUMENT)) as (path, heard):
+        assert cli.main(["show", "web", "--socket", path, *words]) == 0
+    assert heard == [(AdminRequest("show", {"vtpm": "web"}), 0)]
+    out, err = capsys.readouterr()
+    assert check(out), out
+    assert err == "by the way\n"
+
+
+def test_add_prints_the_uuid_alone_and_hands_the_file_over(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with answering(*rows(DOCUMENT)) as (path, heard):
+        assert cli.main(["add", "--state-image", str(tmp_path / "d"), "--socket", path]) == 0
+    ((asked, descriptors),) = heard
+    assert (asked.arguments["state_image"], descriptors) == (str(tmp_path / "d"), 1)
+    assert (tmp_path / "d").stat().st_mode & 0o777 == 0o600
+    assert capsys.readouterr().out == "u-1\n"
+
+
+@pytest.mark.parametrize("code", [code for code in ExitCode if code is not ExitCode.OK])
+def test_a_failure_has_its_code_in_the_status_and_in_the_document(
+    capsys: pytest.CaptureFixture[str], code: ExitCode
+) -> None:
+    with answering(encode_admin(Failure(code, "no"))) as (path, _):
+        assert cli.main(["list", "--json", "--socket", path]) == code
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"] == {"code": int(code), "kind": code.name.lower(), "message": "no"}
+    assert err == "vtpm-list: no\n"
+
+
+@pytest.mark.parametrize(
+    ("replies", "kind"),
+    [([], BusyError), ([b"\xc1"], ManagerError), ([encode_admin(AdminRequest("list"))], ManagerError)],
+)
+def test_a_manager_that_answers_nonsense_or_nothing_is_told(replies: list[bytes], kind: type[ManagerError]) -> None:
+    with answering(*replies) as (path, _), pytest.raises(kind):
+        client.request(path, "list", {})
+
+
+def test_no_manager_is_not_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(client.SOCKET_VARIABLE, "/nowhere/admin.sock")
+    assert cli.main(["list"]) == ExitCode.NOT_FOUND
+    assert "vtpm-manager run" in capsys.readouterr().err
+    with pytest.raises(NotFoundError):
+        client.request("/" + "x" * 200, "list", {})
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["fly"], ["attach", "web"], ["add", "--tpm", "3"], ["list", "--json", "--quiet"]]
+)
+def test_usage_errors_exit_with_two(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["init", "--tcti", "embedded"],
+        ["init", "--no-recovery", "--recovery", "x"],
+        ["init", "--no-recovery"],
+        ["init", "--no-recovery", "--pcrs", "sha1:0"],
+    ],
+)
+def test_init_without_a_way_back_is_a_usage_error_and_makes_nothing(words: list[str], tmp_path: Path) -> None:
+    assert manager_main([*words, "--state-dir", str(tmp_path / "s")]) == ExitCode.USAGE
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "check", "reseal"])
+def test_without_an_installation_each_says_to_make_one(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--state-dir", str(tmp_path / "s"), "--runtime-dir", str(tmp_path / "r")]
+    assert manager_main([verb, *places]) == ExitCode.USAGE
+    assert "vtpm-manager init" in capsys.readouterr().err
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+def test_tables_are_aligned_and_empty_ones_have_a_head() -> None:
+    documents = [{"name": "a", "state": None}, {"name": "longer", "state": False}]
+    assert as_table(documents, ["name", "state"]) == "NAME    STATE\na       -\nlonger  no"
+    assert as_table([], ["name"]) == "NAME"
+    assert render(BY_NAME["list"], [], "json") == "[]"
+    assert render(BY_NAME["list"], [], "quiet") == ""
+
+
+def test_every_command_of_the_table_is_installed() -> None:
+    scripts = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert all(f"vtpm-{verb.name} = " in scripts for verb in VERBS)

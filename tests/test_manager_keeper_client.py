@@ -1,0 +1,105 @@
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from frontend_backend.messages_keeper import (
+    VERSION,
+    Forget,
+    Forgotten,
+    HelloReply,
+    KeeperRefusal,
+    ListReply,
+    decode_keeper,
+    encode_keeper,
+)
+from manager import keeper_client
+from manager.errors import BusyError, KeeperError
+from manager.keeper_client import Keeper
+
+HELLO = encode_keeper(HelloReply(VERSION, 4711))
+EMPTY = encode_keeper(ListReply((), 0))
+Script = list[list[bytes | None]]  # one list a connection: the answer to each request, None for silence
+
+
+@contextmanager
+def keeper(script: Script) -> Iterator[tuple[Path, list[str]]]:
+    """A keeper's socket that answers by the script and notes what it was asked."""
+    asked: list[str] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="vt") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock,
+    ):
+        path = Path(folder) / "k"
+        sock.bind(str(path))
+        sock.listen()
+        sock.settimeout(10)
+
+        def serve() -> None:
+            for answers in script:
+                near, _ = sock.accept()
+                with near:
+                    near.settimeout(10)
+                    for answer in answers:
+                        data = near.recv(65536)
+                        asked.append(type(decode_keeper(data)).__name__)
+                        if answer is not None:
+                            near.send(answer)
+                    near.recv(1)  # until the manager has gone
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield path, asked
+        thread.join(15)
+        assert not thread.is_alive()
+
+
+async def test_an_answer_that_comes_too_late_is_not_that_of_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 0.05)
+    with keeper([[HELLO, None], [HELLO, EMPTY]]) as (path, asked):
+        made = await Keeper.connect(path)
+        with pytest.raises(KeeperError, match="does not answer"):
+            await made.ask(Forget(bytes(16), 1))
+        monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 5)
+        assert await made.list() == []
+        made.close()
+    assert asked == ["Hello", "Forget", "Hello", "List"]
+
+
+async def test_a_question_that_was_cancelled_leaves_no_answer_behind() -> None:
+    with keeper([[HELLO, None], [HELLO, EMPTY]]) as (path, asked):
+        made = await Keeper.connect(path)
+        with trio.move_on_after(0.05):
+            await made.ask(Forget(bytes(16), 1))
+        assert await made.list() == []
+        made.close()
+    assert asked == ["Hello", "Forget", "Hello", "List"]
+
+
+@pytest.mark.parametrize(
+    "answer", [lambda: b"\xc1", lambda: encode_keeper(Forget(bytes(16), 1)), lambda: encode_keeper(KeeperRefusal("no"))]
+)
+async def test_an_answer_that_is_none_is_an_error_and_the_next_is_served(answer: Callable[[], bytes]) -> None:
+    with keeper([[HELLO, answer(), encode_keeper(Forgotten(0))]]) as (path, _):
+        made = await Keeper.connect(path)
+        with pytest.raises(KeeperError):
+            await made.ask(Forget(bytes(16), 1))
+        assert await made.ask(Forget(bytes(16), 1)) == (Forgotten(0), [])
+        made.close()
+
+
+async def test_a_keeper_that_serves_another_is_busy() -> None:
+    refusal = encode_keeper(KeeperRefusal("another manager is connected; stop it first"))
+    with keeper([[refusal]]) as (path, _), pytest.raises(BusyError, match="another manager"):
+        await Keeper.connect(path)
+
+
+async def test_what_cannot_be_connected_to_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("")
+    with pytest.raises(KeeperError, match="cannot connect"):
+        await Keeper.connect(tmp_path / "f" / "k")
