@@ -25,8 +25,8 @@ from manager.attachments import Attachments
 from manager.config import AdminConfig, Config, Layout
 from manager.errors import ConfigurationError, ManagerError, UsageError
 from manager.registry import Registry
-from manager.sockets import Owner, SocketFolder, parse_mode
 from manager.services import Services
+from manager.sockets import Owner, SocketFolder, parse_mode
 from manager.verb_table import BY_NAME, Role
 from manager.verbs import HANDLERS
 
@@ -249,7 +249,8 @@ async def test_a_listener_that_closes_ends_the_accepting_and_serves_who_is_there
 
     monkeypatch.setitem(HANDLERS, "status", slow)
     made = Admin(short / "a", [])
-    services = Services(cast("Registry", None), cast("Attachments", None), short, dict, lambda: None)
+    registry, attachments = cast("Registry", None), cast("Attachments", None)
+    services = Services(registry, attachments, short, dict, lambda: None, Layout(short, short), Config())
     listener = admin_server.listen(made.path, AdminConfig())
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
