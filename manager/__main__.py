@@ -15,6 +15,7 @@ from manager.cli import EXIT_CODES, add_output_options, report, run_verb
 from manager.config import SYSTEM_CONFIG, SYSTEM_RUNTIME_DIR, SYSTEM_STATE_DIR, Config, Layout, TpmConfig
 from manager.errors import ManagerError, UsageError
 from manager.verb_table import BY_NAME, SCHEMA_VERSION
+from storage.errors import StorageError
 
 _DEFAULTS: Final = TpmConfig()
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -233,6 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(options.call(options))
     except ManagerError as error:
         return report(error, options.form, f"vtpm-manager {options.verb}")
+    except (StorageError, OSError) as error:
+        return report(ManagerError(str(error)), options.form, f"vtpm-manager {options.verb}")
 
 
 if __name__ == "__main__":
