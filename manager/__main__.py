@@ -16,6 +16,7 @@ from manager.cli_store import add_verbs
 from manager.config import SYSTEM_CONFIG, SYSTEM_RUNTIME_DIR, SYSTEM_STATE_DIR, Config, Layout, TpmConfig
 from manager.errors import ManagerError, UsageError
 from manager.verb_table import BY_NAME, SCHEMA_VERSION
+from storage.errors import StorageError
 
 _DEFAULTS: Final = TpmConfig()
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -235,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(options.call(options))
     except ManagerError as error:
         return report(error, options.form, f"vtpm-manager {options.verb}")
+    except (StorageError, OSError) as error:
+        return report(ManagerError(str(error)), options.form, f"vtpm-manager {options.verb}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The keys below the hardware TPM (design section 5) and what is kept to get at them again."""
 
 import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self
 from uuid import UUID
@@ -14,6 +17,7 @@ from manager.hwtpm_records import AnchorInfo, SealedBlob
 from storage.secrets import Secret, StoreKey
 
 _VERSION: Final = 1
+_MAX_UNPACKED: Final = 64 * 1024  # bytes; what is packed has at most 6 KiB
 ANCHOR_AUTH_SIZE: Final = 32
 
 
@@ -65,17 +69,13 @@ class BootArea:
     recovery: str
 
     def pack(self) -> bytes:
-        """Return its bytes (JSON; at most about 3 KiB)."""
-        return json.dumps(
-            {
-                "version": _VERSION,
-                "platform": self.platform.to_json(),
-                "anchor": self.anchor.to_json(),
-                "escrow": self.escrow.hex(),
-                "recovery": self.recovery,
-            },
-            separators=(",", ":"),
-        ).encode()
+        """Return its bytes: about 1 to 3 KiB, by how many PCRs are bound and predicted."""
+        return _pack(
+            platform=self.platform.to_json(),
+            anchor=self.anchor.to_json(),
+            escrow=self.escrow.hex(),
+            recovery=self.recovery,
+        )
 
     @classmethod
     def unpack(cls, untrusted: bytes) -> Self:
@@ -85,16 +85,13 @@ class BootArea:
             IntegrityError: it is something else.
 
         """
-        fields = _fields(untrusted, "the store's boot area")
-        try:
+        with _reading(untrusted, "the store's boot area") as fields:
             return cls(
                 platform=SealedBlob.from_json(fields["platform"]),
                 anchor=AnchorInfo.from_json(fields["anchor"]),
                 escrow=bytes.fromhex(fields["escrow"]),
                 recovery=str(fields["recovery"]),
             )
-        except (KeyError, TypeError, ValueError, TpmError) as error:
-            raise IntegrityError(f"the store's boot area cannot be read: {error}. Nothing was changed") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +103,8 @@ class GroupSeal:
     escrow: bytes
 
     def pack(self) -> bytes:
-        """Return its bytes (JSON; at most 2 KiB)."""
-        return json.dumps(
-            {
-                "version": _VERSION,
-                "name": self.name,
-                "sealed": self.sealed.to_json(),
-                "escrow": self.escrow.hex(),
-            },
-            separators=(",", ":"),
-        ).encode()
+        """Return its bytes: about 1 to 3 KiB, by how many PCRs are bound and predicted."""
+        return _pack(name=self.name, sealed=self.sealed.to_json(), escrow=self.escrow.hex())
 
     @classmethod
     def unpack(cls, untrusted: bytes) -> Self:
@@ -125,22 +114,26 @@ class GroupSeal:
             IntegrityError: it is something else.
 
         """
-        fields = _fields(untrusted, "a group record")
-        try:
+        with _reading(untrusted, "a group record") as fields:
             return cls(
                 name=str(fields["name"]),
                 sealed=SealedBlob.from_json(fields["sealed"]),
                 escrow=bytes.fromhex(fields["escrow"]),
             )
-        except (KeyError, TypeError, ValueError, TpmError) as error:
-            raise IntegrityError(f"a group record cannot be read: {error}. Nothing was changed") from error
 
 
-def _fields(untrusted: bytes, what: str) -> dict[str, Any]:
+def _pack(**fields: Any) -> bytes:
+    """Return `fields` as JSON, compressed: digests in hexadecimal take half their letters then."""
+    return zlib.compress(json.dumps({"version": _VERSION} | fields, separators=(",", ":")).encode(), 9)
+
+
+@contextmanager
+def _reading(untrusted: bytes, what: str) -> Iterator[dict[str, Any]]:
+    """Yield the fields of what `_pack` wrote; whatever is wrong with them, also inside, is an IntegrityError."""
     try:
-        fields = json.loads(untrusted)
-    except ValueError as error:
-        raise IntegrityError(f"{what} is not what this manager writes: {error}. Nothing was changed") from error
-    if not isinstance(fields, dict) or fields.get("version") != _VERSION:
-        raise IntegrityError(f"{what} has another version than {_VERSION}: use the manager that wrote it")
-    return fields
+        fields = json.loads(zlib.decompressobj().decompress(untrusted, _MAX_UNPACKED))
+        if not isinstance(fields, dict) or fields.get("version") != _VERSION:
+            raise IntegrityError(f"{what} has another version than {_VERSION}: use the manager that wrote it")
+        yield fields
+    except (KeyError, TypeError, ValueError, zlib.error, TpmError) as error:
+        raise IntegrityError(f"{what} cannot be read: {error}. Nothing was changed") from error

@@ -36,7 +36,7 @@ ROOT_MAGIC: Final = b"VTPMROOT"
 FRAME_MAGIC: Final = b"VFRM"
 
 MAX_VOLATILE_BYTES: Final = 96  # three digests
-MAX_GROUP_BLOB: Final = 2048
+MAX_GROUP_BLOB: Final = 3900  # with its head it fits one sector
 DEFAULT_SIZE: Final = 2 * 1024 * 1024
 MIN_LOG_SECTORS: Final = 24  # a frame of 1,000 records is 93 KiB: 23 sectors
 MAX_LOG_SECTORS: Final = 256

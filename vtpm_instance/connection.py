@@ -11,7 +11,6 @@ from typing import Final, Protocol
 
 from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.tpmhdr import MAX_COMMAND
-from vtpm_instance.reserve import Reserve
 
 MAX_CONNECTIONS: Final = 8  # a port; more wait in the listener's backlog
 _NO_SIGNAL: Final = socket.MSG_NOSIGNAL
@@ -167,10 +166,6 @@ class Port:
         connection = Connection(sock, self._serve(PeerCredentials.of(sock)), self._host)
         self.connections.add(connection)
         return connection
-
-    def refuse(self, reserve: Reserve) -> None:
-        """Turn one waiting connection away, at the expense of `reserve`."""
-        reserve.spend_on(self._listener)
 
     def close(self) -> None:
         """Close everything."""

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(str(error))
         return EXIT_BUSY
     if why := leave_network():
-        note(f"instances stay in the keeper's network namespace: {why}")
+        note(f"instances keep the host's network namespace: {why}")
     keeper = Keeper(listener, wakeup, arguments.linger)
     warm_up(the_tpm())
     if arguments.ready_fd is not None:

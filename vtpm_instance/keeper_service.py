@@ -42,7 +42,6 @@ from vtpm_instance.errors import BadRequestError, InstanceError, KeeperStoppingE
 from vtpm_instance.instance import InstanceOrder
 from vtpm_instance.journal import note
 from vtpm_instance.kept import Keeping, KeptInstance
-from vtpm_instance.reserve import Reserve
 from vtpm_instance.spawn import spawn
 
 STOP_TIMEOUT: Final = 30.0  # seconds that instances have for their clean stop
@@ -68,7 +67,7 @@ class Keeper:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._unused_since = 0.0
         self._stop_by: float | None = None
-        self._reserve = Reserve()
+        self._reserve = _Reserve()
         listener.setblocking(False)
         self._watch(listener.fileno(), self._on_connect)
         self._watch(wakeup, self._on_wakeup)
@@ -281,6 +280,29 @@ class Keeper:
         self._drop_manager()
         self._listener.close()
         self._reserve.close()
+
+
+class _Reserve:
+    """One descriptor kept back for when there is none left."""
+
+    def __init__(self) -> None:
+        self._descriptor = self._open()
+
+    @staticmethod
+    def _open() -> int:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def spend_on(self, listener: socket.socket) -> None:
+        """Take one connection off the queue and close it."""
+        os.close(self._descriptor)
+        try:
+            listener.accept()[0].close()
+        finally:
+            self._descriptor = self._open()
+
+    def close(self) -> None:
+        """Give it up."""
+        os.close(self._descriptor)
 
 
 def _uuid(raw: bytes) -> UUID:

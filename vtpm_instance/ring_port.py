@@ -13,7 +13,6 @@ from frontend_backend.ring import Answered, BackRing, Request
 from frontend_backend.tpmhdr import TpmFamily, error_response
 from frontend_backend.tpmif import MAX_PACKET
 from vtpm_instance.framing import is_whole_command
-from vtpm_instance.reserve import Reserve
 from vtpm_instance.vtpm import Vtpm, wrong_size_response
 
 MAX_RINGS: Final = 8  # more wait in the listener's backlog
@@ -109,10 +108,6 @@ class RingPort:
         served = ServedRing(back, self._vtpm)
         self.rings[served.fileno()] = served
         return served
-
-    def refuse(self, reserve: Reserve) -> None:
-        """Turn one waiting program away, at the expense of `reserve`."""
-        reserve.spend_on(self._listener)
 
     def close(self) -> None:
         """Close everything."""

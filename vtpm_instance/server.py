@@ -8,6 +8,7 @@ keep the others waiting.
 
 import select
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -21,10 +22,10 @@ from vtpm_instance.errors import FramingError, InstanceError, ManagerConfusedErr
 from vtpm_instance.framing import CommandStream, is_whole_command
 from vtpm_instance.journal import note
 from vtpm_instance.managerlink import ManagerLink
-from vtpm_instance.reserve import Reserve
 from vtpm_instance.ring_port import RingPort, ServedRing
 from vtpm_instance.vtpm import Vtpm, wrong_size_response
 
+_DEAF_SECONDS: Final = 1.0  # between attempts to accept while the system has no descriptor or memory left
 _EVENTS: Final = 32  # taken in one turn; without it each turn would allocate room for a thousand
 
 
@@ -91,7 +92,8 @@ class Server:
         self._ring_ports: list[RingPort] = []
         self._busy: list[Connection] = []
         self._epoll = select.epoll()
-        self._reserve = Reserve()
+        self._deaf: list[Port | RingPort] = []  # ports that could not accept, and when to try again
+        self._deaf_until = 0.0
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._watch(wakeup, self._on_wakeup)
         self._watch(link.fileno(), self._on_doorbell)
@@ -140,7 +142,7 @@ class Server:
         try:
             ring = port.accept()
         except OSError:
-            port.refuse(self._reserve)
+            self._go_deaf(port)
             return
         if ring is None:
             return
@@ -170,12 +172,23 @@ class Server:
         del self._handlers[descriptor]
         self._epoll.unregister(descriptor)
 
+    def _go_deaf(self, port: Port | RingPort) -> None:
+        """Leave a port alone for a while: out of descriptors or memory, who waits there would keep the loop awake."""
+        self._epoll.unregister(port.fileno())
+        self._deaf.append(port)
+        self._deaf_until = time.monotonic() + _DEAF_SECONDS
+
+    def _listen_again(self) -> None:
+        if time.monotonic() >= self._deaf_until:
+            deaf, self._deaf = self._deaf, []
+            for port in deaf:
+                self._epoll.register(port.fileno(), select.EPOLLIN)
+
     def _on_listener(self, port: Port, _events: int) -> None:
         try:
             connection = port.accept()
         except OSError:
-            # Out of descriptors: a connection left in the queue would keep the loop awake for ever.
-            port.refuse(self._reserve)
+            self._go_deaf(port)
             return
         if connection is None:
             return
@@ -235,7 +248,7 @@ class Server:
         """
         wait, handlers, link = self._epoll.poll, self._handlers, self._link
         while not self._stopping:
-            for descriptor, events in wait(0 if self._busy else None, _EVENTS):
+            for descriptor, events in wait(0 if self._busy else _DEAF_SECONDS if self._deaf else None, _EVENTS):
                 handler = handlers.get(descriptor)
                 if handler is not None:  # an earlier handler of this turn may have closed it
                     handler(events)
@@ -245,6 +258,8 @@ class Server:
                     connection.step()
             if link.news:
                 self._obey()
+            if self._deaf:
+                self._listen_again()
 
     def close(self) -> None:
         """Close all ports."""
@@ -252,5 +267,4 @@ class Server:
             port.close()
         for ring_port in self._ring_ports:
             ring_port.close()
-        self._reserve.close()
         self._epoll.close()

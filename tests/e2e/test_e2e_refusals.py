@@ -463,6 +463,23 @@ def test_changed_pcrs_lock_and_the_recovery_key_reseals(bare: Installation, tmp_
         assert bare.show("web")["state"] == "running"
 
 
+def test_keys_can_be_bound_to_every_pcr_and_to_predicted_ones_too(bare: Installation, tmp_path: Path) -> None:
+    every = ",".join(str(pcr) for pcr in range(24) if pcr not in (16, 20, 22, 23))
+    with running_swtpm(tmp_path) as chip:
+        bare.init("--pcrs", f"sha256:{every}", tcti=chip.tcti)
+        predicted = [word for pcr in (0, 7) for word in ("--predict", f"{pcr}={os.urandom(32).hex()}")]
+        bare.vtpm_manager("reseal", *predicted)
+        bare.start()
+        stored_vtpm(bare)
+        bare.stop()
+        chip.tool("tpm2_pcrextend", "15:sha256=" + "15" * 32)
+        assert bare.try_start() == 5
+        assert "15" in bare.refusal
+        bare.vtpm_manager("reseal", "--recovery-key", str(bare.recovery), *predicted)
+        bare.start()
+        still_precious(bare)
+
+
 def test_init_refuses_a_binding_that_nobody_could_undo(bare: Installation) -> None:
     assert bare.init("--no-recovery", check=False).code == 2
     assert not (bare.state / "store.img").exists()
