@@ -1,5 +1,6 @@
 """Many vTPMs at once: names from a template, records in groups of commits, one write of the durable anchor for all."""
 
+import logging
 import re
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final
@@ -17,6 +18,7 @@ from storage.errors import GroupClosed, StorageError
 from storage.secrets import StateKey
 from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
 
+_log = logging.getLogger("vtpm.add")
 MAX_COUNT: Final = 100_000  # one request's; each costs about 2 KiB of memory until it is answered
 _GROUP: Final = 1000  # records and names in one commit
 _NOTES: Final = 10  # on the way, at most
@@ -90,11 +92,12 @@ async def add_many(services: Services, arguments: Arguments) -> AsyncGenerator[D
         except GroupClosed as error:
             raise DeniedError(str(error)) from error
         except StorageError as error:
-            raise ManagerError(_partly(made, len(rows), error)) from error
-        finally:
-            if made:
-                with trio.CancelScope(shield=True):  # what was made is anchored, also if nobody waits for it any more
-                    await registry.anchoring.write_durable()
+            raise ManagerError(_partly(made, len(rows), error) + await _anchored_all_the_same(registry)) from error
+        except BaseException:  # nobody waits for the rest any more
+            await _anchored_all_the_same(registry)
+            raise
+        with trio.CancelScope(shield=True):
+            await registry.anchoring.write_durable()
     describe = describer(services)
     for row in made:
         yield describe(row, None)
@@ -105,6 +108,17 @@ async def _add_group(registry: Registry, group: GroupRow, rows: Sequence[VtpmRow
     with trio.CancelScope(shield=True):
         await registry.committer.commit(*(PutVtpm(_record(row)) for row in rows))
     return registry.catalogue.add_vtpms(rows, "added", f", TPM {rows[0].family}, group {group.name}")
+
+
+async def _anchored_all_the_same(registry: Registry) -> str:
+    """Anchor what was made before something else went wrong; returns what to say if that fails too."""
+    try:
+        with trio.CancelScope(shield=True):
+            await registry.anchoring.write_durable()
+    except (ManagerError, StorageError) as error:
+        _log.warning("the durable anchor was not written: %s", error)
+        return f". The hardware TPM's anchor was not written either: {error}"
+    return ""
 
 
 def _record(row: VtpmRow) -> VtpmRecord:

@@ -14,6 +14,7 @@ from manager.cli_output import print_answer
 from manager.client import RemoteError, open_for_verb, socket_path, stream
 from manager.errors import ManagerError, UsageError
 from manager.verb_table import BY_NAME, VERBS, Argument, Verb
+from storage.errors import StorageError
 
 EXIT_CODES: Final = (
     "exit codes: 0 done, 1 failure, 2 usage, 3 not found, 4 exists or conflict, 5 denied, 6 integrity or rollback, "
@@ -93,9 +94,8 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             return print_answer(replace(verb, many=many), answer, options.form, paged=paged)
     except ManagerError as error:
         return report(error, options.form, f"vtpm-{verb.name}")
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(ExitCode.OK)
+    except BrokenPipeError:
+        return _reader_gone()
     except OSError as error:
         return report(
             ManagerError(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, f"vtpm-{verb.name}"
@@ -116,8 +116,18 @@ def _run_offline(verb: Verb, options: argparse.Namespace) -> int:
         with closing(findings):
             documents = (finding.document() for finding in findings)
             return print_answer(verb, documents, options.form, paged=not options.no_pager)
+    except BrokenPipeError:
+        return _reader_gone()
     except ManagerError as error:
         return report(error, options.form, f"vtpm-{verb.name}")
+    except (StorageError, OSError) as error:
+        return report(ManagerError(str(error)), options.form, f"vtpm-{verb.name}")
+
+
+def _reader_gone() -> int:
+    """Let the interpreter's last flush go nowhere: the reader (head, less) has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return int(ExitCode.OK)
 
 
 def report(error: ManagerError, form: str, who: str) -> int:

@@ -11,7 +11,7 @@ from frontend_backend.messages_admin import Note
 from manager.errors import UsageError
 from manager.services import Arguments, Caller, Document, Services
 from manager.verify import Finding, Subject, Verdict, verify_all, verify_store, verify_vtpm
-from storage.errors import StorageError
+from storage.errors import CatalogueDamaged, StorageError
 
 _AT_ONCE: Final = 16  # findings that a thread makes before others get a turn
 _NOTE_EVERY: Final = 2000
@@ -30,7 +30,11 @@ async def verify(services: Services, _caller: Caller, arguments: Arguments) -> A
         return
     for finding in await _store(services):
         yield finding.document()
-    subject = await _subject(services)
+    try:
+        subject = await _subject(services)
+    except CatalogueDamaged as error:
+        yield Finding("catalogue", Verdict.DAMAGED, str(error)).document()
+        return
     checked = 0
     async for finding in _in_thread(verify_all(subject)):
         yield finding.document()

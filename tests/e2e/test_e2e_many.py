@@ -148,3 +148,26 @@ def test_a_table_is_paged_on_a_terminal_only(many: Installation, tmp_path: Path)
     assert b"UUID" in on_a_terminal(many, "/no/such/pager", *filters)
     assert b'"schema"' in on_a_terminal(many, str(mark), *filters, "--json")
     assert "PAGED" not in many.command(*filters, env={"PAGER": str(mark)}).out
+
+
+def test_a_full_disk_on_the_way_keeps_what_was_made(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount")
+    with installation() as made:
+        made.state.mkdir()
+        if made.command("mount", "-t", "tmpfs", "-o", "size=6m", "none", str(made.state), check=False).code != 0:
+            pytest.skip("needs the right to mount")
+        try:
+            (made.base / "tpm").mkdir()
+            (made.state / "embedded-tpm").symlink_to(made.base / "tpm")  # the TPM has a disk of its own
+            made.init()
+            made.start()
+            answer = made.command("vtpm-add", "--count", "20000", "--name", "web-{}", check=False)
+            assert (answer.code, answer.out) == (1, "")
+            assert "of 20000 vTPMs were made" in answer.err
+            count = int(answer.err.split(" of 20000 vTPMs were made")[0].split()[-1])
+            assert len(names(made)) == count
+        finally:
+            made.tear_down()
+            made.manager = None
+            made.command("umount", "-l", str(made.state))
