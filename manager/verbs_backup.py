@@ -7,6 +7,7 @@ since, the store and the catalogue. So saves wait for the few that were busy, no
 import os
 import stat
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,7 @@ from manager.backup import CATALOGUE, CONFIG, STORE, BackupWriter, copy_image, i
 from manager.errors import ConflictError, ManagerError, UsageError
 from manager.services import Arguments, Caller, Document, Services
 from manager.verb_table import SCHEMA_VERSION
-from storage.errors import StorageError
+from storage.errors import RowTampered, StorageError
 from storage.store_records import RecordFlags, VtpmRecord
 
 _AT_ONCE: Final = 50  # images that a thread copies before others get a turn
@@ -103,14 +104,10 @@ def _target(caller: Caller) -> int:
 async def _survey(services: Services) -> tuple[list[VtpmRecord], _Images]:
     """List the vTPMs that have a state, and where it lies."""
     registry = services.registry
-
-    def look() -> tuple[list[VtpmRecord], _Images]:
-        rows = registry.catalogue.audit().vtpms
-        images = _Images({row.uuid: row.state_image for row in rows}, services.layout.state_images)
-        return _stateful(services), images
-
-    async with registry.adding, registry.committer.lock:
-        return await trio.to_thread.run_sync(look)
+    audit = await trio.to_thread.run_sync(registry.catalogue.audit)
+    images = _Images({row.uuid: row.state_image for row in audit.vtpms}, services.layout.state_images)
+    async with registry.committer.lock:
+        return await trio.to_thread.run_sync(_stateful, services), images
 
 
 def _stateful(services: Services) -> list[VtpmRecord]:
@@ -129,6 +126,10 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
     store = services.registry.committer.store
     records = _stateful(services)
     for record in records:
+        if record.uuid not in images.named:  # added since; or its row was edited, then its image is looked for as ours
+            with suppress(RowTampered):
+                row = services.registry.catalogue.find_vtpm(record.uuid)
+                images.named[record.uuid] = row.state_image if row else ""
         if images.copied.get(record.uuid) != record.digest:
             matches = images.copy(writer, record)
             if matches is None:

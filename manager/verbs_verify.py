@@ -4,6 +4,7 @@ import itertools
 import os
 from collections.abc import AsyncGenerator, Iterator
 from typing import Final
+from uuid import UUID
 
 import trio
 
@@ -44,22 +45,21 @@ async def verify(services: Services, _caller: Caller, arguments: Arguments) -> A
 
 
 async def _subject(services: Services) -> Subject:
-    """Read catalogue and store while nothing is added or committed, so that they agree if all is well."""
+    """Read the catalogue, then what the store has, while nothing is added: a removal in between is looked at again.
+
+    Saves wait for the list of records only, not for the catalogue.
+    """
     registry = services.registry
     catalogue, store = registry.catalogue, registry.committer.store
 
-    def read() -> Subject:
-        return Subject(
-            store,
-            [record.uuid for record in store.vtpms()],
-            catalogue.audit(),
-            catalogue.groups(),
-            services.layout.state_images,
-            lambda vtpm: catalogue.find_vtpm(vtpm) is not None,
-        )
+    def still_named(vtpm: UUID) -> bool:
+        return catalogue.find_vtpm(vtpm) is not None
 
-    async with registry.adding, registry.committer.lock:
-        return await trio.to_thread.run_sync(read)
+    async with registry.adding:
+        audit = await trio.to_thread.run_sync(catalogue.audit)
+        async with registry.committer.lock:
+            stored = await trio.to_thread.run_sync(lambda: [record.uuid for record in store.vtpms()])
+    return Subject(store, stored, audit, catalogue.groups(), services.layout.state_images, still_named)
 
 
 async def _store(services: Services) -> list[Finding]:
