@@ -11,6 +11,7 @@ from typing import Any, Final
 from frontend_backend.messages import Protocol
 
 VERSION: Final = 1
+ROWS_AT_ONCE: Final = 16  # a document has a path of 4 KiB at most, a datagram 128 KiB
 
 
 class ExitCode(IntEnum):
@@ -43,6 +44,13 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Several documents of a long answer, in order; at most ROWS_AT_ONCE."""
+
+    documents: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """A sentence for the person at the terminal; not part of the answer."""
 
@@ -62,9 +70,9 @@ class Failure:
     text: str
 
 
-AdminReply = Row | Note | Done | Failure
+AdminReply = Row | Rows | Note | Done | Failure
 
-_PROTOCOL = Protocol(VERSION, (AdminRequest, Row, Note, Done, Failure))
+_PROTOCOL = Protocol(VERSION, (AdminRequest, Row, Rows, Note, Done, Failure))
 
 
 def encode_admin(message: AdminRequest | AdminReply) -> bytes:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from frontend_backend.messages_admin import ExitCode
-from manager.cli import EXIT_CODES, add_output_options, report, run_verb
+from manager.cli import EXIT_CODES, add_verb_arguments, report, run_verb
+from manager.cli_store import add_verbs
 from manager.config import SYSTEM_CONFIG, SYSTEM_RUNTIME_DIR, SYSTEM_STATE_DIR, Config, Layout, TpmConfig
 from manager.errors import ManagerError, UsageError
 from manager.verb_table import BY_NAME, SCHEMA_VERSION
@@ -214,8 +215,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the TPM is the old one, but the newest store is lost: go back to this one (kept in the event log)",
     )
     recover.add_argument("--tcti", help="the new hardware TPM, if it is reached in another way")
-    for name in ("status", "stop"):
-        add_output_options(verb(name, _verb, BY_NAME[name].help))
+    for name in ("status", "stop", "backup"):
+        add_verb_arguments(verb(name, _verb, BY_NAME[name].help), BY_NAME[name])
+    add_verbs(verb, _layout, _config)
     return parser
 
 

@@ -4,8 +4,8 @@ import grp
 import logging
 import os
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,11 +14,24 @@ import trio
 from frontend_backend.channel_trio import receive_message_trio, send_message_trio
 from frontend_backend.descriptors import PeerCredentials, close_all
 from frontend_backend.errors import ChannelClosedError, RingError
-from frontend_backend.messages_admin import AdminRequest, Done, ExitCode, Failure, Row, decode_admin, encode_admin
+from frontend_backend.messages_admin import (
+    ROWS_AT_ONCE,
+    AdminReply,
+    AdminRequest,
+    Done,
+    ExitCode,
+    Failure,
+    Note,
+    Row,
+    Rows,
+    decode_admin,
+    encode_admin,
+)
 from manager.config import AdminConfig
 from manager.errors import ConfigurationError, DeniedError, ManagerError, UsageError
+from manager.services import Answer, Caller, Document, Services
 from manager.verb_table import BY_NAME, Role, Verb
-from manager.verbs import HANDLERS, Caller, Services
+from manager.verbs import HANDLERS
 from storage.errors import StorageError
 
 _log = logging.getLogger("vtpm.admin")
@@ -27,6 +40,10 @@ _REPLY_SECONDS: Final = 30.0  # and one that does not read
 _MAX_CLIENTS: Final = 64
 _MAX_DESCRIPTORS: Final = 4
 _KINDS: Final[Mapping[str, type]] = {"str": str, "path": str, "int": int, "flag": bool}
+
+
+class _ReaderGoneError(Exception):
+    """Whoever asked does not read the answer; nothing more can be said to him."""
 
 
 def role_of(peer: PeerCredentials, config: AdminConfig) -> Role | None:
@@ -47,7 +64,7 @@ def check_arguments(verb: Verb, untrusted: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: one is unknown, missing, of the wrong type, or none of its choices.
 
     """
-    known = {argument.name: argument for argument in verb.arguments}
+    known = {argument.name: argument for argument in verb.arguments if not argument.local}
     unknown = set(untrusted) - set(known)
     if unknown:
         raise UsageError(f"{verb.name} has no argument '{min(unknown)[:40]}'")
@@ -135,12 +152,18 @@ class AdminServer:
 
     async def _one_request(self, client: socket.socket) -> None:
         descriptors: list[int] = []
-        replies: list[Row | Done | Failure]
+        replies: list[AdminReply]
         try:
             with trio.fail_after(_REQUEST_SECONDS):
                 data, descriptors = await receive_message_trio(client, max_descriptors=_MAX_DESCRIPTORS)
-            documents = await self._do(PeerCredentials.of(client), data, tuple(descriptors))
-            replies = [*map(Row, documents), Done()]
+            answer = self._do(PeerCredentials.of(client), data, tuple(descriptors))
+            if isinstance(answer, AsyncGenerator):
+                await self._stream(client, answer)
+                replies = [Done()]
+            else:
+                replies = [*map(Row, await answer), Done()]
+        except _ReaderGoneError:
+            return
         except trio.TooSlowError:
             replies = [Failure(ExitCode.BUSY, f"no request came within {_REQUEST_SECONDS:g} s")]
         except ChannelClosedError:
@@ -157,13 +180,39 @@ class AdminServer:
             replies = [Failure(ExitCode.FAILURE, f"the manager made a mistake ({type(error).__name__}); see its log")]
         finally:
             close_all(descriptors)
-        with trio.move_on_after(_REPLY_SECONDS) as reading:  # one that does not read must not keep a place
-            for reply in replies:
-                await send_message_trio(client, encode_admin(reply))
+        with suppress(_ReaderGoneError):
+            await self._send(client, replies)
+
+    async def _stream(self, client: socket.socket, answer: AsyncGenerator[Document | Note]) -> None:
+        """Send a long answer as it comes, several documents a datagram."""
+        waiting: list[Document] = []
+        async with aclosing(answer):
+            async for item in answer:
+                if not isinstance(item, Note):
+                    waiting.append(item)
+                if waiting and (isinstance(item, Note) or len(waiting) == ROWS_AT_ONCE):
+                    await self._send(client, [Rows(tuple(waiting))])
+                    waiting.clear()
+                if isinstance(item, Note):
+                    await self._send(client, [item])
+        if waiting:
+            await self._send(client, [Rows(tuple(waiting))])
+
+    @staticmethod
+    async def _send(client: socket.socket, replies: list[AdminReply]) -> None:
+        """Send replies; one that does not read must not keep a place. Raises _ReaderGoneError."""
+        with trio.move_on_after(_REPLY_SECONDS) as reading:
+            try:
+                for reply in replies:
+                    await send_message_trio(client, encode_admin(reply))
+            except OSError as error:
+                _log.debug("an administrator went away: %s", error)
+                raise _ReaderGoneError from error
         if reading.cancelled_caught:
             _log.warning("an administrator did not read the answer within %g s", _REPLY_SECONDS)
+            raise _ReaderGoneError
 
-    async def _do(self, peer: PeerCredentials, data: bytes, descriptors: tuple[int, ...]) -> list[dict[str, Any]]:
+    def _do(self, peer: PeerCredentials, data: bytes, descriptors: tuple[int, ...]) -> Answer:
         request = decode_admin(data)
         if not isinstance(request, AdminRequest):
             raise UsageError("an answer where a request is due")
@@ -179,4 +228,4 @@ class AdminServer:
         arguments = check_arguments(verb, request.arguments)
         what = str(arguments.get("vtpm") or arguments.get("name") or "")
         _log.info("%s %.80r by user %d", verb.name, what, peer.uid)  # repr: no line of the log is the caller's
-        return await HANDLERS[verb.name](self._services, Caller(peer.uid, descriptors), arguments)
+        return HANDLERS[verb.name](self._services, Caller(peer.uid, descriptors), arguments)

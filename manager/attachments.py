@@ -17,10 +17,8 @@ from manager.config import Config, Layout
 from manager.errors import (
     BusyError,
     ConflictError,
-    DeniedError,
     KeeperError,
     ManagerError,
-    NotFoundError,
     QuarantinedError,
 )
 from manager.instances import CrashBudget, Instances, Launch
@@ -62,23 +60,6 @@ class Attachments:
     def running(self, vtpm: UUID) -> Running | None:
         """Return the instance of a vTPM, None where there is none."""
         return self._instances.running.get(vtpm)
-
-    def state(self, row: VtpmRow) -> str:
-        """Return a vTPM's state in one word, as users see it (docs/states.md)."""
-        running = self.running(row.uuid)
-        if running is not None:
-            return running.stage.value
-        try:
-            flags = self._registry.record(row.uuid).flags
-        except DeniedError:
-            return "closed"
-        except NotFoundError:
-            return "missing"
-        if flags & RecordFlags.QUARANTINED:
-            return "quarantined"
-        if self._catalogue.find_attachment(row.uuid) is not None:
-            return "down"
-        return "added" if flags & RecordFlags.FRESH else "detached"
 
     async def attach(self, row: VtpmRow, options: AttachOptions, caller_uid: int) -> None:
         """Start a vTPM for a guest; returns when its state is verified and it answers.

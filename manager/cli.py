@@ -5,13 +5,16 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from typing import Final, NoReturn
 
 from frontend_backend.messages_admin import ExitCode
-from manager.client import RemoteError, open_for_verb, request, socket_path
-from manager.errors import ManagerError
-from manager.output import render
+from manager.cli_output import print_answer
+from manager.client import RemoteError, open_for_verb, socket_path, stream
+from manager.errors import ManagerError, UsageError
 from manager.verb_table import BY_NAME, VERBS, Argument, Verb
+from storage.errors import StorageError
 
 EXIT_CODES: Final = (
     "exit codes: 0 done, 1 failure, 2 usage, 3 not found, 4 exists or conflict, 5 denied, 6 integrity or rollback, "
@@ -41,7 +44,8 @@ def add_verb_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
     """Add what the verb takes."""
     for argument in verb.arguments:
         if argument.positional:
-            parser.add_argument(argument.name, metavar=argument.name.upper(), help=argument.help)
+            count = None if argument.required else "?"
+            parser.add_argument(argument.name, nargs=count, metavar=argument.name.upper(), help=argument.help)
         elif argument.kind == "flag":
             parser.add_argument(argument.option, dest=argument.name, action="store_true", help=argument.help)
         else:
@@ -53,6 +57,8 @@ def add_verb_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
                 choices=argument.choices or None,
                 help=_help(argument),
             )
+    if verb.many:
+        parser.add_argument("--no-pager", action="store_true", help="print at once, also on a terminal")
     add_output_options(parser)
 
 
@@ -62,30 +68,34 @@ def _help(argument: Argument) -> str:
 
 def run_verb(verb: Verb, options: argparse.Namespace) -> int:
     """Ask the manager for `verb` and print its answer. Returns the exit code."""
+    if getattr(options, "state_dir", None) and any(argument.local for argument in verb.arguments):
+        return _run_offline(verb, options)
     descriptors: list[int] = []
     arguments: dict[str, str | int | bool | None] = {}
     try:
         for argument in verb.arguments:
+            if argument.local:
+                continue
             value = getattr(options, argument.name)
             if argument.kind == "path" and value is not None:
                 descriptors.append(open_for_verb(value))
                 value = os.path.realpath(value)
             arguments[argument.name] = value
-        documents = request(
+        answer = stream(
             socket_path(options.socket),
             verb.name,
             arguments,
             tuple(descriptors),
             lambda text: print(text, file=sys.stderr),
         )
-        text = render(verb, documents, options.form)
-        if text:
-            print(text)
+        with closing(answer):
+            many = verb.many or arguments.get("count") is not None
+            paged = not getattr(options, "no_pager", False)
+            return print_answer(replace(verb, many=many), answer, options.form, paged=paged)
     except ManagerError as error:
         return report(error, options.form, f"vtpm-{verb.name}")
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(ExitCode.OK)
+    except BrokenPipeError:
+        return _reader_gone()
     except OSError as error:
         return report(
             ManagerError(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, f"vtpm-{verb.name}"
@@ -93,6 +103,30 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _run_offline(verb: Verb, options: argparse.Namespace) -> int:
+    """Verify an installation that no manager serves: this process opens it."""
+    from manager.offline import installation_at, verify_offline  # noqa: PLC0415 - loads the TPM's libraries
+
+    try:
+        if bool(options.vtpm) and options.all:
+            raise UsageError("name one vTPM, or say --all")
+        findings = verify_offline(*installation_at(options.state_dir, options.config), options.vtpm)
+        with closing(findings):
+            documents = (finding.document() for finding in findings)
+            return print_answer(verb, documents, options.form, paged=not options.no_pager)
+    except BrokenPipeError:
+        return _reader_gone()
+    except ManagerError as error:
+        return report(error, options.form, f"vtpm-{verb.name}")
+    except (StorageError, OSError) as error:
+        return report(ManagerError(str(error)), options.form, f"vtpm-{verb.name}")
+
+
+def _reader_gone() -> int:
+    """Let the interpreter's last flush go nowhere: the reader (head, less) has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(ExitCode.OK)
 
 

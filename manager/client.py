@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,7 @@ from frontend_backend.messages_admin import (
     Failure,
     Note,
     Row,
+    Rows,
     decode_admin,
     encode_admin,
 )
@@ -40,11 +41,24 @@ def request(
     descriptors: tuple[int, ...] = (),
     on_note: Callable[[str], None] = lambda _text: None,
 ) -> list[dict[str, Any]]:
-    """Ask the manager at `path` for one verb and return its documents.
+    """Ask the manager at `path` for one verb and return its documents; raises as `stream` does."""
+    return list(stream(path, verb, arguments, descriptors, on_note))
+
+
+def stream(
+    path: str,
+    verb: str,
+    arguments: dict[str, str | int | bool | None],
+    descriptors: tuple[int, ...] = (),
+    on_note: Callable[[str], None] = lambda _text: None,
+) -> Generator[dict[str, Any]]:
+    """Ask the manager at `path` for one verb and yield its documents as they come. Close it if not read to the end.
+
+    The manager waits 30 s for a reader, no longer.
 
     Raises:
         NotFoundError: no manager listens there. DeniedError: the socket may not be used. BusyError: no answer.
-        RemoteError: the manager refused.
+        RemoteError: the manager refused, or failed on the way: what was yielded then is not all.
 
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
@@ -52,13 +66,14 @@ def request(
         _connect(sock, path)
         try:
             send_message(sock, encode_admin(AdminRequest(verb, arguments)), descriptors)
-            return _answer(sock, on_note)
-        except TimeoutError:
-            raise BusyError(f"the manager gave no answer within {ANSWER_SECONDS:g} s; it may still do it") from None
-        except (ChannelClosedError, OSError) as error:
-            raise BusyError(f"the manager went away before it answered ({error}); look with 'vtpm list'") from error
-        except MessageError as error:
-            raise ManagerError(f"cannot understand the manager: {error}") from error
+        except OSError as error:
+            raise _went_away(error) from error
+        while (documents := _next(sock, on_note)) is not None:
+            yield from documents
+
+
+def _went_away(error: Exception) -> BusyError:
+    return BusyError(f"the manager went away before it answered ({error}); look with 'vtpm list'")
 
 
 def _connect(sock: socket.socket, path: str) -> None:
@@ -73,20 +88,29 @@ def _connect(sock: socket.socket, path: str) -> None:
         ) from error
 
 
-def _answer(sock: socket.socket, on_note: Callable[[str], None]) -> list[dict[str, Any]]:
-    documents = []
-    while True:
-        match decode_admin(receive_message(sock)[0]):
-            case Row(document):
-                documents.append(document)
-            case Note(text):
-                on_note(text)
-            case Done():
-                return documents
-            case Failure(code, text):
-                raise RemoteError(code, text)
-            case AdminRequest():
-                raise MessageError("a request where an answer is due")
+def _next(sock: socket.socket, on_note: Callable[[str], None]) -> Sequence[dict[str, Any]] | None:
+    """Return the next documents, None when the answer is complete."""
+    try:
+        while True:
+            match decode_admin(receive_message(sock)[0]):
+                case Row(document):
+                    return [document]
+                case Rows(documents):
+                    return documents
+                case Note(text):
+                    on_note(text)
+                case Done():
+                    return None
+                case Failure(code, text):
+                    raise RemoteError(code, text)
+                case AdminRequest():
+                    raise MessageError("a request where an answer is due")
+    except TimeoutError:
+        raise BusyError(f"the manager gave no answer within {ANSWER_SECONDS:g} s; it may still do it") from None
+    except (ChannelClosedError, OSError) as error:
+        raise _went_away(error) from error
+    except MessageError as error:
+        raise ManagerError(f"cannot understand the manager: {error}") from error
 
 
 def socket_path(option: str | None) -> str:

@@ -32,8 +32,9 @@ from manager.opening import Opened, integrity, locked_store, open_store, open_tp
 from manager.registry import Registry
 from manager.ring_server import RingServer
 from manager.running import Running
+from manager.services import Services
 from manager.verb_table import SCHEMA_VERSION
-from manager.verbs import Services, timestamp, uptime
+from manager.verbs import timestamp, uptime
 from storage.catalogue import Catalogue
 
 _log = logging.getLogger("vtpm.manager")
@@ -102,7 +103,13 @@ class Daemon:
         nursery.start_soon(self._signals)
         await self._attachments.take_over(await keeper.list())
         services = Services(
-            self._registry, self._attachments, self._layout.sockets, self._status, self._stop_requested.set
+            self._registry,
+            self._attachments,
+            self._layout.sockets,
+            self._status,
+            self._stop_requested.set,
+            self._layout,
+            config,
         )
         with admin_server.listen(self._layout.admin_socket, config.admin) as listener:
             nursery.start_soon(AdminServer(services, config.admin).run, listener)

@@ -45,7 +45,17 @@ class Registry:
         """Work on an open store and catalogue; `state_images` is the directory of images without a name."""
         self._committer, self.catalogue, self._anchoring = committer, catalogue, anchoring
         self._state_images = state_images
-        self._adding = trio.Lock()  # between looking whether a name is free and taking it
+        self.adding = trio.Lock()  # between looking whether a name is free and taking it
+
+    @property
+    def committer(self) -> Committer:
+        """The one writer of the store."""
+        return self._committer
+
+    @property
+    def anchoring(self) -> Anchoring:
+        """What keeps the hardware TPM's anchors up to date."""
+        return self._anchoring
 
     def find(self, text: str) -> VtpmRow:
         """Return the vTPM with this UUID or name.
@@ -105,7 +115,7 @@ class Registry:
         group_row = self.catalogue.find_group_by_name(group)
         if group_row is None:
             raise NotFoundError(f"there is no group '{group[:80]}'")
-        async with self._adding:
+        async with self.adding:
             return await self._add(vtpm, name, group_row, family, state_image)
 
     async def _add(self, vtpm: UUID, name: str, group_row: GroupRow, family: str, state_image: str) -> VtpmRow:

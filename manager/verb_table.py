@@ -8,6 +8,11 @@ from enum import IntEnum
 from typing import Final
 
 SCHEMA_VERSION: Final = 1  # `schema` in every JSON document; grows when a field changes its meaning
+# docs/states.md; an attached vTPM's are the stages of its instance (manager.running)
+STATES: Final = (
+    *("added", "starting", "running", "needs-reset", "stopping", "stopped", "failed", "ended", "down", "detached"),
+    *("quarantined", "closed", "missing"),
+)
 
 
 class Role(IntEnum):
@@ -29,6 +34,7 @@ class Argument:
     required: bool = False
     default: str | int | bool | None = None
     choices: tuple[str, ...] = ()
+    local: bool = False  # for the command itself, never sent to the manager
 
     @property
     def option(self) -> str:
@@ -47,6 +53,7 @@ class Verb:
     many: bool = False
     prints: str = "uuid"  # field printed alone by --quiet, and by verbs with `terse`
     terse: bool = False
+    judges: bool = False  # each document has a `verdict` and the exit `code` it asks for
     columns: tuple[str, ...] = field(default=("uuid", "name", "group", "tpm", "state", "guest", "frontend"))
 
 
@@ -59,7 +66,9 @@ VERBS: Final[tuple[Verb, ...]] = (
         "make a vTPM; prints its UUID",
         Role.ADMINISTRATOR,
         (
-            Argument("name", "a name: 1 to 64 of A-Z a-z 0-9 . _ -"),
+            Argument("name", "a name: 1 to 64 of A-Z a-z 0-9 . _ -; with --count a template: web-{} or web-{:05}"),
+            Argument("count", "make so many", kind="int"),
+            Argument("first", "with --count: the first number in the template", kind="int", default=1),
             Argument("uuid", "its UUID (default: a random one)"),
             Argument("group", "the group it belongs to", default="default"),
             Argument("tpm", "TPM family", default="2.0", choices=("2.0", "1.2")),
@@ -85,7 +94,18 @@ VERBS: Final[tuple[Verb, ...]] = (
         columns=("uuid", "name", "guest", "state", "frontend", "endpoint", "tcti", "pid"),
     ),
     Verb("detach", "stop a vTPM cleanly and take it from its guest", Role.OPERATOR, (_VTPM,)),
-    Verb("list", "list vTPMs", Role.AUDITOR, many=True),
+    Verb(
+        "list",
+        "list vTPMs by name",
+        Role.AUDITOR,
+        (
+            Argument("group", "only those of this group"),
+            Argument("state", "only those in this state", choices=STATES),
+            Argument("guest", "only those attached to this guest"),
+            Argument("tpm", "only those of this TPM family", choices=("2.0", "1.2")),
+        ),
+        many=True,
+    ),
     Verb("show", "show one vTPM", Role.AUDITOR, (_VTPM,)),
     Verb(
         "reset-platform",
@@ -100,11 +120,33 @@ VERBS: Final[tuple[Verb, ...]] = (
         (_VTPM, _YES),
     ),
     Verb("remove", "remove a detached vTPM, its key and its state image", Role.ADMINISTRATOR, (_VTPM, _YES)),
+    Verb(
+        "verify",
+        "check store, catalogue and state images by each other; changes nothing, exits with 6 if anything is wrong",
+        Role.AUDITOR,
+        (
+            Argument("vtpm", "UUID or name", positional=True),
+            Argument("all", "the store, the catalogue and every vTPM", kind="flag", default=False),
+            Argument("state_dir", "verify this installation, which no manager serves now, opening its TPM", local=True),
+            Argument("config", "with --state-dir: its configuration (default: DIR/config.toml)", local=True),
+        ),
+        many=True,
+        prints="verdict",
+        judges=True,
+        columns=("what", "vtpm", "name", "verdict", "text"),
+    ),
 )
 
 # Verbs of the daemon's own command, on the same socket.
 DAEMON_VERBS: Final[tuple[Verb, ...]] = (
     Verb("status", "show the manager, its store, anchors and hardware TPM", Role.AUDITOR, prints="pid"),
+    Verb(
+        "backup",
+        "write store, catalogue, configuration and state images to one file, while everything goes on",
+        Role.ADMINISTRATOR,
+        (Argument("file", "a new file", kind="path", positional=True, required=True),),
+        prints="file",
+    ),
     Verb("stop", "stop every instance cleanly, then the manager", Role.ADMINISTRATOR, prints="pid"),
 )
 

@@ -2,47 +2,27 @@
 
 import os
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from manager.attachments import Attachments, AttachOptions
+from manager.attachments import AttachOptions
+from manager.bulk import add_many
 from manager.errors import UsageError
-from manager.registry import Registry
-from manager.sockets import SocketFolder
+from manager.listing import describe, list_vtpms
+from manager.services import Answer, Arguments, Caller, Document, Handler, Services
 from manager.verb_table import SCHEMA_VERSION
-from storage.catalogue import VtpmRow
-
-Document = dict[str, Any]
-Arguments = dict[str, Any]
+from manager.verbs_backup import backup
+from manager.verbs_verify import verify
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who asks: user id from the kernel, and the descriptors that came with the request (closed after it)."""
-
-    uid: int
-    descriptors: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What the verbs work with."""
-
-    registry: Registry
-    attachments: Attachments
-    sockets: Path
-    status: Callable[[], Document]
-    stop: Callable[[], None]
+def add(services: Services, caller: Caller, arguments: Arguments) -> Answer:
+    """Make a vTPM, or many."""
+    if arguments["count"] is not None:
+        return add_many(services, arguments)
+    return _add_one(services, caller, arguments)
 
 
-Handler = Callable[[Services, Caller, Arguments], Awaitable[list[Document]]]
-
-
-async def add(services: Services, caller: Caller, arguments: Arguments) -> list[Document]:
-    """Make a vTPM."""
+async def _add_one(services: Services, caller: Caller, arguments: Arguments) -> list[Document]:
     state_image = arguments["state_image"] or ""
     if state_image:
         _check_state_image(caller, state_image)
@@ -94,12 +74,6 @@ async def reset_platform(services: Services, _caller: Caller, arguments: Argumen
     return [describe(services, row)]
 
 
-async def list_vtpms(services: Services, _caller: Caller, _arguments: Arguments) -> list[Document]:
-    """List vTPMs by name."""
-    rows = sorted(services.registry.catalogue.vtpms(), key=lambda row: row.name)
-    return [describe(services, row) for row in rows]
-
-
 async def show(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
     """Show one vTPM."""
     return [describe(services, services.registry.find(arguments["vtpm"]))]
@@ -144,7 +118,9 @@ HANDLERS: Final[dict[str, Handler]] = {
     "reset-platform": reset_platform,
     "reset": reset,
     "remove": remove,
+    "verify": verify,
     "status": status,
+    "backup": backup,
     "stop": stop,
 }
 
@@ -152,37 +128,6 @@ HANDLERS: Final[dict[str, Handler]] = {
 def _confirmed(arguments: Arguments, what: str) -> None:
     if arguments["yes"] is not True:
         raise UsageError(f"{what}, for good; nothing was done. Say --yes if that is wanted")
-
-
-def describe(services: Services, row: VtpmRow) -> Document:
-    """Return the document of one vTPM: one flat object, every field always there (null where it has no value)."""
-    attachment = services.registry.catalogue.find_attachment(row.uuid)
-    running = services.attachments.running(row.uuid)
-    document: Document = {
-        "schema": SCHEMA_VERSION,
-        "uuid": str(row.uuid),
-        "name": row.name,
-        "group": services.registry.group_name(row.group),
-        "tpm": row.family,
-        "state": services.attachments.state(row),
-        "guest": attachment.guest if attachment else None,
-        "frontend": attachment.frontend if attachment else None,
-        "endpoint": None,
-        "tcti": None,
-        "control": None,
-        "pid": running.pid if running else None,
-        "startup": attachment.startup if attachment else None,
-        "generation": services.registry.generation(row.uuid),
-        "state_image": str(services.registry.image_path(row)),
-        "created": row.created,
-    }
-    if attachment:
-        folder = SocketFolder(services.sockets, row.uuid, attachment.frontend)
-        document["endpoint"] = str(folder.endpoint)
-        if attachment.frontend == "socket":
-            document["tcti"] = f"swtpm:path={folder.endpoint}"
-            document["control"] = str(folder.socket_path("control"))
-    return document
 
 
 def timestamp(seconds: float) -> str | None:

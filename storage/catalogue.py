@@ -7,9 +7,9 @@ not write is refused. The only module that imports SQLAlchemy.
 import hmac
 import json
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Self
@@ -17,7 +17,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from storage.catalogue_rows import AttachmentRow, Audit, EventRow, Filter, GroupRow, VtpmRow
 from storage.errors import CatalogueDamaged, CatalogueTooNew, NameTaken, NoSuchRow, RowTampered
+
+__all__ = ["AttachmentRow", "Audit", "Catalogue", "EventRow", "Filter", "GroupRow", "VtpmRow", "now"]
 
 SCHEMA: Final = 1
 _BUSY_SECONDS: Final = 5.0
@@ -65,50 +68,6 @@ _events = sa.Table(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class VtpmRow:
-    """A vTPM's name and place. `state_image` is empty for one in the state directory; `created` is UTC, ISO 8601."""
-
-    uuid: UUID
-    name: str
-    group: UUID
-    family: str
-    state_image: str = ""
-    created: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class AttachmentRow:
-    """Which guest a vTPM runs for, and how. `lease` grows with each start of an instance."""
-
-    vtpm: UUID
-    guest: str
-    frontend: str
-    owner: str
-    mode: str
-    startup: str
-    lease: int
-    created: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRow:
-    """A group's name; everything else about it is in the store."""
-
-    uuid: UUID
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class EventRow:
-    """Something that happened."""
-
-    time: str
-    kind: str
-    vtpm: UUID | None
-    text: str
-
-
 class Catalogue:
     """An open catalogue. Used from one thread; every change is durable when the call returns."""
 
@@ -135,8 +94,8 @@ class Catalogue:
         return catalogue
 
     @classmethod
-    def open(cls, path: Path, mac_key: bytes) -> Self:
-        """Open a catalogue and check every row that carries a MAC.
+    def open(cls, path: Path, mac_key: bytes, *, check_rows: bool = True) -> Self:
+        """Open a catalogue and check every row that carries a MAC (without `check_rows`, for `audit`, none).
 
         Raises:
             CatalogueDamaged: missing, or no catalogue. CatalogueTooNew. RowTampered.
@@ -152,8 +111,9 @@ class Catalogue:
                 raise CatalogueDamaged("it does not say which schema it has")
             if version > SCHEMA:
                 raise CatalogueTooNew(version, SCHEMA)
-            catalogue.vtpms()
-            catalogue.attachments()
+            if check_rows:
+                catalogue.vtpms()
+                catalogue.attachments()
         except BaseException:
             catalogue.close()
             raise
@@ -189,6 +149,28 @@ class Catalogue:
         row = replace(row, created=row.created or now())
         self._insert(_vtpms, asdict(row), f"vTPM {row.name}")
         return row
+
+    def add_vtpms(self, rows: Sequence[VtpmRow], kind: str, text: str) -> list[VtpmRow]:
+        """Add vTPMs, each with an event of this kind and text after its name; all of them, or none.
+
+        Returns the rows with `created` filled in. Raises NameTaken.
+        """
+        time = now()
+        rows = [replace(row, created=row.created or time) for row in rows]
+        values = [asdict(row) for row in rows]
+        events = [{"time": time, "kind": kind, "vtpm": row.uuid, "text": f"{row.name}{text}"} for row in rows]
+        with self._change() as connection:
+            try:
+                connection.execute(_vtpms.insert(), [row | {"mac": self._mac("vtpms", row)} for row in values])
+            except sa.exc.IntegrityError as error:
+                raise NameTaken("one of these names or UUIDs") from error
+            connection.execute(_events.insert(), events)
+        return rows
+
+    def names(self) -> set[str]:
+        """Return every name in use, unchecked."""
+        with self._read() as connection:
+            return set(connection.execute(sa.select(_vtpms.c.name)).scalars())
 
     def remove_vtpm(self, uuid: UUID) -> None:
         """Remove a vTPM's row. Raises NoSuchRow."""
@@ -244,6 +226,62 @@ class Catalogue:
         """Remove a vTPM's attachment. Raises NoSuchRow."""
         self._delete(_attachments, _attachments.c.vtpm == vtpm, f"an attachment of vTPM {vtpm}")
 
+    # --- all of it ---------------------------------------------------------------------------------
+
+    def audit(self) -> Audit:
+        """Read every row that carries a MAC, and say which of them fail it. May run in another thread."""
+        found = Audit([], [], [])
+        with self._read() as connection:
+            for row in connection.execute(sa.select(_vtpms)):
+                with _collected(found.tampered):
+                    found.vtpms.append(self._vtpm(row))
+            for row in connection.execute(sa.select(_attachments)):
+                with _collected(found.tampered):
+                    found.attachments.append(self._attachment(row))
+        return found
+
+    def listing(self, only: Filter, after: str, limit: int) -> list[tuple[VtpmRow, AttachmentRow | None]]:
+        """Return at most `limit` vTPMs by name, from behind the name `after`, with their attachments: one query.
+
+        Raises:
+            RowTampered: a row that is read fails its MAC.
+
+        """
+        query = (
+            sa.select(*_vtpms.c, *(column.label(f"a_{column.name}") for column in _attachments.c))
+            .select_from(_vtpms.outerjoin(_attachments, _attachments.c.vtpm == _vtpms.c.uuid))
+            .where(_vtpms.c.name > after)
+            .order_by(_vtpms.c.name)
+            .limit(limit)
+        )
+        for column, wanted in (
+            (_vtpms.c.group, only.group),
+            (_vtpms.c.family, only.family),
+            (_attachments.c.guest, only.guest),
+        ):
+            if wanted is not None:
+                query = query.where(column == wanted)
+        with self._read() as connection:
+            return [self._joined(row) for row in connection.execute(query)]
+
+    def _joined(self, row: sa.Row[Any]) -> tuple[VtpmRow, AttachmentRow | None]:
+        values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for a row as a mapping
+        mine = {name: value for name, value in values.items() if not name.startswith("a_")}
+        its = {name.removeprefix("a_"): value for name, value in values.items() if name.startswith("a_")}
+        vtpm = VtpmRow(**self._authentic("vtpms", mine, f"vTPM {mine['name']}"))
+        if its["vtpm"] is None:
+            return vtpm, None
+        what = f"vTPM {its['vtpm']} for guest {its['guest']}"
+        return vtpm, AttachmentRow(**self._authentic("attachments", its, what))
+
+    def snapshot(self) -> bytes:
+        """Return the bytes of a database file with everything that is in the catalogue now, for a backup."""
+        with self._read() as connection, closing(sqlite3.connect(":memory:")) as copy:
+            driver = connection.connection.driver_connection
+            assert isinstance(driver, sqlite3.Connection), "_engine makes SQLite engines"
+            driver.backup(copy)
+            return copy.serialize()
+
     # --- events ------------------------------------------------------------------------------------
 
     def log(self, kind: str, vtpm: UUID | None, text: str) -> None:
@@ -267,15 +305,15 @@ class Catalogue:
         return None if row is None else self._vtpm(row)
 
     def _vtpm(self, row: sa.Row[Any]) -> VtpmRow:
-        values = self._authentic("vtpms", row, f"vTPM {row.name}")
+        values = self._authentic("vtpms", dict(row._mapping), f"vTPM {row.name}")  # noqa: SLF001 - see _joined
         return VtpmRow(**values)
 
     def _attachment(self, row: sa.Row[Any]) -> AttachmentRow:
-        values = self._authentic("attachments", row, f"vTPM {row.vtpm} for guest {row.guest}")
+        what = f"vTPM {row.vtpm} for guest {row.guest}"
+        values = self._authentic("attachments", dict(row._mapping), what)  # noqa: SLF001 - see _joined
         return AttachmentRow(**values)
 
-    def _authentic(self, table: str, row: sa.Row[Any], what: str) -> dict[str, Any]:
-        values = dict(row._mapping)  # noqa: SLF001 - SQLAlchemy's public name for a row as a mapping
+    def _authentic(self, table: str, values: dict[str, Any], what: str) -> dict[str, Any]:
         mac = values.pop("mac")
         if not isinstance(mac, bytes) or not hmac.compare_digest(mac, self._mac(table, values)):
             raise RowTampered(table, what)
@@ -316,6 +354,14 @@ class Catalogue:
                 yield connection
         except sa.exc.DatabaseError as error:
             raise CatalogueDamaged(str(error.orig)) from error
+
+
+@contextmanager
+def _collected(tampered: list[RowTampered]) -> Iterator[None]:
+    try:
+        yield
+    except RowTampered as error:
+        tampered.append(error)
 
 
 def now() -> str:

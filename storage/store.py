@@ -124,6 +124,20 @@ class Store:
         state = load(device, header.store, StoreKey(key.view))
         return cls(state, read_boot(device, header.store, state.carried.boot))
 
+    def reopen(self, disk: int | Disk) -> Self:
+        """Open the image that `disk` holds beside this store, with the same keys; groups stay closed. For verify.
+
+        Nothing may be committed meanwhile. Raises what `open` does.
+        """
+        return type(self).open(disk, self._open_state().key)
+
+    def unlock_in(self, other: "Store", group: UUID) -> None:
+        """Unlock a group of `other` with the key it has here. Raises GroupClosed, and what `unlock_group` does."""
+        found = self._open_state().groups.get(group)
+        if found is None or found.key is None:
+            raise GroupClosed([group])
+        other.unlock_group(group, found.key)
+
     def close(self) -> None:
         """Overwrite all keys and records in memory. Writes nothing: call `checkpoint` first for a clean stop."""
         if not self._closed:

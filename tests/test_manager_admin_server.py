@@ -22,12 +22,13 @@ from frontend_backend.messages_admin import AdminRequest, Done, ExitCode, Failur
 from manager import admin_server
 from manager.admin_server import AdminServer, check_arguments, role_of
 from manager.attachments import Attachments
-from manager.config import AdminConfig
+from manager.config import AdminConfig, Config, Layout
 from manager.errors import ConfigurationError, ManagerError, UsageError
 from manager.registry import Registry
+from manager.services import Services
 from manager.sockets import Owner, SocketFolder, parse_mode
 from manager.verb_table import BY_NAME, Role
-from manager.verbs import HANDLERS, Services
+from manager.verbs import HANDLERS
 
 
 @dataclass
@@ -81,7 +82,13 @@ async def admin(config: AdminConfig | None = None) -> AsyncIterator[Admin]:
     made = Admin(path, [{"schema": 1, "pid": 1}])
     settings = config or AdminConfig()
     services = Services(
-        cast("Registry", None), cast("Attachments", None), path.parent, lambda: made.statuses[0], lambda: None
+        cast("Registry", None),
+        cast("Attachments", None),
+        path.parent,
+        lambda: made.statuses[0],
+        lambda: None,
+        Layout(path.parent, path.parent),
+        Config(),
     )
     try:
         with admin_server.listen(path, settings) as listener:
@@ -242,7 +249,8 @@ async def test_a_listener_that_closes_ends_the_accepting_and_serves_who_is_there
 
     monkeypatch.setitem(HANDLERS, "status", slow)
     made = Admin(short / "a", [])
-    services = Services(cast("Registry", None), cast("Attachments", None), short, dict, lambda: None)
+    registry, attachments = cast("Registry", None), cast("Attachments", None)
+    services = Services(registry, attachments, short, dict, lambda: None, Layout(short, short), Config())
     listener = admin_server.listen(made.path, AdminConfig())
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
@@ -289,7 +297,7 @@ async def test_every_verb_is_denied_to_the_role_below_and_to_nobody(monkeypatch:
 
 
 def test_only_looking_is_for_auditors_and_only_administrators_make_and_unmake() -> None:
-    assert {name for name, verb in BY_NAME.items() if verb.role is Role.AUDITOR} == {"list", "show", "status"}
+    assert {name for name, verb in BY_NAME.items() if verb.role is Role.AUDITOR} == {"list", "show", "status", "verify"}
     for name in ("add", "remove", "reset", "stop"):
         assert BY_NAME[name].role is Role.ADMINISTRATOR
 

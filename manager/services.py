@@ -1,0 +1,41 @@
+"""What every verb works with, and the form of its answer. What each verb does: verbs, verbs_*."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frontend_backend.messages_admin import Note
+from manager.attachments import Attachments
+from manager.config import Config, Layout
+from manager.registry import Registry
+
+Document = dict[str, Any]
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: user id from the kernel, and the descriptors that came with the request (closed after it)."""
+
+    uid: int
+    descriptors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the verbs work with."""
+
+    registry: Registry
+    attachments: Attachments
+    sockets: Path
+    status: Callable[[], Document]
+    stop: Callable[[], None]
+    layout: Layout
+    config: Config
+
+
+# A verb answers with all its documents at once, or, where there are many or it takes long, one after the other with
+# notes for whoever waits between them.
+Answer = Awaitable[list[Document]] | AsyncGenerator[Document | Note]
+Handler = Callable[[Services, Caller, Arguments], Answer]

@@ -1,0 +1,280 @@
+"""Is everything as it was written? Judges store, catalogue and state images; changes nothing, knows no TPM.
+
+The same for an online and an offline verification: they only differ in how the store was opened.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+from frontend_backend.messages_admin import ExitCode
+from manager import state_files
+from manager.errors import IntegrityError
+from manager.keys import GroupSeal
+from manager.verb_table import SCHEMA_VERSION
+from storage.catalogue_rows import Audit, GroupRow, VtpmRow
+from storage.errors import (
+    GroupClosed,
+    ImageForeign,
+    NoMatchingSlot,
+    NoSuchVtpm,
+    StorageError,
+    StoreDamaged,
+)
+from storage.state_image import StateImage
+from storage.store import Store
+from storage.store_records import RecordFlags, VtpmRecord
+
+_TRIES: Final = 5  # to read a state image between two saves of its instance
+_IMAGE_SUFFIX: Final = ".img"
+
+
+class Verdict(StrEnum):
+    """What verification says of one thing."""
+
+    OK = "ok"
+    DAMAGED = "damaged"
+    MISSING = "missing"
+    FOREIGN = "foreign"
+    DISAGREES = "disagrees"
+    UNCHECKED = "unchecked"  # its group is closed, or it changes faster than it can be read
+
+
+_CODES: Final = {Verdict.OK: ExitCode.OK, Verdict.UNCHECKED: ExitCode.DENIED}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of a verification."""
+
+    what: str
+    verdict: Verdict
+    text: str
+    vtpm: UUID | None = None
+    name: str | None = None
+
+    @property
+    def code(self) -> ExitCode:
+        """The exit code that it asks for."""
+        return _CODES.get(self.verdict, ExitCode.INTEGRITY)
+
+    def document(self) -> dict[str, Any]:
+        """Return it as a flat document."""
+        return {
+            "schema": SCHEMA_VERSION,
+            "vtpm": None if self.vtpm is None else str(self.vtpm),
+            "name": self.name,
+            "what": self.what,
+            "verdict": self.verdict.value,
+            "text": self.text,
+            "code": int(self.code),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is verified: an open store, an audit of the catalogue, the directory of state images without a name.
+
+    `stored` are the vTPMs that have a record, as of the audit. `still_named` tells whether a row is there now:
+    vTPMs come and go while a manager is verified.
+    """
+
+    store: Store
+    stored: list[UUID]
+    audit: Audit
+    groups: list[GroupRow]
+    state_images: Path
+    still_named: Callable[[UUID], bool] = lambda _vtpm: True
+
+
+def verify_all(subject: Subject) -> Iterator[Finding]:
+    """Judge catalogue, records and state images, one finding or more for each vTPM. The store: `verify_store`."""
+    yield from _verify_catalogue(subject)
+    named = {row.uuid for row in subject.audit.vtpms}
+    for row in sorted(subject.audit.vtpms, key=lambda row: row.name):
+        yield from verify_vtpm(subject, row)
+    for vtpm in subject.stored:
+        if vtpm not in named:
+            with suppress(NoSuchVtpm):  # removed meanwhile
+                image = _verify_image(subject, vtpm, None, subject.state_images / f"{vtpm}{_IMAGE_SUFFIX}")
+                text = "the store has a record that no name in the catalogue leads to"
+                yield Finding("record", Verdict.DISAGREES, text, vtpm)
+                yield image
+    yield from _strays(subject, named)
+
+
+def verify_store(opened: Store, again: Store) -> Iterator[Finding]:
+    """Judge the store's image: `again` was opened from it just now (all groups closed), `opened` is in use.
+
+    For an installation that is not running both may be the same.
+    """
+    for damage in again.damage:
+        yield Finding("store", Verdict.DAMAGED, f"{damage.where}: {damage.problem}")
+    if again.digest() != opened.digest() or again.groups().keys() != opened.groups().keys():
+        yield Finding("store", Verdict.DISAGREES, "what the image holds is not what the manager has in memory")
+        return
+    for uuid, record in opened.groups().items():
+        yield from _verify_group(opened, again, uuid, _seal_name(record.blob, uuid))
+    if not again.damage:
+        figures = again.statistics()
+        yield Finding("store", Verdict.OK, f"sequence {figures.sequence}, every sector of {figures.bytes} bytes in use")
+
+
+def _seal_name(blob: bytes, group: UUID) -> str:
+    try:
+        return GroupSeal.unpack(blob).name
+    except IntegrityError:
+        return str(group)
+
+
+def _verify_group(opened: Store, again: Store, group: UUID, name: str) -> Iterator[Finding]:
+    try:
+        if again is not opened:
+            opened.unlock_in(again, group)
+        records = sum(1 for _ in again.vtpms(group))
+    except GroupClosed:
+        text = "closed: its records' sectors are those that were written, what they say could not be read"
+        yield Finding("group", Verdict.UNCHECKED, text, None, name)
+        return
+    except StorageError as error:
+        yield Finding("group", Verdict.DAMAGED, str(error), None, name)
+        return
+    yield Finding("group", Verdict.OK, f"{records} records", None, name)
+    if again is opened:
+        return
+    for record in opened.vtpms(group):
+        try:
+            same = again.get(record.uuid) == record
+        except StorageError:
+            text = "its record is in memory only, the sector that holds it is damaged; its next save writes it anew"
+            yield Finding("record", Verdict.DAMAGED, text, record.uuid)
+            continue
+        if not same:
+            yield Finding("record", Verdict.DISAGREES, "the image holds another record than the manager", record.uuid)
+
+
+def _verify_catalogue(subject: Subject) -> Iterator[Finding]:
+    audit = subject.audit
+    for tampered in audit.tampered:
+        yield Finding("catalogue", Verdict.DAMAGED, str(tampered))
+    named = {row.uuid for row in audit.vtpms}
+    for attachment in audit.attachments:
+        if attachment.vtpm not in named:
+            text = f"an attachment to guest {attachment.guest} of a vTPM without a name"
+            yield Finding("catalogue", Verdict.DISAGREES, text, attachment.vtpm)
+    known = {row.uuid: row.name for row in subject.groups}
+    stored = {uuid: _seal_name(record.blob, uuid) for uuid, record in subject.store.groups().items()}
+    for uuid in known.keys() | stored.keys():
+        if known.get(uuid) != stored.get(uuid):
+            text = (
+                f"group {uuid} is {_quoted(known.get(uuid))} in the catalogue, {_quoted(stored.get(uuid))} in the store"
+            )
+            yield Finding("catalogue", Verdict.DISAGREES, text, None, known.get(uuid) or stored.get(uuid))
+    if not audit.tampered:
+        yield Finding("catalogue", Verdict.OK, f"{len(audit.vtpms)} names, {len(audit.attachments)} attachments")
+
+
+def _quoted(name: str | None) -> str:
+    return "not there" if name is None else f"'{name}'"
+
+
+def verify_vtpm(subject: Subject, row: VtpmRow) -> Iterator[Finding]:
+    """Judge one vTPM: its record beside its row, its state image beside its record."""
+    path = state_files.image_path(subject.state_images, row.uuid, row.state_image)
+    try:
+        findings = [*_compare(subject.store.get(row.uuid), row), _verify_image(subject, row.uuid, row.name, path)]
+    except GroupClosed:
+        findings = [Finding("record", Verdict.UNCHECKED, "its group is closed", row.uuid, row.name)]
+    except NoSuchVtpm:
+        text = "the catalogue names it, the store has no record of it"
+        missing = subject.still_named(row.uuid)
+        findings = [Finding("record", Verdict.MISSING, text, row.uuid, row.name)] if missing else []
+    except StoreDamaged as error:
+        findings = [Finding("record", Verdict.DAMAGED, str(error), row.uuid, row.name)]
+    yield from findings
+
+
+def _compare(record: VtpmRecord, row: VtpmRow) -> Iterator[Finding]:
+    family = "1.2" if record.flags & RecordFlags.TPM12 else "2.0"
+    for what, said, is_so in (("group", row.group, record.group), ("TPM family", row.family, family)):
+        if said != is_so:
+            text = f"the catalogue says {what} {said}, the record {is_so}"
+            yield Finding("record", Verdict.DISAGREES, text, row.uuid, row.name)
+
+
+def _verify_image(subject: Subject, vtpm: UUID, name: str | None, path: Path) -> Finding:
+    """Judge a state image by its record. An instance may save meanwhile: then the newer record counts."""
+    for _ in range(_TRIES):
+        record = subject.store.get(vtpm)
+        verdict, text = _judge_image(record, path, subject.store.uuid)
+        if verdict is Verdict.OK or subject.store.get(vtpm) == record:
+            return Finding("state image", verdict, text, vtpm, name)
+    text = "it is saved more often than it can be read; try again"
+    return Finding("state image", Verdict.UNCHECKED, text, vtpm, name)
+
+
+def _judge_image(record: VtpmRecord, path: Path, store: UUID) -> tuple[Verdict, str]:
+    if record.flags & RecordFlags.FRESH:
+        return Verdict.OK, "never started: it has no state yet"
+    try:
+        return Verdict.OK, _read_image(record, path, store)
+    except FileNotFoundError:
+        return Verdict.MISSING, f"{path} is not there"
+    except ImageForeign as error:
+        return Verdict.FOREIGN, f"{path}: {error}"
+    except NoMatchingSlot as error:
+        return _without_slot(error), f"{path}: {error}"
+    except (StorageError, OSError) as error:
+        return Verdict.DAMAGED, f"{path}: {error}"
+
+
+def _read_image(record: VtpmRecord, path: Path, store: UUID) -> str:
+    """Find the slot that the record names and decrypt it; returns what to say of it. Reads without the image's lock."""
+    with _readable(path) as descriptor:
+        image = StateImage.open(descriptor, record.uuid, store)
+        size = image.load(record.key, record.digest, record.generation).size
+        other = next(str(slot) for slot in image.describe() if slot.slot != image.live_slot)
+    text = f"generation {record.generation} in slot {image.live_slot}, {size} bytes, decrypted; {other}"
+    return f"{text}; quarantined: attach it again" if record.flags & RecordFlags.QUARANTINED else text
+
+
+def _without_slot(error: NoMatchingSlot) -> Verdict:
+    """Tell an image of another time from a damaged one: does a slot claim to be the one that is asked for?"""
+    claims = [claim for claim in error.claims if "claims generation" in claim]
+    same = any(claim.endswith(f" {error.generation}") for claim in claims)
+    return Verdict.DISAGREES if claims and not same and len(claims) == len(error.claims) else Verdict.DAMAGED
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[int]:
+    """Open an image to read, without its lock, which its instance holds."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _strays(subject: Subject, named: set[UUID]) -> Iterator[Finding]:
+    """Find state images in our directory that no record asks for."""
+    if not subject.state_images.is_dir():
+        return
+    for path in sorted(subject.state_images.glob(f"*{_IMAGE_SUFFIX}")):
+        try:
+            vtpm = UUID(path.stem)
+        except ValueError:
+            yield Finding("state image", Verdict.DISAGREES, f"{path} is not named after a vTPM")
+            continue
+        if vtpm in named:
+            continue
+        try:
+            subject.store.get(vtpm)
+        except NoSuchVtpm:
+            yield Finding("state image", Verdict.DISAGREES, f"{path}: an image without a record", vtpm)
+        except StorageError as error:
+            yield Finding("state image", Verdict.UNCHECKED, f"{path}: {error}", vtpm)
