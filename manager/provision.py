@@ -204,7 +204,7 @@ def _undefine_unfinished(path: Path, tpm: HardwareTpm) -> None:
         finally:
             secret.wipe()
     except AnchorMissing:
-        pass  # not defined, or never written
+        _log.debug("NV index 0x%08x was not defined, or never written", boot.anchor.index)
     except (AnchorDenied, PolicyMismatch, SealDamaged) as error:
         _log.warning("NV index 0x%08x may be left over from an interrupted init: %s", boot.anchor.index, error)
         return
