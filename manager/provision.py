@@ -23,6 +23,7 @@ from manager.opening import read_boot_area
 from manager.policy import SealPolicy, parse_pcrs
 from manager.recovery_key import RecoveryPublic
 from storage.catalogue import Catalogue, GroupRow
+from storage.errors import CommitRefused
 from storage.secrets import GroupKey
 from storage.store import Store
 from storage.store_records import GroupRecord, PutGroup
@@ -244,13 +245,12 @@ def _make_store(made: _Made, boot: BootArea, group: PutGroup, size: int) -> byte
     """Make the store image and return its digest, which becomes the first durable anchor."""
     descriptor = os.open(made.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        image = Store.create(descriptor, made.store, made.secret.store_key, boot.pack(), size)
-        try:
+        with Store.create(descriptor, made.store, made.secret.store_key, boot.pack(), size) as image:
             image.commit([group])
             image.checkpoint()
             return image.digest()
-        finally:
-            image.close()
+    except CommitRefused as error:
+        raise UsageError(f"--store-size {size} cannot be used: {error}") from error
     finally:
         os.close(descriptor)
 

@@ -159,7 +159,7 @@ class Registry:
         flags = RecordFlags.FRESH | (record.flags & RecordFlags.TPM12)
         await self._committer.commit(PutVtpm(replace(record, key=StateKey(_NOTHING), digest=_NOTHING, flags=flags)))
         await self._anchoring.write_durable()
-        state_files.discard(self.image_path(row), ours=not row.state_image)
+        state_files.discard(self.image_path(row), row.uuid, ours=not row.state_image)
         self.catalogue.log("reset", row.uuid, f"{row.name}: state of generation {record.generation} given up")
 
     async def remove(self, row: VtpmRow) -> None:
@@ -168,7 +168,7 @@ class Registry:
         if not self._removed_before(row.uuid):
             await self._committer.commit(RemoveVtpm(row.uuid))
             await self._anchoring.write_durable()
-        state_files.discard(self.image_path(row), ours=not row.state_image)
+        state_files.discard(self.image_path(row), row.uuid, ours=not row.state_image)
         self.catalogue.remove_vtpm(row.uuid)
         self.catalogue.log("removed", row.uuid, row.name)
 

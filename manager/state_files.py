@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import stat
 from pathlib import Path
@@ -11,6 +12,8 @@ from manager.errors import ConflictError, IntegrityError, ManagerError
 from storage.errors import ImageExists, StorageError
 from storage.state_format import HEADER_BYTES, Family
 from storage.state_image import StateImage
+
+_log = logging.getLogger("vtpm.files")
 
 
 def image_path(directory: Path, vtpm: UUID, named: str) -> Path:
@@ -68,8 +71,10 @@ def make_image(descriptor: int, path: Path, vtpm: UUID, store: UUID, family: str
         raise ManagerError(f"{path}: {error}") from error
 
 
-def discard(path: Path, *, ours: bool) -> None:
+def discard(path: Path, vtpm: UUID, *, ours: bool) -> None:
     """Throw a state image away whose key is gone: remove our own file, empty one the administrator named.
+
+    A named file that is not this vTPM's state image (the wrong name was given) is left as it is.
 
     Raises:
         ManagerError: the operating system refused; without its key the content is unreadable all the same.
@@ -79,15 +84,22 @@ def discard(path: Path, *, ours: bool) -> None:
         if ours:
             path.unlink(missing_ok=True)
         else:
-            _empty(path)
+            _empty(path, vtpm)
+    except FileNotFoundError:
+        _log.info("the state image %s is gone already", path)
     except OSError as error:
         raise ManagerError(f"the state image {path} could not be removed: {error.strerror}; its key is gone") from error
 
 
-def _empty(path: Path) -> None:
-    """Overwrite the head of a file or device that the administrator named, and cut a file to nothing."""
+def _empty(path: Path, vtpm: UUID) -> None:
+    """Overwrite the head of a state image in a file or device that the administrator named; cut a file to nothing."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
+        try:
+            StateImage.open(descriptor, vtpm)
+        except StorageError as error:
+            _log.warning("%s is left as it is: it holds no state image of vTPM %s (%s)", path, vtpm, error)
+            return
         os.pwrite(descriptor, bytes(HEADER_BYTES), 0)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.ftruncate(descriptor, 0)

@@ -1,6 +1,7 @@
 """What each verb of verb_table does. Documents out; errors are ManagerError."""
 
 import os
+import stat
 import time
 from datetime import UTC, datetime
 from typing import Final
@@ -42,6 +43,8 @@ def _check_state_image(caller: Caller, path: str) -> None:
         ours, theirs = os.stat(path), os.fstat(caller.descriptors[0])
     except (OSError, ValueError) as error:
         raise UsageError(f"the state image {path[:200]!r} cannot be used: {error}") from error
+    if not stat.S_ISREG(theirs.st_mode) and not stat.S_ISBLK(theirs.st_mode):
+        raise UsageError(f"the state image {path[:200]!r} is no regular file and no block device")
     if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
         raise UsageError(f"{path} is not the file that was opened for it")
 

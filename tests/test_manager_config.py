@@ -122,7 +122,7 @@ def test_links_and_directories_are_not_followed(tmp_path: Path) -> None:
         with pytest.raises(ManagerError, match="nothing was started"):
             open_locked(path, create=True)
     with pytest.raises(ManagerError):
-        discard(tmp_path / "link", ours=False)
+        discard(tmp_path / "link", uuid4(), ours=False)
     assert (tmp_path / "target").read_bytes() == b"precious"
 
 
@@ -142,13 +142,29 @@ def test_an_image_is_made_once_and_never_over_something_else(tmp_path: Path) -> 
 
 
 def test_discarding_removes_ours_and_empties_what_was_named(tmp_path: Path) -> None:
+    import os
+
+    vtpm, store = uuid4(), uuid4()
     ours, named = tmp_path / "ours", tmp_path / "named"
     for path in (ours, named):
-        path.write_bytes(b"x" * 9000)
-    discard(ours, ours=True)
-    discard(ours, ours=True)
-    discard(named, ours=False)
+        descriptor = open_locked(path, create=True)
+        make_image(descriptor, path, vtpm, store, "2.0")
+        os.close(descriptor)
+    discard(ours, vtpm, ours=True)
+    discard(ours, vtpm, ours=True)
     assert not ours.exists()
+    image = named.read_bytes()
+    discard(named, uuid4(), ours=False)
+    assert named.read_bytes() == image, "another vTPM's image is not ours to empty"
+    discard(named, vtpm, ours=False)
     assert named.read_bytes() == b""
+    discard(tmp_path / "nowhere", vtpm, ours=False)  # gone already: a removal must be able to end
     with pytest.raises(ManagerError, match="its key is gone"):
-        discard(tmp_path / "nowhere", ours=False)
+        discard(tmp_path, vtpm, ours=False)
+
+
+def test_discarding_keeps_a_file_that_never_was_a_state_image(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.write_bytes(b"x" * 9000)
+    discard(thesis, uuid4(), ours=False)
+    assert thesis.read_bytes() == b"x" * 9000

@@ -254,6 +254,30 @@ def test_a_named_state_image_is_used_and_not_shared(vtpms: Installation) -> None
     assert image.stat().st_size == 0
 
 
+def test_a_file_that_never_was_a_state_image_outlives_the_vtpm_it_was_named_for(vtpms: Installation) -> None:
+    thesis = vtpms.base / "thesis.txt"
+    thesis.write_bytes(b"the administrator named the wrong file" * 500)
+    good = fingerprint(thesis)
+    vtpms.add("web", "--state-image", str(thesis))
+    attach_refused(vtpms, 4)
+    vtpms.command("vtpm-reset", "web", "--yes")
+    vtpms.command("vtpm-remove", "web", "--yes")
+    assert fingerprint(thesis) == good
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "/"])
+def test_a_state_image_is_a_file_or_a_block_device(module: Installation, name: str) -> None:
+    answer = module.command("vtpm-add", "--name", "odd", "--state-image", name, check=False)
+    assert answer.code in (1, 2), answer.err
+    assert module.command("vtpm-show", "odd", check=False).code == 3
+
+
+def test_a_store_that_is_too_small_is_a_usage_error(bare: Installation) -> None:
+    assert bare.init("--store-size", "100", check=False).code == 2
+    assert not (bare.state / "store.img").exists()
+    bare.init()
+
+
 def test_a_full_disk_is_met_before_the_command_and_loses_nothing(vtpms: Installation) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to mount a small file system")
