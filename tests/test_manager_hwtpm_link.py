@@ -76,14 +76,21 @@ def test_a_tpm_that_becomes_free_in_time_is_opened(swtpm: SwtpmProcess) -> None:
 
 
 def test_a_tpm_that_starts_in_time_is_opened(swtpm: SwtpmProcess) -> None:
-    swtpm.stop()
-    stale = socket.socket(socket.AF_UNIX)
-    Path(swtpm.socket + ".ctrl").unlink(missing_ok=True)
-    stale.bind(swtpm.socket + ".ctrl")
-    stale.close()
-    timer = threading.Timer(0.1, swtpm.start)
+    """Nobody listens behind either name at first; then, without a moment in which a name is missing, swtpm does."""
+    names = [swtpm.directory / "late", swtpm.directory / "late.ctrl"]
+    for name in names:
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(str(name))
+
+    def start() -> None:
+        for name, real in zip(names, (swtpm.socket, swtpm.socket + ".ctrl"), strict=True):
+            link = name.with_name(name.name + ".new")
+            link.symlink_to(real)
+            link.replace(name)
+
+    timer = threading.Timer(0.1, start)
     timer.start()
-    with HardwareTpm.open(swtpm.setting, deadline=10) as tpm:
+    with HardwareTpm.open(TctiSetting.parse(f"swtpm:path={names[0]}"), deadline=10) as tpm:
         assert tpm.clock()
     timer.join()
 
