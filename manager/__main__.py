@@ -66,6 +66,7 @@ def _init(options: argparse.Namespace) -> int:
         pcrs=options.pcrs,
         recovery=Path(options.recovery) if options.recovery else None,
         store_size=options.store_size,
+        store=Path(options.store) if options.store else None,
     )
     if chosen.recovery is None and not options.no_recovery:
         raise UsageError(
@@ -196,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--no-recovery", action="store_true", help="no escrow: a lost TPM loses everything")
     init.add_argument("--allow-locality", type=int, choices=(0,), help="use the weaker locality 0")
     init.add_argument("--store-size", type=int, default=2 * 1024 * 1024, metavar="BYTES", help="default: %(default)s")
+    init.add_argument(
+        "--store", metavar="PATH", help="file or block device for the store (default: in the state directory)"
+    )
     init.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
     verb("run", _run, "serve until SIGTERM")
     check = verb("check", _check, "check configuration, permissions, TPM and store; fails on weak settings")

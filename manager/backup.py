@@ -17,7 +17,9 @@ from typing import Any, Final
 from uuid import UUID
 
 from manager.errors import ManagerError
+from manager.named_path import open_named
 from storage.errors import StorageError
+from storage.state_format import MAX_CHUNKS, image_bytes
 from storage.state_image import StateImage
 from storage.store_records import VtpmRecord
 
@@ -26,6 +28,8 @@ MANIFEST: Final = "manifest.json"
 STORE, CATALOGUE, CONFIG = "store.img", "catalogue.sqlite", "config.toml"
 REQUIRED: Final = frozenset({STORE, CATALOGUE, CONFIG})
 _PIECE: Final = 1024 * 1024
+_LARGEST_IMAGE: Final = image_bytes(MAX_CHUNKS)  # what lies behind it on a device is not the image's
+
 
 
 class BackupWriter:
@@ -137,6 +141,6 @@ def copy_image(writer: BackupWriter, member: str, record: VtpmRecord, path: Path
 
 
 def _read(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = open_named(path, os.O_RDONLY)
     with open(descriptor, "rb") as file:
-        return file.read()
+        return file.read(_LARGEST_IMAGE)

@@ -13,6 +13,7 @@ from frontend_backend.messages_admin import ExitCode
 from manager.cli_output import print_answer
 from manager.client import RemoteError, open_for_verb, socket_path, stream
 from manager.errors import ManagerError, UsageError
+from manager.named_path import place_of
 from manager.verb_table import BY_NAME, VERBS, Argument, Verb
 from storage.errors import StorageError
 
@@ -79,7 +80,7 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             value = getattr(options, argument.name)
             if argument.kind == "path" and value is not None:
                 descriptors.append(open_for_verb(value))
-                value = os.path.realpath(value)
+                value = place_of(value)
             arguments[argument.name] = value
         answer = stream(
             socket_path(options.socket),

@@ -20,6 +20,7 @@ from frontend_backend.messages_admin import (
     encode_admin,
 )
 from manager.errors import BusyError, DeniedError, ManagerError, NotFoundError
+from manager.named_path import open_named
 
 SOCKET_VARIABLE: Final = "VTPM_MANAGER_SOCKET"
 DEFAULT_SOCKET: Final = "/run/vtpm-manager/admin.sock"
@@ -127,4 +128,4 @@ def open_for_verb(path: str) -> int:
         OSError: it cannot be opened.
 
     """
-    return os.open(Path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    return open_named(Path(path), os.O_RDWR | os.O_CREAT)

@@ -5,10 +5,12 @@ anchors agree.
 """
 
 import contextlib
+import errno
 import fcntl
 import hmac
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from manager.hwtpm_errors import PolicyMismatch
 from manager.hwtpm_records import SealedBlob
 from manager.hwtpm_setting import TctiKind, TctiSetting
 from manager.keys import BootArea, GroupSeal, PlatformSecret, store_check
+from manager.named_path import is_device
 from storage.errors import DeviceError, StorageError
 from storage.secrets import GroupKey
 from storage.store import Store
@@ -52,13 +55,15 @@ def locked_store(layout: Layout) -> Iterator[int]:
 
     """
     try:
-        descriptor = os.open(layout.store, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(layout.store, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if is_device(layout.store) else 0))
     except FileNotFoundError as error:
         raise NotFoundError(
             f"there is no store at {layout.store}: run 'vtpm-manager init', or name the right --state-dir. If there "
             f"was one, put it back: a new one would not know the vTPMs of the old"
         ) from error
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BusyError(f"{layout.store} is a device in use or mounted; nothing was done") from error
         raise IntegrityError(f"cannot open the store {layout.store}: {error.strerror}") from error
     try:
         try:
@@ -177,6 +182,7 @@ def permissions_problem(path: Path) -> str | None:
     status = path.stat()
     if status.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to user {status.st_uid}"
-    if status.st_mode & 0o077:
+    # a device belongs to a group that may read all disks anyway (disk, 0660)
+    if status.st_mode & (0o007 if stat.S_ISBLK(status.st_mode) else 0o077):
         return f"{path} may be used by others (mode {status.st_mode & 0o777:o}); chmod go= it"
     return None

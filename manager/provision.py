@@ -14,7 +14,8 @@ from uuid import UUID, uuid4
 from manager import escrow
 from manager.anchor import clean_stop
 from manager.config import Config, Layout, TpmConfig
-from manager.errors import ConflictError, IntegrityError, UsageError
+from manager.durable import sync_directory
+from manager.errors import ConflictError, IntegrityError, ManagerError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import AnchorDenied, AnchorMissing, PolicyMismatch, SealDamaged, TpmError
@@ -22,8 +23,9 @@ from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, sto
 from manager.opening import read_boot_area
 from manager.policy import SealPolicy, parse_pcrs
 from manager.recovery_key import RecoveryPublic
+from manager.store_place import begin_store, remove_unfinished, unfinished_store
 from storage.catalogue import Catalogue, GroupRow
-from storage.errors import CommitRefused
+from storage.errors import CommitRefused, StorageFull
 from storage.secrets import GroupKey
 from storage.store import Store
 from storage.store_records import GroupRecord, PutGroup
@@ -31,7 +33,6 @@ from storage.store_records import GroupRecord, PutGroup
 _log = logging.getLogger("vtpm.init")
 DEFAULT_GROUP: Final = "default"
 PCRS_NONE: Final = "none"
-UNFINISHED: Final = ".new"  # suffix of a store that is not in place yet
 _SQLITE_TAILS: Final = ("", "-wal", "-shm", "-journal")
 _PLATFORM_REFERENCE: Final = b"vtpm-manager platform v1 "
 _GROUP_REFERENCE: Final = b"vtpm-manager group v1 "
@@ -46,6 +47,7 @@ class InitOptions:
     pcrs: str
     recovery: Path | None
     store_size: int
+    store: Path | None = None  # a file or block device for it; in the state directory otherwise
 
 
 def wrap_platform(recovery: RecoveryPublic, store: UUID, secret: PlatformSecret) -> bytes:
@@ -114,7 +116,7 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
     tpm.check_locality()
     srk_name = tpm.provision_srk()
     clean_up_interrupted(layout, tpm)
-    made = _Made(layout.store.with_suffix(UNFINISHED), uuid4(), uuid4(), PlatformSecret.new())
+    made = _Made(unfinished_store(layout), uuid4(), uuid4(), PlatformSecret.new())
     # The index is defined last: from then on the unfinished store tells the next init which one it is, and whose.
     anchor = tpm.anchor_plan(tpm.anchor_free_index())
     try:
@@ -125,7 +127,7 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
             recovery=recovery.to_pem().decode("ascii") if recovery else "",
         )
         group = _default_group(tpm, options, recovery, made.store, made.group)
-        digest = _make_store(made, boot, group, options.store_size)
+        digest = _make_store(begin_store(layout, options.store), made, boot, group, options.store_size)
         sync_directory(layout.state_dir)
         tpm.anchor_define(anchor.index, made.secret.anchor_auth)
         tpm.anchor_write(anchor, made.secret.anchor_auth, clean_stop(digest), first=True)
@@ -176,12 +178,13 @@ def clean_up_interrupted(layout: Layout, tpm: HardwareTpm) -> None:
         TpmError: the hardware TPM failed; what was left behind is kept for the next try.
 
     """
-    unfinished = layout.store.with_suffix(UNFINISHED)
+    unfinished = unfinished_store(layout)
     if not os.path.lexists(unfinished):
         return
     _undefine_unfinished(unfinished, tpm)
-    for leftover in (*(layout.catalogue.with_name(layout.catalogue.name + tail) for tail in _SQLITE_TAILS), unfinished):
-        leftover.unlink(missing_ok=True)
+    for tail in _SQLITE_TAILS:
+        layout.catalogue.with_name(layout.catalogue.name + tail).unlink(missing_ok=True)
+    remove_unfinished(layout)
     sync_directory(layout.state_dir)
     _log.warning("took away what an interrupted init had left in %s", layout.state_dir)
 
@@ -189,7 +192,7 @@ def clean_up_interrupted(layout: Layout, tpm: HardwareTpm) -> None:
 def _undefine_unfinished(path: Path, tpm: HardwareTpm) -> None:
     """Undefine the index of an unfinished store if it is that store's: its key opens it, or nobody has written it."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # a link leads to where init was to make the store
     except OSError as error:
         raise ConflictError(f"{path}, which an interrupted init left, cannot be read: {error.strerror}") from error
     try:
@@ -220,7 +223,7 @@ def refuse_existing(layout: Layout) -> None:
         ConflictError: the state directory has a store, or a catalogue that no interrupted init left behind.
 
     """
-    unfinished = os.path.lexists(layout.store.with_suffix(UNFINISHED))
+    unfinished = os.path.lexists(unfinished_store(layout))
     for path in (layout.store, layout.catalogue):
         if os.path.lexists(path) and not (path == layout.catalogue and unfinished):
             raise ConflictError(
@@ -241,9 +244,8 @@ def _default_group(
     return PutGroup(GroupRecord(group, 0, seal.pack()), key)
 
 
-def _make_store(made: _Made, boot: BootArea, group: PutGroup, size: int) -> bytes:
+def _make_store(descriptor: int, made: _Made, boot: BootArea, group: PutGroup, size: int) -> bytes:
     """Make the store image and return its digest, which becomes the first durable anchor."""
-    descriptor = os.open(made.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with Store.create(descriptor, made.store, made.secret.store_key, boot.pack(), size) as image:
             image.commit([group])
@@ -251,6 +253,8 @@ def _make_store(made: _Made, boot: BootArea, group: PutGroup, size: int) -> byte
             return image.digest()
     except CommitRefused as error:
         raise UsageError(f"--store-size {size} cannot be used: {error}") from error
+    except StorageFull as error:
+        raise ManagerError(f"there is no room for a store of {size} bytes: {error}") from error
     finally:
         os.close(descriptor)
 
@@ -274,12 +278,3 @@ def write_config(path: Path, config: Config) -> None:
         os.fsync(file.fileno())
     temporary.rename(path)
     sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

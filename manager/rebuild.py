@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from manager.config import Config, Layout
+from manager.durable import sync_directory
 from manager.errors import DeniedError
 from manager.keys import GroupSeal, catalogue_key
 from manager.offline import audit_catalogue, opened_installation
 from manager.opening import Opened
-from manager.provision import sync_directory
 from storage.catalogue import Catalogue
 from storage.catalogue_rows import Audit, GroupRow, VtpmRow
 from storage.errors import NoSuchVtpm, StoreDamaged

@@ -8,9 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from frontend_backend.messages_admin import ExitCode
+from manager.durable import sync_directory
 from manager.errors import ManagerError
 from manager.recovery_errors import (
     RecoveryFileExists,
@@ -40,7 +42,7 @@ def write_recovery_files(path: str, key: RecoveryPrivate, passphrase: bytes | No
             (public_path, key.public.to_pem(), PUBLIC_MODE),
         ):
             _write_new(name, data, mode, made.append)
-        _sync_directory(os.path.dirname(path) or ".")
+        sync_directory(Path(path).parent)
     except OSError as error:
         for name in made:  # half a pair is of no use to anybody, and we just made it
             os.unlink(name)
@@ -58,14 +60,6 @@ def _write_new(path: str, data: bytes, mode: int, made: Callable[[str], None]) -
         file.write(data)
         file.flush()
         os.fsync(descriptor)
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

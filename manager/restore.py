@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from manager.backup import FORMAT, MANIFEST, REQUIRED, STORE
+from manager.durable import sync_directory
 from manager.errors import ConflictError, IntegrityError, ManagerError, NotFoundError
-from manager.provision import sync_directory
 
 _UUID: Final = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _MEMBER: Final = re.compile(rf"config\.toml|catalogue\.sqlite|store\.img|(?:state|named)/{_UUID}\.img")

@@ -6,14 +6,17 @@ import logging
 import os
 import stat
 from pathlib import Path
+from typing import Final
 from uuid import UUID
 
 from manager.errors import ConflictError, IntegrityError, ManagerError
+from manager.named_path import open_named
 from storage.errors import ImageExists, StorageError
-from storage.state_format import HEADER_BYTES, Family
+from storage.state_format import Family, image_bytes
 from storage.state_image import StateImage
 
 _log = logging.getLogger("vtpm.files")
+SMALLEST_IMAGE: Final = image_bytes(1)  # all of it must be zero where a state image is made
 
 
 def image_path(directory: Path, vtpm: UUID, named: str) -> Path:
@@ -29,17 +32,19 @@ def open_locked(path: Path, *, create: bool) -> int:
         ConflictError: another instance holds it. ManagerError: the operating system refused.
 
     """
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    flags = os.O_RDWR | (os.O_CREAT if create else 0)
     try:
         if create:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = open_named(path, flags, claim=True)
     except FileNotFoundError as error:
         raise IntegrityError(
             f"the state image {path} is missing. Nothing was started or changed. Put it back and attach again; "
             f"or give the vTPM up with 'vtpm-reset --yes', which loses what was in it"
         ) from error
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ConflictError(f"the state image {path} is a device in use or mounted; nothing was started") from error
         raise ManagerError(f"cannot open the state image {path}: {error.strerror}; nothing was started") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,15 +97,15 @@ def discard(path: Path, vtpm: UUID, *, ours: bool) -> None:
 
 
 def _empty(path: Path, vtpm: UUID) -> None:
-    """Overwrite the head of a state image in a file or device that the administrator named; cut a file to nothing."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """Cut a state image in a file that the administrator named to nothing; make room for a new one on a device."""
+    descriptor = open_named(path, os.O_RDWR, claim=True)
     try:
         try:
             StateImage.open(descriptor, vtpm)
         except StorageError as error:
             _log.warning("%s is left as it is: it holds no state image of vTPM %s (%s)", path, vtpm, error)
             return
-        os.pwrite(descriptor, bytes(HEADER_BYTES), 0)
+        os.pwrite(descriptor, bytes(SMALLEST_IMAGE), 0)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.ftruncate(descriptor, 0)
         os.fsync(descriptor)

@@ -8,9 +8,10 @@ from typing import Final
 
 from manager.attachments import AttachOptions
 from manager.bulk import add_many
-from manager.errors import UsageError
+from manager.errors import ConflictError, UsageError
 from manager.listing import describe, list_vtpms
 from manager.services import Answer, Arguments, Caller, Document, Handler, Services
+from manager.state_files import SMALLEST_IMAGE
 from manager.verb_table import SCHEMA_VERSION
 from manager.verbs_backup import backup
 from manager.verbs_verify import verify
@@ -47,6 +48,11 @@ def _check_state_image(caller: Caller, path: str) -> None:
         raise UsageError(f"the state image {path[:200]!r} is no regular file and no block device")
     if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
         raise UsageError(f"{path} is not the file that was opened for it")
+    if any(os.pread(caller.descriptors[0], SMALLEST_IMAGE, 0)):
+        raise ConflictError(
+            f"{path} holds something already. Nothing was made or changed: a state image needs an empty file, or a "
+            f"device whose first {SMALLEST_IMAGE} bytes are zero"
+        )
 
 
 async def attach(services: Services, caller: Caller, arguments: Arguments) -> list[Document]:

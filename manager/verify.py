@@ -16,6 +16,7 @@ from frontend_backend.messages_admin import ExitCode
 from manager import state_files
 from manager.errors import IntegrityError
 from manager.keys import GroupSeal
+from manager.named_path import open_named
 from manager.verb_table import SCHEMA_VERSION
 from storage.catalogue_rows import Audit, GroupRow, VtpmRow
 from storage.errors import (
@@ -253,7 +254,7 @@ def _without_slot(error: NoMatchingSlot) -> Verdict:
 @contextmanager
 def _readable(path: Path) -> Iterator[int]:
     """Open an image to read, without its lock, which its instance holds."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    descriptor = open_named(path, os.O_RDONLY)
     try:
         yield descriptor
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from block_devices import loop_device
 from storage_disks import FileDisk
 from storage_histories import new_store, record_of, reopen, uuid_of
 
@@ -55,22 +56,13 @@ def test_a_killed_process_loses_no_acknowledged_commit(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def loop_device(tmp_path: Path) -> Iterator[Path]:
-    backing = tmp_path / "backing"
-    with backing.open("wb") as file:
-        file.truncate(1 << 20)
-    made = subprocess.run(["losetup", "--find", "--show", str(backing)], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip("a loop device needs privileges")
-    device = Path(made.stdout.strip())
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", str(device)], check=True)
+def device(tmp_path: Path) -> Iterator[Path]:
+    with loop_device(tmp_path / "backing", 1 << 20) as made:
+        yield made
 
 
-def test_a_store_and_a_state_image_work_on_a_block_device(loop_device: Path) -> None:
-    with FileDisk(loop_device) as file:
+def test_a_store_and_a_state_image_work_on_a_block_device(device: Path) -> None:
+    with FileDisk(device) as file:
         with new_store(file, [A]) as store:
             store.commit([PutVtpm(record_of(uuid_of(100), A, 3))])
             store.commit([PutVtpm(record_of(uuid_of(200 + number), A)) for number in range(900)])
