@@ -31,7 +31,6 @@ _PIECE: Final = 1024 * 1024
 _LARGEST_IMAGE: Final = image_bytes(MAX_CHUNKS)  # what lies behind it on a device is not the image's
 
 
-
 class BackupWriter:
     """Writes the members of a backup to a descriptor, which stays the caller's; `finish` makes it whole and durable."""
 
