@@ -158,6 +158,21 @@ class Device:
         except OSError as error:
             raise _wrapped("ask for the size", error) from error
 
+    def growable(self) -> bool:
+        """Tell whether the size can change: a regular file, not a block device."""
+        try:
+            return self._disk.growable()
+        except OSError as error:
+            raise _wrapped("ask what it is", error) from error
+
+    def shrink(self, size: int) -> None:
+        """Cut a regular file to `size` bytes; durable after the next `flush`."""
+        try:
+            self._disk.truncate(size)
+        except OSError as error:
+            self.broken = True
+            raise _wrapped(f"cut to {size} bytes", error) from error
+
     def reserve(self, size: int) -> None:
         """Make the first `size` bytes writable without meeting a full disk, or change nothing.
 

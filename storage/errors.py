@@ -272,9 +272,17 @@ class GroupClosed(StoreError):
 class NoSuchVtpm(StoreError):
     """Caller's fault: the store has no record of this UUID, in any group."""
 
-    def __init__(self, vtpm: UUID) -> None:
-        super().__init__(f"the store has no vTPM {vtpm}")
+    def __init__(self, vtpm: UUID, why: str = "") -> None:
+        super().__init__(why or f"the store has no vTPM {vtpm}")
         self.vtpm = vtpm
+
+
+class VtpmRemoved(NoSuchVtpm):
+    """Caller's fault: the vTPM was removed; its tombstone is there. `removed`: seconds since 1970."""
+
+    def __init__(self, vtpm: UUID, removed: int) -> None:
+        super().__init__(vtpm, f"vTPM {vtpm} was removed; only its tombstone is there, nothing was changed")
+        self.removed = removed
 
 
 class NoSuchGroup(StoreError):
@@ -355,3 +363,47 @@ class NoSuchRow(CatalogueError):
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} is not in the catalogue")
+
+
+class CatalogueTooOld(CatalogueError):
+    """An older version wrote it, and whoever opens it may not change it."""
+
+    def __init__(self, version: int, ours: int) -> None:
+        super().__init__(
+            f"the catalogue has schema {version}, this version reads {ours}; nothing was changed. Starting the manager "
+            "brings it up to date"
+        )
+
+
+class CatalogueForeign(CatalogueError):
+    """It belongs to another store."""
+
+    def __init__(self, theirs: UUID, ours: UUID) -> None:
+        super().__init__(
+            f"the catalogue belongs to store {theirs}, this is store {ours}; nothing was changed. Name the database "
+            "that belongs to this store, or an empty one"
+        )
+
+
+class CatalogueUnreachable(CatalogueError):
+    """The database server does not answer, or ended the connection."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(
+            f"the catalogue's database {place} does not answer: {problem}. vTPMs that run go on; this was not done in "
+            "the catalogue. Look at the server, then try again"
+        )
+
+
+class CatalogueBusy(CatalogueError):
+    """Another process uses it."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the catalogue is in use: {problem}; nothing was changed. End what uses it, or try again")
+
+
+class BadCatalogueUrl(CatalogueError):
+    """Caller's fault: no URL of a database that can hold a catalogue."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the catalogue's URL cannot be used: {problem}")

@@ -43,7 +43,9 @@ class Secret:
 
         Raises SecretWiped after `wipe`.
         """
-        return bytes(self.view)
+        if self._wiped:
+            raise SecretWiped(type(self).__name__)
+        return bytes(self._content)
 
     def wipe(self) -> None:
         """Overwrite the bytes with zeros; every later use raises SecretWiped. May be repeated."""

@@ -8,38 +8,37 @@ see what was before the commit or what is after it.
 """
 
 import hashlib
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Final, Self
+from typing import Self
 from uuid import UUID
 
 from storage import store_format as fmt
 from storage.disk import Device, Disk
 from storage.errors import (
     CommitRefused,
-    CommitTooLarge,
     DeviceError,
     GroupClosed,
     NoSuchGroup,
-    StoreClosed,
     StoreDamaged,
     StoreExists,
-    StoreFailed,
     WrongGroupKey,
     WrongStoreKey,
 )
 from storage.secrets import GroupKey, StoreKey
-from storage.store_checkpoint import checkpoint, ensure_room
+from storage.store_checkpoint import checkpoint
+from storage.store_commit import apply, make_durable
+from storage.store_compact import Compacted, cut, gather, leaves, renumber
 from storage.store_create import write_new_store
-from storage.store_crypto import key_check, seal_part
-from storage.store_frame import Frame, GroupChange, frame_bytes
+from storage.store_crypto import key_check
 from storage.store_head import BootCopy, read_boot, read_header, write_boot_copy
-from storage.store_plan import Plan, Planner, find_group, missing_vtpm
+from storage.store_plan import Planner, plan_save
+from storage.store_reading import StoreReading
 from storage.store_records import (
+    BuryVtpm,
     Change,
     Damage,
+    ForgetVtpm,
     GroupRecord,
     PutGroup,
     PutVtpm,
@@ -47,14 +46,17 @@ from storage.store_records import (
     RemoveGroup,
     RemoveVtpm,
     Statistics,
+    Tombstone,
     VtpmRecord,
 )
-from storage.store_state import State, drop_groups, load, put_groups
-from storage.store_table import unpack_row
+from storage.store_scrub import Scrubbed, scrub
+from storage.store_state import drop_doubtful_tombstones, load
 
 __all__ = [
+    "BuryVtpm",
     "Change",
     "Damage",
+    "ForgetVtpm",
     "GroupRecord",
     "PutGroup",
     "PutVtpm",
@@ -63,20 +65,13 @@ __all__ = [
     "RemoveVtpm",
     "Statistics",
     "Store",
+    "Tombstone",
     "VtpmRecord",
 ]
 
 
-class Store:
+class Store(StoreReading):
     """An open store; make it by `create` or `open`. Every method raises StoreFailed after a failed write or flush."""
-
-    def __init__(self, state: State, boot: BootCopy) -> None:
-        self._state = state
-        self._boot = boot
-        self._failed = ""
-        self._closed = False
-        self._applying = threading.RLock()  # held while the state in memory is between two commits
-        self.uuid: Final = state.store
 
     # --- making and opening ------------------------------------------------------------------------
 
@@ -152,96 +147,7 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- reading -----------------------------------------------------------------------------------
-
-    def groups(self) -> Mapping[UUID, GroupRecord]:
-        """All groups, closed ones too, by UUID."""
-        return MappingProxyType({uuid: group.record for uuid, group in self._open_state().groups.items()})
-
-    def is_open(self, group: UUID) -> bool:
-        """Tell whether the group's key has been given. Raises NoSuchGroup."""
-        found = self._open_state().groups.get(group)
-        if found is None:
-            raise NoSuchGroup(group)
-        return found.table is not None
-
-    def get(self, vtpm: UUID) -> VtpmRecord:
-        """Look a vTPM up.
-
-        Raises: NoSuchVtpm when no group has it; GroupClosed when a closed group might; StoreDamaged when a
-        damaged leaf might have had it.
-        """
-        with self._applying:
-            groups = self._open_state().groups
-            group = find_group(vtpm.bytes, groups)
-            if group is None or group.table is None:
-                raise missing_vtpm(vtpm, groups)
-            return unpack_row(group.table.row(vtpm.bytes), group.record.uuid)
-
-    def vtpms(self, group: UUID | None = None) -> Iterator[VtpmRecord]:
-        """Iterate over the vTPMs of a group, or of all groups that are open. Raises NoSuchGroup, GroupClosed."""
-        groups = self._open_state().groups
-        if group is not None:
-            if group not in groups:
-                raise NoSuchGroup(group)
-            if groups[group].table is None:
-                raise GroupClosed([group])
-        chosen = list(groups.values()) if group is None else [groups[group]]
-        for item in chosen:
-            if item.table is not None:
-                for uuid in list(item.table.uuids()):
-                    yield unpack_row(item.table.row(uuid), item.record.uuid)
-
-    def __len__(self) -> int:
-        return sum(len(group.table) for group in self._open_state().groups.values() if group.table is not None)
-
-    @property
-    def damage(self) -> Sequence[Damage]:
-        """Sectors that failed their check at open; they are kept as they are, their vTPMs are not readable."""
-        return tuple(self._state.damage)
-
-    @property
-    def sequence(self) -> int:
-        """Counter of commits and checkpoints, only ever going up."""
-        return self._open_state().sequence
-
-    def digest(self) -> bytes:
-        """SHA-256 over root, head of the log and sequence (design section 7): 32 bytes, the same after a reopen."""
-        state = self._open_state()
-        return hashlib.sha256(state.root.digest + state.log.head + state.sequence.to_bytes(8, "big")).digest()
-
-    @property
-    def max_commit_bytes(self) -> int:
-        """What one commit may take in the log; a vTPM record takes 93 bytes, a group about 50 and its blob."""
-        return (self._open_state().log.units - 1) * fmt.UNIT
-
-    def statistics(self) -> Statistics:
-        """Figures for status and benchmarks."""
-        state = self._open_state()
-        used = state.tree.needed()
-        pool = state.tree.total - fmt.POOL_FIRST - state.log.sectors
-        return Statistics(
-            bytes=state.tree.total * fmt.SECTOR,
-            sectors=state.tree.total,
-            sectors_used=used,
-            sectors_spare=pool - used,
-            log_units=state.log.units,
-            log_units_used=state.log.used,
-            vtpms=len(self),
-            groups=len(state.groups),
-            groups_closed=sum(1 for group in state.groups.values() if group.table is None),
-            sequence=state.sequence,
-            checkpoints=state.root.body.checkpoints,
-            commits=state.commits,
-            flushes=state.flushes,
-        )
-
     # --- anchors -----------------------------------------------------------------------------------
-
-    @property
-    def anchored(self) -> bytes:
-        """Digest that the durable anchor is known to hold (32 bytes), as of the newest frame or root."""
-        return self._open_state().carried.anchored
 
     def note_anchored(self, digest: bytes) -> None:
         """Have every following frame and root say that the durable anchor holds `digest`. Writes nothing itself."""
@@ -249,11 +155,6 @@ class Store:
             raise CommitRefused(f"an anchored digest has 32 bytes, not {len(digest)}")
         state = self._open_state()
         state.carried = replace(state.carried, anchored=digest)
-
-    @property
-    def volatile_expected(self) -> bytes:
-        """Value expected in the volatile anchor, opaque, as of the newest frame or root; empty at first."""
-        return self._open_state().carried.volatile
 
     def note_volatile(self, value: bytes) -> None:
         """Have every following frame and root carry `value`, at most 96 bytes. Writes nothing itself."""
@@ -277,12 +178,11 @@ class Store:
             if key_check(key, group) != found.check:
                 raise WrongGroupKey(group)
             return
-        table = found.unlock(key, state.tree, state.store)
-        others = {uuid: other for uuid, other in state.groups.items() if other is not found}
-        twice = next((uuid for uuid in table.uuids() if find_group(uuid, others) is not None), None)
+        found.unlock(key, state.tree, state.store)
+        twice = drop_doubtful_tombstones(found, state.groups)
         if twice is not None:
             self._failed = "a vTPM is in two groups"
-            raise StoreDamaged(f"vTPM {UUID(bytes=twice)}", "it is in two groups")
+            raise StoreDamaged(f"vTPM {twice}", "it is in two groups")
 
     def commit(self, changes: Sequence[Change], *, notes: bool = False) -> None:
         """Make all changes durable with one flush, or none. An empty sequence does nothing.
@@ -298,9 +198,15 @@ class Store:
         state = self._open_state()
         if not changes and not notes:
             return
-        plan = Planner(state.groups, state.numbers).plan(changes)
+        plan = plan_save(changes[0], state.groups) if len(changes) == 1 else None
+        if plan is None:
+            plan = Planner(state.groups, state.numbers).plan(changes)
         try:
-            self._make_durable(plan)
+            sequence = make_durable(state, plan)
+            with self._applying:
+                self._failed = "its memory does not match its image"  # until all of it is applied
+                apply(state, plan, sequence)
+                self._failed = ""
         except DeviceError as error:
             self._note_failure(error)
             raise
@@ -318,6 +224,43 @@ class Store:
         except DeviceError as error:
             self._note_failure(error)
             raise
+
+    def scrub(self) -> Iterator[Scrubbed]:
+        """Overwrite everything in the image that is not live, a part with each step; commits may come between them.
+
+        Raises: StorageFull in the first step, with nothing overwritten; DeviceError; StoreFailed, StoreClosed.
+        """
+        steps = scrub(self._open_state(), self._boot)
+        while True:
+            self._open_state()
+            try:
+                progress = next(steps, None)
+            except DeviceError as error:
+                self._note_failure(error)
+                raise
+            if progress is None:
+                return
+            yield progress
+
+    def compact(self, floor: int) -> Compacted:
+        """Gather the records, and cut an image that is a file to what it needs, `floor` bytes at least.
+
+        Changes `digest`, not the content. Raises: StorageFull, with everything kept; DeviceError.
+        """
+        state = self._open_state()
+        before, leaves_before = state.tree.total * fmt.SECTOR, leaves(state)
+        try:
+            checkpoint(state)
+            for change in (gather, renumber):
+                with self._applying:
+                    change(state)
+                checkpoint(state)
+            kept = cut(state, floor)
+        except DeviceError as error:
+            self._note_failure(error)
+            raise
+        closed = [uuid for uuid, group in state.groups.items() if group.table is None]
+        return Compacted(before, state.tree.total * fmt.SECTOR, leaves_before, leaves(state), closed, kept)
 
     def write_boot_area(self, content: bytes) -> None:
         """Replace the boot area durably; a power cut leaves the old or the new one.
@@ -338,60 +281,3 @@ class Store:
             self._note_failure(error)
             raise
         self._boot = copy
-
-    @property
-    def boot_area(self) -> bytes:
-        """The boot area that the store wrote last; other than what `read_boot_area` gives, this is authentic."""
-        return self._boot.content
-
-    # --- inside ------------------------------------------------------------------------------------
-
-    def _open_state(self) -> State:
-        with self._applying:
-            if self._closed:
-                raise StoreClosed
-            if self._failed:
-                raise StoreFailed(self._failed)
-            return self._state
-
-    def _note_failure(self, error: DeviceError) -> None:
-        if self._state.device.broken:
-            self._failed = str(error)
-
-    def _make_durable(self, plan: Plan) -> None:
-        state = self._state
-        changes: list[GroupChange] = [*plan.puts, *plan.drops]
-        size = frame_bytes(changes, [len(part) for part in plan.parts.values()])
-        if not state.log.fits(size):
-            raise CommitTooLarge(size, self.max_commit_bytes)
-        ensure_room(state, plan.new_entries(state.groups))
-        unit = state.log.place(size)
-        if unit is None:
-            checkpoint(state, size)
-            unit = state.log.place(size)
-            assert unit is not None, "an empty log takes any frame that fits it"
-        sequence = state.sequence + 1
-        parts = []
-        for uuid, part in plan.parts.items():
-            group = state.groups.get(uuid)
-            key = plan.keys[uuid] if group is None else group.key
-            assert key is not None, "the plan lets only open groups pass"
-            parts.append((uuid, seal_part(key, state.store, uuid, sequence, part)))
-        state.log.write(Frame(sequence, state.log.head, state.carried, changes, parts), unit, state.key, state.store)
-        state.flush()
-        with self._applying:
-            self._apply(plan, sequence)
-
-    def _apply(self, plan: Plan, sequence: int) -> None:
-        """Take what the log holds now into memory."""
-        state = self._state
-        self._failed = "its memory does not match its image"  # until all of it is applied
-        state.sequence = sequence
-        put_groups(state, plan.puts, plan.keys)
-        for uuid, part in plan.parts.items():
-            table = state.groups[uuid].table
-            assert table is not None, "the plan lets only open groups pass"
-            table.apply(part)
-        drop_groups(state, plan.drops)
-        state.commits += 1
-        self._failed = ""

@@ -7,32 +7,21 @@ The last round flushes before its root, too: there is no log left that would do 
 """
 
 import errno
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from storage import store_format as fmt
 from storage.errors import StorageFull
-from storage.secrets import Secret
 from storage.store_crypto import Purpose
 from storage.store_group import Group
 from storage.store_head import Root, write_root
 from storage.store_log import Log
+from storage.store_room import Extent
 from storage.store_state import State
-from storage.store_tree import Extent
 
 _SPARE_BESIDE_CARRY: Final = 4
+_GROWTH: Final = (8, 64)  # an image grows by an eighth of it; where there is no room for that by less
 
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A sector to be written: payload and what to note once it is."""
-
-    entry: int
-    key: Secret
-    purpose: Purpose
-    payload: Callable[[], bytes | bytearray]
-    written: Callable[[], None]
+_Item = tuple[int, Group]  # an entry whose sector is to be written, and the group that it is the record or a leaf of
 
 
 def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None) -> None:
@@ -50,7 +39,7 @@ def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None
         if room == len(items) and _final_fits(state, items):
             break
         _write(state, items[:room])
-        _commit_root(state, state.root.body.log_unit, state.root.body.log_previous)
+        commit_root(state, state.root.body.log_unit, state.root.body.log_previous)
         del items[:room]
     if not _final_fits(state, items):
         grow(state, _final_cost(state, items))
@@ -62,10 +51,10 @@ def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None
     if new_log is not None:
         state.tree.give_back(Extent(log.first, log.sectors))
         state.log = Log(state.device, new_log.first, new_log.sectors, 0, log.head)
-        _commit_root(state, 0, log.head)
+        commit_root(state, 0, log.head)
         return
     start = log.restart(frame_bytes)
-    _commit_root(state, start, log.head)
+    commit_root(state, start, log.head)
     log.emptied(start)
 
 
@@ -86,11 +75,25 @@ def ensure_room(state: State, new_entries: int) -> None:
 
 
 def grow(state: State, sectors: int) -> None:
-    """Extend the image by at least so many sectors, and the log in proportion. Raises StorageFull or DeviceError."""
+    """Extend the image by at least so many sectors, and the log in proportion. Raises StorageFull or DeviceError.
+
+    By a share of what there is, so that a store that grows does so seldom, unless there is no room for that.
+    """
     before = state.tree.total
-    total = before + max(sectors, before // 8)
+    steps = sorted({sectors, *(max(sectors, before // share) for share in _GROWTH)}, reverse=True)
+    for step in steps:
+        try:
+            _grow(state, before + step, with_log=step == steps[0])
+        except StorageFull:
+            if step == steps[-1] or state.tree.total != before:
+                raise
+        else:
+            return
+
+
+def _grow(state: State, total: int, *, with_log: bool) -> None:
     log_sectors = fmt.log_sectors(total)
-    new_log = Extent(total, log_sectors) if log_sectors >= 2 * state.log.sectors else None
+    new_log = Extent(total, log_sectors) if with_log and log_sectors >= 2 * state.log.sectors else None
     if new_log is not None:
         total += log_sectors
     state.device.reserve(total * fmt.SECTOR)
@@ -105,39 +108,26 @@ def grow(state: State, sectors: int) -> None:
 
 def _items(state: State) -> list[_Item]:
     """List what is dirty: group records before leaves, so that no root has leaves without their group."""
-    records = [_record_item(state, group) for group in state.groups.values() if group.dirty]
-    leaves = [item for group in state.groups.values() for item in _leaf_items(group)]
+    records = [(group.entry, group) for group in state.groups.values() if group.dirty]
+    leaves = [
+        (entry, group)
+        for group in state.groups.values()
+        if group.table is not None
+        for entry in group.table.dirty.difference(group.table.empty_leaves())
+    ]
     # One map sector after the other, so that a round writes few of them; within each by place, so that what a round
-    # frees are neighbours, which the next round then writes at once.
-    return records + sorted(leaves, key=lambda item: (item.entry // fmt.REFS_PER_MAP, state.tree.place(item.entry)))
-
-
-def _record_item(state: State, group: Group) -> _Item:
-    def written() -> None:
-        group.dirty = False
-
-    return _Item(group.entry, state.key, Purpose.GROUP, group.pack, written)
-
-
-def _leaf_items(group: Group) -> list[_Item]:
-    table, key = group.table, group.key
-    if table is None or key is None:
-        return []
-    empty = set(table.empty_leaves())
-
-    def item(entry: int) -> _Item:
-        return _Item(entry, key, Purpose.LEAF, lambda: table.leaf(entry), lambda: table.dirty.discard(entry))
-
-    return [item(entry) for entry in table.dirty if entry not in empty]
+    # frees are neighbours, which the next round then writes at once. In order of place alone the flushes are shorter
+    # by a quarter (fewer runs), and there are a quarter more of them.
+    return records + sorted(leaves, key=lambda item: (item[0] // fmt.REFS_PER_MAP, state.tree.place(item[0])))
 
 
 def _fitting(state: State, items: list[_Item]) -> int:
     """Count how many items a round can write with their map sectors."""
     maps: set[int] = set()
     fixed = state.tree.cost(())
-    for count, item in enumerate(items):
-        if not state.tree.is_touched(item.entry):
-            maps.add(item.entry // fmt.REFS_PER_MAP)
+    for count, (entry, _) in enumerate(items):
+        if not state.tree.is_touched(entry):
+            maps.add(entry // fmt.REFS_PER_MAP)
         if count + 1 + len(maps) + fixed > state.tree.free:
             return count
     return len(items)
@@ -150,7 +140,7 @@ def _final_fits(state: State, items: list[_Item]) -> bool:
 def _final_cost(state: State, items: list[_Item]) -> int:
     """Count the sectors for items, drops and carried parts in one round, map sectors that carrying may add included."""
     pieces = sum(len(group.carry_pieces()) for group in state.groups.values())
-    entries = [item.entry for item in items] + [*_to_drop(state), *_lost(state)]
+    entries = [entry for entry, _ in items] + [*_to_drop(state), *_lost(state)]
     # carried parts stay, so they must leave later rounds a few spare sectors
     extra = pieces // fmt.REFS_PER_MAP + 2 + _SPARE_BESIDE_CARRY if pieces else 0
     return len(items) + pieces + extra + state.tree.cost(entries)
@@ -171,9 +161,17 @@ def _to_drop(state: State) -> set[int]:
 
 
 def _write(state: State, items: list[_Item]) -> None:
-    for item in items:
-        state.tree.write(item.entry, item.payload(), item.key, item.purpose, state.sequence + 1)
-        item.written()
+    tree, sequence = state.tree, state.sequence + 1
+    for entry, group in items:
+        table, key = group.table, group.key
+        if entry == group.entry:
+            tree.write(entry, group.pack(), state.key, Purpose.GROUP, sequence)
+            group.dirty = False
+        else:
+            assert table is not None, "only open groups have leaves to write"
+            assert key is not None, "an open group has its key"
+            tree.write(entry, table.leaf(entry), key, Purpose.LEAF, sequence)
+            table.dirty.discard(entry)
 
 
 def _give_up_lost_leaves(state: State) -> None:
@@ -200,7 +198,7 @@ def _carry(state: State) -> None:
         group.pending.clear()
 
 
-def _commit_root(state: State, log_unit: int, log_previous: bytes) -> None:
+def commit_root(state: State, log_unit: int, log_previous: bytes) -> None:
     """Write the map and a root that leads to it, and flush.
 
     A root with an empty log is all there is, so everything it leads to must be durable before it. One that still needs
@@ -229,4 +227,4 @@ def _commit_root(state: State, log_unit: int, log_previous: bytes) -> None:
     state.flush()
     state.root = root
     state.sequence += 1
-    state.tree.settle()
+    state.tree.room.settle()

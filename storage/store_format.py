@@ -17,7 +17,7 @@ from uuid import UUID
 
 from storage.layout import WireRecord, wire
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2  # 2: tombstones, which a reader of version 1 would take for vTPMs
 SECTOR: Final = 4096
 UNIT: Final = 512  # log frames begin at multiples of this; what a power cut leaves whole
 SALT_BYTES: Final = 32
@@ -122,7 +122,7 @@ class VtpmRow(WireRecord):
     key: bytes = wire("32s", "key of its state")
     digest: bytes = wire("32s", "SHA-256 of the slot of its state image")
     generation: int = wire("Q", "counter of its durable states")
-    flags: int = wire("I", "record flags")
+    flags: int = wire("I", "record flags in the low 8 bits, attachment epoch above them")
 
 
 @dataclass(frozen=True, slots=True)

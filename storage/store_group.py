@@ -4,7 +4,7 @@ While it is closed, parts of the log that concern it are kept sealed (`pending`)
 carried in sectors of their own until the key comes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final
 from uuid import UUID
 
@@ -27,7 +27,7 @@ class Group:
         self.record = record
         self.number: Final = number
         self.check: Final = check
-        self.entry: Final = entry
+        self.entry = entry
         self.dirty = True
         self.key: GroupKey | None = None
         self.table: GroupTable | None = None
@@ -93,6 +93,14 @@ class Group:
             except InvalidTag:
                 raise StoreDamaged(f"log part {sequence} of group {self.record.uuid}", "it does not open") from None
             table.apply(plaintext)
+
+    def renumber(self, moves: Mapping[int, int]) -> None:
+        """Follow entries whose numbers have changed."""
+        self.entry = moves.get(self.entry, self.entry)
+        for entries in (self.leaves, self.damaged, self.carry):
+            entries[:] = [moves.get(entry, entry) for entry in entries]
+        if self.table is not None:
+            self.table.renumber(moves)
 
     def close(self) -> None:
         """Overwrite keys and records in memory."""

@@ -1,5 +1,6 @@
 """What goes into the store and comes out of it: records, changes, statistics. No bytes of the format here."""
 
+import secrets
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Final
@@ -12,25 +13,52 @@ from storage.store_format import MAX_GROUP_BLOB
 _NO_UUID: Final = UUID(int=0)
 _U64: Final = 2**64
 _U32: Final = 2**32
+_U8: Final = 2**8
 
 
 class RecordFlags(IntFlag):
-    """State of a vTPM that must be as safe as its key. Unknown bits are kept; 32 bits on disk."""
+    """State of a vTPM that must be as safe as its key. Unknown bits are kept; 8 bits on disk."""
 
     NONE = 0
     FRESH = 1  # never started: the only case in which an empty TPM is right
     TPM12 = 2  # family 1.2; 2.0 without it
     RESUMABLE = 4  # stopped cleanly, the state may be resumed
     QUARANTINED = 8  # not to be started
-    TOMBSTONE = 16  # removed, kept until the retention time is over
+    TOMBSTONE = 16  # removed, kept until the retention time is over; set by BuryVtpm only
     CONSUMED = 32  # the volatile state was resumed once and must not be again (design section 8)
+    ATTACHED = 64  # the catalogue's attachment row that carries the record's epoch counts, and no other
+
+
+class GroupFlags(IntFlag):
+    """State of a group that must be as safe as its key; 32 bits on disk."""
+
+    NONE = 0
+    EPOCHS = 1  # its records tell which attachment rows count; without it, rows of catalogue schema 1 are adopted once
+
+
+EPOCHS: Final = 2**24  # of attachments; they share 32 bits with the flags
+
+
+def random_epoch() -> int:
+    """Return an epoch for a new record: a UUID that was in use before must not count as before."""
+    return secrets.randbelow(EPOCHS)
+
+
+def next_epoch(epoch: int) -> int:
+    """Return the epoch of the next attachment: after 2^24 - 1 comes 1, as 0 is what rows without an epoch have."""
+    return epoch % (EPOCHS - 1) + 1
+
+
+_TOMBSTONE: Final = int(RecordFlags.TOMBSTONE)  # every save makes a record: operations of IntFlag take longer
 
 
 @dataclass(frozen=True, slots=True)
 class VtpmRecord:
     """One vTPM: `digest` is SHA-256 of its state slot (32 bytes), `generation` counts durable states.
 
-    Raises CommitRefused for values that have no place in the format.
+    `epoch` counts attachments, modulo EPOCHS: docs/architecture.md, "Attachments".
+
+    Raises CommitRefused for values that have no place in the format, and for a tombstone, which is none.
     """
 
     uuid: UUID
@@ -39,12 +67,17 @@ class VtpmRecord:
     digest: bytes = bytes(32)
     generation: int = 0
     flags: RecordFlags = RecordFlags.FRESH
+    epoch: int = 0
 
     def __post_init__(self) -> None:
         if self.uuid == _NO_UUID:
             raise CommitRefused("the zero UUID names no vTPM")
-        if len(self.digest) != 32 or not 0 <= self.generation < _U64 or not 0 <= self.flags < _U32:
+        if len(self.digest) != 32 or not 0 <= self.generation < _U64 or not 0 <= self.flags < _U8:
             raise CommitRefused(f"digest, generation or flags of vTPM {self.uuid} are out of range")
+        if not 0 <= self.epoch < EPOCHS:
+            raise CommitRefused(f"the epoch of vTPM {self.uuid} is out of range")
+        if int(self.flags) & _TOMBSTONE:
+            raise CommitRefused(f"vTPM {self.uuid} cannot be both there and removed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +111,25 @@ class RemoveVtpm:
 
 
 @dataclass(frozen=True, slots=True)
+class BuryVtpm:
+    """Remove a vTPM as RemoveVtpm does, and leave a tombstone. `removed`: whole seconds since 1970."""
+
+    uuid: UUID
+    removed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.removed < _U64:
+            raise CommitRefused(f"the time at which vTPM {self.uuid} was removed is out of range")
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetVtpm:
+    """Remove a tombstone; the UUID is free again."""
+
+    uuid: UUID
+
+
+@dataclass(frozen=True, slots=True)
 class PutGroup:
     """Add a group, with its key, or replace its record, with the same key or None."""
 
@@ -92,7 +144,18 @@ class RemoveGroup:
     uuid: UUID
 
 
-Change = PutVtpm | RemoveVtpm | PutGroup | RemoveGroup
+Change = PutVtpm | RemoveVtpm | BuryVtpm | ForgetVtpm | PutGroup | RemoveGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What is left of a removed vTPM: no key. `removed`: whole seconds since 1970; `generation`: its last one."""
+
+    uuid: UUID
+    group: UUID
+    removed: int
+    generation: int
+    flags: RecordFlags
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +177,7 @@ class Statistics:
     log_units: int
     log_units_used: int
     vtpms: int
+    tombstones: int
     groups: int
     groups_closed: int
     sequence: int

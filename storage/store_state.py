@@ -1,5 +1,6 @@
 """Everything an open store knows, and how a frame changes it. What is written when is in `store_checkpoint`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -13,7 +14,8 @@ from storage.store_group import Group
 from storage.store_head import Root, read_roots
 from storage.store_log import Log
 from storage.store_records import Damage, GroupRecord
-from storage.store_tree import Extent, Tree
+from storage.store_room import Extent
+from storage.store_tree import Tree
 
 
 @dataclass(slots=True)
@@ -147,6 +149,29 @@ def put_groups(state: State, puts: list[GroupPut], keys: dict[UUID, GroupKey]) -
             if record.uuid in keys:
                 group.open_empty(keys[record.uuid], state.tree)
         group.record, group.dirty = record, True
+
+
+def drop_doubtful_tombstones(opened: Group, groups: Mapping[UUID, Group]) -> UUID | None:
+    """Compare a group that was just opened with the others: a UUID may be that of one vTPM only.
+
+    While the group was closed, nobody could see its tombstones, and one's UUID may have been given to a new vTPM of
+    another group: then the tombstone goes. Returns a UUID that two groups have a vTPM of, None for none.
+    """
+    table = opened.table
+    if table is None:
+        return None
+    for group in groups.values():
+        other = group.table
+        if other is None or other is table:
+            continue
+        for uuid in table.in_both(other):
+            if uuid in table.tombstones:
+                table.remove(uuid)
+            elif uuid in other.tombstones:
+                other.remove(uuid)
+            else:
+                return UUID(bytes=uuid)
+    return None
 
 
 def drop_groups(state: State, drops: list[GroupDrop]) -> None:

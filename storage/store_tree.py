@@ -5,8 +5,8 @@ becomes free when `settle` says that a root without it is durable.
 """
 
 import heapq
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Final
 from uuid import UUID
 
@@ -17,23 +17,13 @@ from storage.disk import Device
 from storage.errors import StoreDamaged
 from storage.secrets import Secret, StoreKey
 from storage.store_crypto import Purpose, seal, sector_context, sector_digest, unseal
+from storage.store_room import Extent, Room
 
 _UNWRITTEN: Final = 0  # sector 0 is the header, so no reference leads there
 _REF: Final = fmt.SectorRef.size()
 _NO_REF: Final = bytes(_REF)
 _pack_ref: Final = fmt.SectorRef.codec().pack  # a checkpoint packs hundreds; WireRecord.pack takes longer
 _WRITE_SECTORS: Final = 64  # sealed sectors that wait in memory for their neighbours, at most
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A run of sectors."""
-
-    first: int
-    sectors: int
-
-    def __contains__(self, location: int) -> bool:
-        return 0 <= location - self.first < self.sectors
 
 
 class Tree:
@@ -46,9 +36,8 @@ class Tree:
         self.total = total
         self.entries: list[fmt.SectorRef | None] = []
         self.maps: list[fmt.SectorRef] = []
-        self._free = [location for location in range(fmt.POOL_FIRST, total) if location not in log]
+        self.room = Room(location for location in range(fmt.POOL_FIRST, total) if location not in log)
         self._free_entries: list[int] = []
-        self._released: list[int] = []
         self._touched: set[int] = set()
         self._in_use = 0
         self._images: list[bytearray] = []  # plaintext of the map sectors, as of the references now
@@ -58,7 +47,7 @@ class Tree:
 
     def load(self, maps: Iterable[fmt.SectorRef]) -> None:
         """Read the map that a root names. Raises: StoreDamaged, DeviceError."""
-        free = set(self._free)
+        free = set(self.room.locations())
         for number, ref in enumerate(maps):
             where = f"map sector {number} at sector {ref.location}"
             plaintext = self._open(ref, self.key, Purpose.MAP, where)
@@ -78,7 +67,7 @@ class Tree:
         while self.entries and self.entries[-1] is None:
             self.entries.pop()
         self._free_entries = [index for index, entry in enumerate(self.entries) if entry is None]
-        self._free = sorted(free)
+        self.room = Room(free)
 
     def check(self) -> Iterator[tuple[int, str]]:
         """Yield (entry, problem) for every sector whose bytes are not those that the map names; needs no key."""
@@ -109,7 +98,7 @@ class Tree:
     @property
     def free(self) -> int:
         """Sectors that may be written now."""
-        return len(self._free)
+        return len(self.room)
 
     def needed(self, more: int = 0) -> int:
         """Count the sectors that hold everything, with `more` further entries: entries and map sectors."""
@@ -137,14 +126,12 @@ class Tree:
 
     def extend(self, total: int, log: Extent) -> None:
         """Take further sectors into use, but for those of `log`."""
-        for location in range(self.total, total):
-            if location not in log:
-                heapq.heappush(self._free, location)
+        self.room.add(location for location in range(self.total, total) if location not in log)
         self.total = total
 
     def give_back(self, extent: Extent) -> None:
         """Free a run of sectors, formerly the log, with the next `settle`."""
-        self._released.extend(range(extent.first, extent.first + extent.sectors))
+        self.room.release(range(extent.first, extent.first + extent.sectors))
 
     # --- changing ----------------------------------------------------------------------------------
 
@@ -218,11 +205,30 @@ class Tree:
                 start = index
         self._sealed.clear()
 
-    def settle(self) -> None:
-        """Free what was replaced: a root that does not lead there is durable."""
-        for location in self._released:
-            heapq.heappush(self._free, location)
-        self._released.clear()
+    # --- compaction --------------------------------------------------------------------------------
+
+    def touch_map(self, number: int) -> None:
+        """Have the next `write_maps` write a map sector anew, elsewhere."""
+        self._touched.add(number)
+
+    def renumberings(self) -> dict[int, int]:
+        """Say which entries have to move, and where to, so that those in use are the first ones."""
+        holes = (index for index in range(self._in_use) if self.entries[index] is None)
+        high = (index for index in range(self._in_use, len(self.entries)) if self.entries[index] is not None)
+        return dict(zip(high, holes, strict=True))
+
+    def renumber(self, moves: Mapping[int, int]) -> None:
+        """Move entries as `renumberings` said, and let go of the map sectors that are not needed any more."""
+        for old, new in moves.items():
+            self._lead(new, self.entries[old])
+            self._lead(old, None)
+        del self.entries[self._in_use :]
+        self._free_entries.clear()
+        count = -(-self._in_use // fmt.REFS_PER_MAP)
+        for ref in self.maps[count:]:
+            self._release(ref)
+        del self.maps[count:], self._images[count:]
+        self._touched = {number for number in self._touched if number < count}
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -237,7 +243,7 @@ class Tree:
 
     def _release(self, ref: fmt.SectorRef) -> None:
         if ref.location != _UNWRITTEN:
-            self._released.append(ref.location)
+            self.room.release([ref.location])
 
     def _claim(self, free: set[int], ref: fmt.SectorRef, where: str) -> None:
         if ref.location not in free:
@@ -260,7 +266,7 @@ class Tree:
     def _seal(
         self, owner: int, payload: bytes | bytearray, key: Secret, purpose: Purpose, sequence: int
     ) -> fmt.SectorRef:
-        location = heapq.heappop(self._free)
+        location = self.room.take()
         raw = seal(key, purpose, payload, sector_context(self._store, location, sequence))
         assert len(raw) == fmt.SECTOR, "a sealed payload fills its sector"
         self._sealed[location] = raw

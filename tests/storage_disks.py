@@ -1,16 +1,10 @@
-"""Disks for the storage tests: real files whose calls can fail, come short, or be recorded for a power cut."""
+"""Disks for the storage tests: real files whose calls can fail or come short, and a file in memory."""
 
-import itertools
 import os
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from storage.disk import Bytes, FdDisk
-
-SECTOR = 512  # what a power cut leaves whole
 
 
 class FileDisk(FdDisk):
@@ -116,110 +110,11 @@ class MemoryDisk:
     def truncate(self, size: int) -> None:
         del self.content[size:]
 
+    def copy(self) -> "MemoryDisk":
+        return MemoryDisk(bytes(self.content))
+
     def size(self) -> int:
         return len(self.content)
 
     def growable(self) -> bool:
         return self._growable
-
-
-@dataclass(frozen=True)
-class Write:
-    offset: int
-    data: bytes
-
-
-@dataclass
-class RecordingDisk(MemoryDisk):
-    """Keeps every write, resize and flush in order; `cuts` replays what a power cut could leave."""
-
-    start: bytes = b""
-    steps: list[Write | int | None] = field(default_factory=list)  # write, new size, flush
-
-    def __post_init__(self) -> None:
-        super().__init__(self.start)
-
-    def pwrite(self, data: Bytes, offset: int) -> int:
-        self.steps.append(Write(offset, bytes(data)))
-        return super().pwrite(data, offset)
-
-    def fdatasync(self) -> None:
-        self.steps.append(None)
-
-    def fallocate(self, offset: int, length: int) -> None:
-        super().fallocate(offset, length)
-        self.steps.append(len(self.content))
-
-    def truncate(self, size: int) -> None:
-        super().truncate(size)
-        self.steps.append(size)
-
-    def flushes(self) -> int:
-        return self.steps.count(None)
-
-    def cuts(self, rng: random.Random, subsets: int = 4) -> Iterator[tuple[int, bytes]]:
-        """Yield (steps that were issued, image) for power cuts after every step.
-
-        For each prefix: all writes so far; the last one torn at a random sector; and random subsets of the
-        sectors written since the last flush, in which each sector holds any of its un-flushed versions.
-        """
-        durable = bytearray(self.start)
-        window: list[Write] = []
-        size = len(durable)
-        yield 0, bytes(durable)
-        for count, step in enumerate(self.steps, 1):
-            if step is None:
-                for write in window:
-                    apply(durable, write)
-                _resize(durable, size)
-                window.clear()
-                yield count, bytes(durable)
-                continue
-            if isinstance(step, int):
-                size = step
-                yield from ((count, _image(durable, window, chosen)) for chosen in (size, len(durable)))
-                continue
-            window.append(step)
-            size = max(size, step.offset + len(step.data))
-            yield count, _image(durable, window, size)
-            for _ in range(subsets):
-                yield count, _image(durable, _some_sectors(window, rng), size)
-
-
-def _resize(image: bytearray, size: int) -> None:
-    if size > len(image):
-        image.extend(bytes(size - len(image)))
-    else:
-        del image[size:]
-
-
-def apply(image: bytearray, write: Write) -> None:
-    end = write.offset + len(write.data)
-    if end > len(image):
-        image.extend(bytes(end - len(image)))
-    image[write.offset : end] = write.data
-
-
-def _image(durable: bytearray, window: list[Write], size: int) -> bytes:
-    image = bytearray(durable)
-    for write in window:
-        apply(image, write)
-    _resize(image, size)
-    return bytes(image)
-
-
-def _some_sectors(window: list[Write], rng: random.Random) -> list[Write]:
-    """Each un-flushed write loses a random set of its sectors (none, some or all of them)."""
-    kept: list[Write] = []
-    for write in window:
-        share = rng.choice((0.0, 0.3, 0.5, 0.9, 1.0))
-        ends = itertools.pairwise([write.offset, *_borders(write), write.offset + len(write.data)])
-        for start, end in ends:
-            if end > start and rng.random() < share:
-                kept.append(Write(start, write.data[start - write.offset : end - write.offset]))
-    return kept
-
-
-def _borders(write: Write) -> range:
-    first = (write.offset // SECTOR + 1) * SECTOR
-    return range(first, write.offset + len(write.data), SECTOR)

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -11,7 +11,9 @@ from storage_disks import MemoryDisk
 from storage.disk import Disk
 from storage.secrets import GroupKey, StateKey, StoreKey
 from storage.store import (
+    BuryVtpm,
     Change,
+    ForgetVtpm,
     GroupRecord,
     PutGroup,
     PutVtpm,
@@ -28,7 +30,8 @@ SECTOR = 4096
 SMALL = 64 * SECTOR
 
 Row = tuple[UUID, bytes, bytes, int, int]  # group, key, digest, generation, flags
-Content = tuple[dict[UUID, GroupRecord], dict[UUID, Row]]
+Grave = tuple[UUID, int, int]  # group, time of the removal, generation
+Content = tuple[dict[UUID, GroupRecord], dict[UUID, Row], dict[UUID, Grave]]
 
 
 def group_key(group: UUID) -> GroupKey:
@@ -43,7 +46,14 @@ def record_of(vtpm: UUID, group: UUID, generation: int = 0) -> VtpmRecord:
     seed = vtpm.bytes + generation.to_bytes(8, "big")
     key = StateKey(hashlib.sha256(b"key" + seed).digest())
     digest = hashlib.sha256(b"digest" + seed).digest()
-    return VtpmRecord(vtpm, group, key, digest, generation, RecordFlags(generation & 0x3F))
+    return VtpmRecord(vtpm, group, key, digest, generation, RecordFlags(generation & 0x2F))
+
+
+def new_uuid(rng: random.Random, known: Collection[UUID]) -> UUID:
+    """Draw a UUID that is not known yet: the same seed may be drawn from twice."""
+    while (uuid := UUID(int=rng.getrandbits(128) | 1)) in known:
+        pass
+    return uuid
 
 
 def row_of(record: VtpmRecord) -> Row:
@@ -65,7 +75,11 @@ def reopen(disk: int | Disk, *, unlock: bool = True) -> Store:
 
 
 def content(store: Store) -> Content:
-    return dict(store.groups()), {record.uuid: row_of(record) for record in store.vtpms()}
+    return dict(store.groups()), {record.uuid: row_of(record) for record in store.vtpms()}, graves_in(store)
+
+
+def graves_in(store: Store) -> dict[UUID, Grave]:
+    return {grave.uuid: (grave.group, grave.removed, grave.generation) for grave in store.tombstones()}
 
 
 def content_of_image(image: bytes) -> Content:
@@ -81,6 +95,7 @@ class Model:
 
     groups: dict[UUID, GroupRecord] = field(default_factory=dict)
     rows: dict[UUID, Row] = field(default_factory=dict)
+    graves: dict[UUID, Grave] = field(default_factory=dict)
 
     def apply(self, changes: Sequence[Change]) -> None:
         for change in changes:
@@ -89,27 +104,37 @@ class Model:
                     self.rows[record.uuid] = row_of(record)
                 case RemoveVtpm(uuid):
                     del self.rows[uuid]
-                case PutGroup(group, _):
-                    self.groups[group.uuid] = group
+                case BuryVtpm(uuid, removed):
+                    group, _, _, generation, _ = self.rows.pop(uuid)
+                    self.graves[uuid] = group, removed, generation
+                case ForgetVtpm(uuid):
+                    del self.graves[uuid]
+                case PutGroup(record, _):
+                    self.groups[record.uuid] = record
                 case RemoveGroup(uuid):
                     del self.groups[uuid]
+                    self.graves = {vtpm: grave for vtpm, grave in self.graves.items() if grave[0] != uuid}
 
     def content(self) -> Content:
-        return dict(self.groups), dict(self.rows)
+        return dict(self.groups), dict(self.rows), dict(self.graves)
 
-    def some_changes(self, rng: random.Random, count: int) -> list[Change]:
-        """Make valid changes: new, newer and removed vTPMs, now and then a group."""
+    def some_changes(self, rng: random.Random, count: int, closed: Collection[UUID] = ()) -> list[Change]:
+        """Make valid changes: new, newer and removed vTPMs, now and then a group; none in `closed` groups."""
         changes: list[Change] = []
-        draft = Model(dict(self.groups), dict(self.rows))
-        named: set[UUID] = set()
+        rows = {uuid: row for uuid, row in self.rows.items() if row[0] not in closed}
+        graves = {uuid: grave for uuid, grave in self.graves.items() if grave[0] not in closed}
+        draft = Model(dict(self.groups), rows, graves)
+        named: set[UUID] = set(closed)
+        known = self.rows.keys() | self.graves.keys()
         for _ in range(count):
-            change = draft._one(rng, named)
+            change = draft._one(rng, named, closed, known)
+            known |= {change.record.uuid} if isinstance(change, PutVtpm) else set()
             draft.apply([change])
             changes.append(change)
         return changes
 
-    def _one(self, rng: random.Random, named: set[UUID]) -> Change:
-        groups, vtpms = sorted(self.groups), sorted(self.rows)
+    def _one(self, rng: random.Random, named: set[UUID], closed: Collection[UUID], known: set[UUID]) -> Change:
+        groups, vtpms = sorted(self.groups.keys() - closed), list(self.rows)
         choice = rng.random()
         if not groups or choice < 0.04:
             return self._put_group(rng, named)
@@ -120,12 +145,27 @@ class Model:
                 named.add(empty[0])
                 return RemoveGroup(empty[0])
         if vtpms and choice < 0.3:
-            return RemoveVtpm(rng.choice(vtpms))
+            return self._remove(rng, named)
+        graves = sorted(self.graves.keys() - named)
+        if graves and choice < 0.36:
+            named.add(graves[0])
+            return ForgetVtpm(graves[0])
         if vtpms and choice < 0.75:
             uuid = rng.choice(vtpms)
+            named.add(uuid)
             group, _, _, generation, _ = self.rows[uuid]
             return PutVtpm(record_of(uuid, group, generation + 1))
-        return PutVtpm(record_of(UUID(int=rng.getrandbits(128) | 1), rng.choice(groups)))
+        uuid = new_uuid(rng, known)
+        named.add(uuid)
+        return PutVtpm(record_of(uuid, rng.choice(groups)))
+
+    def _remove(self, rng: random.Random, named: set[UUID]) -> Change:
+        """Remove a vTPM, or bury it if nothing else in this commit is about it."""
+        uuid = rng.choice(sorted(self.rows))
+        if uuid in named or rng.random() < 0.5:
+            return RemoveVtpm(uuid)
+        named.add(uuid)
+        return BuryVtpm(uuid, rng.getrandbits(32))
 
     def _put_group(self, rng: random.Random, named: set[UUID]) -> Change:
         uuid = UUID(int=rng.getrandbits(128) | 1)

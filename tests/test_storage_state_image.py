@@ -12,7 +12,8 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from storage_disks import FaultyDisk, FileDisk, MemoryDisk, RecordingDisk, ShortDisk
+from storage_cuts import RecordingDisk
+from storage_disks import FaultyDisk, FileDisk, MemoryDisk, ShortDisk
 
 from storage import state_format as fmt
 from storage.errors import (

@@ -54,6 +54,7 @@ from storage.store import (
     Store,
     VtpmRecord,
 )
+from storage.store_records import EPOCHS
 
 A, B, C = uuid_of(1), uuid_of(2), uuid_of(3)
 V1, V2, V3 = uuid_of(11), uuid_of(12), uuid_of(13)
@@ -115,9 +116,12 @@ def test_vtpms_are_listed_by_group(store: Store) -> None:
 
 
 def test_all_flags_are_kept_unknown_ones_too(disk: MemoryDisk, store: Store) -> None:
-    flags = RecordFlags.TPM12 | RecordFlags.CONSUMED | RecordFlags(1 << 31)
-    store.commit([PutVtpm(replace(record_of(V1, A), flags=flags))])
-    assert reopen(disk).get(V1).flags == flags
+    flags = RecordFlags.TPM12 | RecordFlags.CONSUMED | RecordFlags(1 << 7)
+    store.commit([PutVtpm(replace(record_of(V1, A), flags=flags, epoch=EPOCHS - 1))])
+    again = reopen(disk).get(V1)
+    assert (again.flags, again.epoch) == (flags, EPOCHS - 1)
+    store.commit([PutVtpm(replace(again, flags=flags & ~RecordFlags.CONSUMED, generation=again.generation + 1))])
+    assert reopen(disk).get(V1).epoch == EPOCHS - 1
 
 
 def test_group_records_can_be_read_while_closed_and_replaced_without_the_key(disk: MemoryDisk, store: Store) -> None:
@@ -238,7 +242,14 @@ def test_a_group_can_be_made_filled_emptied_and_removed(disk: MemoryDisk, store:
 
 def test_values_that_have_no_place_in_the_format_are_refused() -> None:
     good = record_of(V1, A)
-    for changes in ({"uuid": UUID(int=0)}, {"digest": b"short"}, {"generation": -1}, {"generation": 2**64}):
+    wrong_flags = ({"flags": 256}, {"epoch": -1}, {"epoch": EPOCHS})
+    for changes in (
+        *wrong_flags,
+        {"uuid": UUID(int=0)},
+        {"digest": b"short"},
+        {"generation": -1},
+        {"generation": 2**64},
+    ):
         with pytest.raises(CommitRefused):
             replace(good, **changes)
     for group in ({"uuid": UUID(int=0)}, {"flags": 2**32}, {"blob": bytes(fmt.MAX_GROUP_BLOB + 1)}):

@@ -354,11 +354,11 @@ def test_the_log_of_another_store_with_the_same_keys_is_not_taken(image: bytes) 
 
 def test_a_newer_header_is_refused_and_says_which_version(image: bytes) -> None:
     changed = bytearray(image)
-    changed[10:12] = (2).to_bytes(2, "big")
+    changed[10:12] = (3).to_bytes(2, "big")
     assert "header: the checksum" in finding(bytes(changed))
     changed[480:512] = hashlib.sha256(changed[:480]).digest()
     for use in (lambda disk: Store.open(disk, KEY), Store.read_boot_area):
-        with pytest.raises(StoreTooNew, match="needs format version 2, this program reads up to 1"):
+        with pytest.raises(StoreTooNew, match="needs format version 3, this program reads up to 2"):
             use(MemoryDisk(bytes(changed)))
 
 

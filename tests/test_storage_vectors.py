@@ -46,6 +46,7 @@ def open_store(disk: MemoryDisk, expected: dict[str, Any]) -> dict[str, Any]:
         "anchored": store.anchored.hex(),
         "volatile": store.volatile_expected.hex(),
         "damage": len(store.damage),
+        **({"tombstones": open_tombstones(store)} if "tombstones" in expected else {}),
         "groups": [
             {"uuid": str(uuid), "flags": record.flags, "blob": record.blob.hex()}
             for uuid, record in store.groups().items()
@@ -62,6 +63,19 @@ def open_store(disk: MemoryDisk, expected: dict[str, Any]) -> dict[str, Any]:
             for record in sorted(store.vtpms(), key=lambda record: record.uuid)
         ],
     }
+
+
+def open_tombstones(store: Store) -> list[dict[str, Any]]:
+    return [
+        {
+            "uuid": str(left.uuid),
+            "group": str(left.group),
+            "removed": left.removed,
+            "generation": left.generation,
+            "flags": int(left.flags),
+        }
+        for left in sorted(store.tombstones(), key=lambda left: left.uuid)
+    ]
 
 
 def without_keys(expected: dict[str, Any]) -> dict[str, Any]:
@@ -85,12 +99,12 @@ def test_a_golden_image_is_read_or_refused_as_it_always_was_and_not_changed(name
 
 
 def test_the_newer_images_are_refused_with_both_versions_named() -> None:
-    for name, use, error in (
-        ("storage-state-v2-newer", open_state, errors.ImageTooNew),
-        ("storage-store-v2-newer", open_store, errors.StoreTooNew),
+    for name, use, error, words in (
+        ("storage-state-v2-newer", open_state, errors.ImageTooNew, "version 2, this program reads up to 1"),
+        ("storage-store-v3-newer", open_store, errors.StoreTooNew, "version 3, this program reads up to 2"),
     ):
         disk, expected = read(name)
-        with pytest.raises(error, match="needs format version 2, this program reads up to 1"):
+        with pytest.raises(error, match=f"needs format {words}"):
             use(disk, expected)
 
 

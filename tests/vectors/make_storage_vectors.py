@@ -1,4 +1,5 @@
 """How the golden images of the storage formats were made. Run it only to add one: existing files are kept.
+Those of version 1 were written by the code of that time; a reader of version 1 refuses what this one writes.
 
     python tests/vectors/make_storage_vectors.py
 
@@ -24,6 +25,8 @@ from storage import store_format as fmt  # noqa: E402
 from storage.secrets import GroupKey, StateKey, StoreKey  # noqa: E402
 from storage.state_image import Emulator, Family, Saved, StateImage  # noqa: E402
 from storage.store import (  # noqa: E402
+    BuryVtpm,
+    ForgetVtpm,
     GroupRecord,
     PutGroup,
     PutVtpm,
@@ -153,7 +156,7 @@ def put(number: int, generation: int) -> PutVtpm:
     group = GROUPS[number % 2]
     key = StateKey(seed(f"state key {number} {generation}"))
     digest = seed(f"state digest {number} {generation}")
-    return PutVtpm(VtpmRecord(uuid_of(number), group, key, digest, generation, RecordFlags(generation % 64)))
+    return PutVtpm(VtpmRecord(uuid_of(number), group, key, digest, generation, RecordFlags(generation % 16)))
 
 
 def filled(disk: MemoryDisk) -> Store:
@@ -214,9 +217,30 @@ def store_flipped(what: str) -> Vector:
 def store_newer() -> Vector:
     content, description = store_whole()
     header = bytearray(content[:480])
-    header[8:12] = b"\0\2\0\2"
+    header[8:12] = b"\0\3\0\3"
     changed = bytes(header) + hashlib.sha256(header).digest() + content[512:]
-    return changed, description | {"expect": "StoreTooNew", "because": "version 2, minimum version 2"}
+    return changed, description | {"expect": "StoreTooNew", "because": "version 3, minimum version 3"}
+
+
+def store_tombstones() -> Vector:
+    """One tombstone in a leaf, one in the log, one that was taken away again."""
+    disk = MemoryDisk()
+    store = filled(disk)
+    store.commit([BuryVtpm(uuid_of(10), 1_700_000_000), BuryVtpm(uuid_of(11), 1_700_000_001)])
+    store.checkpoint()
+    store.commit([BuryVtpm(uuid_of(12), 1_700_000_002), ForgetVtpm(uuid_of(11))])
+    expected = describe_store(store, "vTPMs 10 (in a leaf) and 12 (in the log) have tombstones, 11 has none any more")
+    tombstones = [
+        {
+            "uuid": str(left.uuid),
+            "group": str(left.group),
+            "removed": left.removed,
+            "generation": left.generation,
+            "flags": int(left.flags),
+        }
+        for left in sorted(store.tombstones(), key=lambda left: left.uuid)
+    ]
+    return bytes(disk.content), expected | {"tombstones": tombstones}
 
 
 def store_truncated() -> Vector:
@@ -236,7 +260,8 @@ VECTORS: dict[str, Callable[[], Vector]] = {
     "storage-store-v1-torn": store_torn,
     "storage-store-v1-flipped-log": lambda: store_flipped("log"),
     "storage-store-v1-flipped-map": lambda: store_flipped("map"),
-    "storage-store-v2-newer": store_newer,
+    "storage-store-v2-tombstones": store_tombstones,
+    "storage-store-v3-newer": store_newer,
     "storage-store-v1-truncated": store_truncated,
 }
 
