@@ -17,6 +17,7 @@ import msgpack
 
 from frontend_backend.errors import MessageError, MessageVersionError
 
+_SCALARS: Final = frozenset({str, int, bool, bytes, type(None)})  # float is none of them: it may be no number
 _MAX_DEPTH: Final = 32  # lists and maps inside a document; far below what msgpack, json or a stack can bear
 
 
@@ -98,9 +99,11 @@ def _checked(value: Any, wanted: Any, where: str) -> Any:
         MessageError: it is something else.
 
     """
-    origin = typing.get_origin(wanted)
     if wanted is Any:
-        return _checked_document(value, where, _MAX_DEPTH)
+        return value if type(value) in _SCALARS else _checked_document(value, where, _MAX_DEPTH)
+    if wanted is str and type(value) is str:  # keys of documents: the most frequent case of all
+        return value
+    origin = typing.get_origin(wanted)
     if origin is tuple and isinstance(value, list):
         return tuple(_checked(item, typing.get_args(wanted)[0], where) for item in value)
     if origin is dict and isinstance(value, dict):
@@ -172,6 +175,8 @@ def _kind_of(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in _SCALARS:
+        return value
     if isinstance(value, enum.Enum):
         return value.value
     if dataclasses.is_dataclass(value):

@@ -30,10 +30,10 @@ class ExitCode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdminRequest:
-    """One verb with its arguments by name; every argument is a string, a number, a truth value or absent."""
+    """One verb with its arguments by name; every argument is a string, a number, a truth value, strings, or absent."""
 
     verb: str
-    arguments: dict[str, str | int | bool | None] = field(default_factory=dict)
+    arguments: dict[str, str | int | bool | tuple[str, ...] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,17 @@ from typing import Final, NoReturn
 from frontend_backend.messages_admin import ExitCode
 from manager.cli import EXIT_CODES, add_verb_arguments, report, run_verb
 from manager.cli_store import add_verbs
-from manager.config import SYSTEM_CONFIG, SYSTEM_RUNTIME_DIR, SYSTEM_STATE_DIR, Config, Layout, TpmConfig
+from manager.config import (
+    SYSTEM_CONFIG,
+    SYSTEM_RUNTIME_DIR,
+    SYSTEM_STATE_DIR,
+    CatalogueConfig,
+    Config,
+    Layout,
+    TpmConfig,
+)
 from manager.errors import ManagerError, UsageError
+from manager.restoring import refuse_unfinished
 from manager.verb_table import BY_NAME, SCHEMA_VERSION
 from storage.errors import StorageError
 
@@ -42,6 +51,7 @@ def _config_path(options: argparse.Namespace, layout: Layout) -> Path:
 
 
 def _config(options: argparse.Namespace, layout: Layout) -> Config:
+    refuse_unfinished(layout.state_dir)
     return Config.load(_config_path(options, layout))
 
 
@@ -53,7 +63,8 @@ def _prepare_state_dir(path: Path) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from manager.opening import open_tpm  # noqa: PLC0415 - --help should not load the TPM's libraries
+    from manager.catalogue_place import shown_place  # noqa: PLC0415 - --help should not load SQLAlchemy
+    from manager.opening import open_tpm  # noqa: PLC0415 - nor the TPM's libraries
     from manager.provision import InitOptions, check_options, initialise, refuse_existing  # noqa: PLC0415
 
     layout = _layout(options)
@@ -67,6 +78,7 @@ def _init(options: argparse.Namespace) -> int:
         recovery=Path(options.recovery) if options.recovery else None,
         store_size=options.store_size,
         store=Path(options.store) if options.store else None,
+        catalogue=options.catalogue,
     )
     if chosen.recovery is None and not options.no_recovery:
         raise UsageError(
@@ -87,6 +99,7 @@ def _init(options: argparse.Namespace) -> int:
         "locality": locality,
         "pcrs": options.pcrs,
         "recovery_key": bool(options.recovery),
+        "catalogue": shown_place(layout, Config(catalogue=CatalogueConfig(url=options.catalogue))),
     }
     if options.form == "json":
         print(json.dumps(document, indent=2))
@@ -200,6 +213,12 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument(
         "--store", metavar="PATH", help="file or block device for the store (default: in the state directory)"
     )
+    init.add_argument(
+        "--catalogue",
+        default="",
+        metavar="URL",
+        help="a PostgreSQL database for the catalogue (default: a file in the state directory)",
+    )
     init.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
     verb("run", _run, "serve until SIGTERM")
     check = verb("check", _check, "check configuration, permissions, TPM and store; fails on weak settings")
@@ -219,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the TPM is the old one, but the newest store is lost: go back to this one (kept in the event log)",
     )
     recover.add_argument("--tcti", help="the new hardware TPM, if it is reached in another way")
-    for name in ("status", "stop", "backup"):
+    for name in ("status", "stop", "backup", "scrub", "compact"):
         add_verb_arguments(verb(name, _verb, BY_NAME[name].help), BY_NAME[name])
     add_verbs(verb, _layout, _config)
     return parser

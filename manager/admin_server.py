@@ -39,7 +39,7 @@ _REQUEST_SECONDS: Final = 10.0  # a client that says nothing for longer is dropp
 _REPLY_SECONDS: Final = 30.0  # and one that does not read
 _MAX_CLIENTS: Final = 64
 _MAX_DESCRIPTORS: Final = 4
-_KINDS: Final[Mapping[str, type]] = {"str": str, "path": str, "int": int, "flag": bool}
+_KINDS: Final[Mapping[str, type]] = {"str": str, "path": str, "int": int, "flag": bool, "list": tuple}
 
 
 class _ReaderGoneError(Exception):
@@ -74,7 +74,7 @@ def check_arguments(verb: Verb, untrusted: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             if argument.required:
                 raise UsageError(f"{verb.name} needs {name.upper()}")
-            value = argument.default
+            value = () if argument.kind == "list" else argument.default
         elif type(value) is not _KINDS[argument.kind]:
             raise UsageError(f"{verb.name}: {name} is not a {argument.kind}")
         elif argument.choices and value not in argument.choices:

@@ -98,7 +98,8 @@ def judge(position: StorePosition, durable: bytes, pcr22: bytes | None) -> Stand
     else:
         raise RolledBackError(
             "the store is not the one the hardware TPM's durable anchor stands for: it is an older copy, or was "
-            "written by another installation. Nothing was changed. Put the newest store image and state images back; "
+            "written by another installation, or its newest root or last log frame is "
+            "damaged. Nothing was changed. Put the newest store image and state images back; "
             "docs/rollback.md explains what else can be done"
         )
     if not _agrees(position, pcr22):

@@ -3,8 +3,7 @@
 import logging
 import os
 import socket
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
@@ -13,6 +12,8 @@ import trio
 from frontend_backend.messages_instance import Orders
 from frontend_backend.messages_keeper import Kept
 from manager import state_files
+from manager.attachment_epochs import stale_removed
+from manager.attachment_marks import Marks, new_lease
 from manager.config import Config, Layout
 from manager.errors import (
     BusyError,
@@ -25,12 +26,11 @@ from manager.instances import CrashBudget, Instances, Launch
 from manager.registry import Registry, check_name
 from manager.running import Running, Stage
 from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
-from storage.catalogue import AttachmentRow, VtpmRow
+from storage.catalogue import AttachmentRow, Happened, VtpmRow
 from storage.errors import StorageError
-from storage.store_records import RecordFlags
+from storage.store_records import RecordFlags, next_epoch
 
 _log = logging.getLogger("vtpm.life")
-_MICROSECOND: Final = 1000  # nanoseconds
 _PARALLEL_STARTS: Final = 8  # instances started at once when the manager starts
 
 
@@ -51,7 +51,7 @@ class Attachments:
     def __init__(self, registry: Registry, instances: Instances, layout: Layout, config: Config, store: UUID) -> None:
         """Keep attachments of `registry`'s vTPMs with `instances`; `store` is the store's UUID."""
         self._registry, self._instances = registry, instances
-        self._catalogue = registry.catalogue
+        self._catalogue, self._marks = registry.catalogue, Marks(registry)
         self._layout, self._config, self._store = layout, config, store
         self._changing: dict[UUID, trio.Lock] = {}
         self._budgets: dict[UUID, CrashBudget] = {}
@@ -75,8 +75,9 @@ class Attachments:
         async with self.lock(row.uuid):
             attached = self._catalogue.find_attachment(row.uuid)
             if attached is not None:
+                self._marks.refuse_stale(attached)
                 raise ConflictError(f"vTPM {row.name} is attached to guest {attached.guest} already")
-            self._registry.record(row.uuid)
+            record = self._registry.record(row.uuid)
             attachment = AttachmentRow(
                 vtpm=row.uuid,
                 guest=options.guest,
@@ -84,17 +85,34 @@ class Attachments:
                 owner=f"{owner.uid}:{owner.gid}",
                 mode=options.mode,
                 startup=options.startup,
-                lease=time.time_ns() // _MICROSECOND,
+                lease=new_lease(),
+                epoch=next_epoch(record.epoch),
             )
-            self._catalogue.attach(attachment)
             try:
-                await self._start(row, attachment, options.startup)
+                await self._attach(row, attachment)
             except BaseException:
-                self._catalogue.detach(row.uuid)
+                with trio.CancelScope(shield=True):
+                    await self._undo_attach(row)
                 SocketFolder(self._layout.sockets, row.uuid, options.frontend).remove()
                 raise
-            await self._registry.flag(row.uuid, drop=RecordFlags.QUARANTINED)
-            self._catalogue.log("attached", row.uuid, f"{row.name} to guest {options.guest} by {options.frontend}")
+
+    async def _attach(self, row: VtpmRow, attachment: AttachmentRow) -> None:
+        """Start the instance, whose first commit marks the record, then add the row (manager.attachment_epochs)."""
+        running = await self._start(row, attachment, attachment.startup)
+        await self._registry.mark_attached(row.uuid, attachment.epoch)
+        if self.running(row.uuid) is not running:
+            raise KeeperError(
+                f"the instance of vTPM {row.name} ended as soon as it was ready; look at the manager's log"
+            )
+        text = f"{row.name} to guest {attachment.guest} by {attachment.frontend}"
+        self._catalogue.attach(attachment, Happened("attached", text))
+
+    async def _undo_attach(self, row: VtpmRow) -> None:
+        """Leave no instance and no mark behind; what cannot be unmarked is shown by vtpm-verify."""
+        running = self.running(row.uuid)
+        if running is not None:
+            await self._instances.stop(running)
+        await self._marks.take_away(row.uuid)
 
     async def _start(self, row: VtpmRow, attachment: AttachmentRow, startup: str) -> Running:
         """Start an instance on fresh sockets and wait until its state is verified."""
@@ -119,6 +137,7 @@ class Attachments:
                 startup=startup,
                 after_reset=_after_reset(attachment),
                 listeners=LISTENERS_OF[attachment.frontend],
+                epoch=attachment.epoch,
             )
             running = await self._instances.start(launch, image, sockets)
         finally:
@@ -154,21 +173,37 @@ class Attachments:
     async def detach(self, row: VtpmRow) -> None:
         """Stop a vTPM cleanly and forget its guest.
 
+        Also what an administrator does about a row that was put back, or a mark without a row (vtpm-verify).
+
         Raises:
             ConflictError: it is not attached.
 
         """
         async with self.lock(row.uuid):
-            attachment = self._attachment(row)
+            attachment = self._catalogue.find_attachment(row.uuid)
+            if attachment is None:
+                await self._take_lone_mark(row)
+                return
             running = self.running(row.uuid)
+            if running is None and self._marks.is_stale(attachment):
+                self._catalogue.detach(row.uuid, stale_removed(attachment, row.name))
+                return
             clean = True
             if running is not None:
                 clean = await self._instances.stop(running)
-            self._catalogue.detach(row.uuid)
+            how = "cleanly" if clean else "without a clean stop"
+            text = f"{row.name} from guest {attachment.guest}, {how}"
+            self._catalogue.detach(row.uuid, Happened("detached", text))
             SocketFolder(self._layout.sockets, row.uuid, attachment.frontend).remove()
             self._budgets.pop(row.uuid, None)
-            how = "cleanly" if clean else "without a clean stop"
-            self._catalogue.log("detached", row.uuid, f"{row.name} from guest {attachment.guest}, {how}")
+            await self._marks.take_away(row.uuid)
+
+    async def _take_lone_mark(self, row: VtpmRow) -> None:
+        """Take away the mark of an attach or detach that was cut short. Raises ConflictError: there is none."""
+        if not self._marks.is_marked(row.uuid):
+            raise _not_attached(row)
+        await self._marks.take_away(row.uuid)
+        self._catalogue.log("detached", row.uuid, f"{row.name}: its record said attached, without a row")
 
     async def reset_platform(self, row: VtpmRow) -> None:
         """Do what a guest's platform reset does: load the last state and start it up.
@@ -182,7 +217,7 @@ class Attachments:
             running = self.running(row.uuid)
             self._budgets.pop(row.uuid, None)
             if running is None:
-                running = await self._start(row, self._renewed(attachment), _after_reset(attachment))
+                running = await self._start(row, self._marks.renewed(attachment), _after_reset(attachment))
             else:
                 running.order(Orders.RESET)
                 await self._verified(row, running)
@@ -191,16 +226,10 @@ class Attachments:
                 raise ManagerError(f"vTPM {row.name} did not come back: {said}. It answers failure; its state is kept")
             self._catalogue.log("platform-reset", row.uuid, row.name)
 
-    def _renewed(self, attachment: AttachmentRow) -> AttachmentRow:
-        """Give an attachment the lease of its next instance, durably."""
-        renewed = replace(attachment, lease=max(attachment.lease + 1, time.time_ns() // _MICROSECOND))
-        self._catalogue.renew(renewed)
-        return renewed
-
     def _attachment(self, row: VtpmRow) -> AttachmentRow:
         attachment = self._catalogue.find_attachment(row.uuid)
         if attachment is None:
-            raise ConflictError(f"vTPM {row.name} is not attached; 'vtpm-attach {row.name} GUEST' attaches it")
+            raise _not_attached(row)
         return attachment
 
     def lock(self, vtpm: UUID) -> trio.Lock:
@@ -239,27 +268,25 @@ class Attachments:
         return budget.spend()
 
     async def _bring_back(self, row: VtpmRow, startup: str) -> None:
-        """Start an attached vTPM without its administrator: what goes wrong is logged and kept."""
+        """Start an attached vTPM without its administrator."""
         attachment = self._catalogue.find_attachment(row.uuid)
         if attachment is None or self.running(row.uuid) is not None or self.stopping:
             return
-        try:
-            await self._start(row, self._renewed(attachment), startup)
-        except (ManagerError, StorageError, OSError) as error:
-            _log.error("vTPM %s does not start: %s", row.uuid, error)
+        await self._start(row, self._marks.renewed(attachment), startup)
 
     async def take_over(self, kept: list[Kept]) -> None:
         """Adopt the instances that outlived the last manager, and start the attached ones that did not."""
-        for instance in kept:
-            try:
-                await self._take_over_one(instance)
-            except KeeperError as error:
-                _log.error(
-                    "vTPM %s: instance %d was not taken over: %s", UUID(bytes=instance.vtpm), instance.pid, error
-                )
+        with self._instances.held():
+            for instance in kept:
+                try:
+                    await self._take_over_one(instance)
+                except KeeperError as error:
+                    _log.error(
+                        "vTPM %s: instance %d was not taken over: %s", UUID(bytes=instance.vtpm), instance.pid, error
+                    )
         limit = trio.CapacityLimiter(_PARALLEL_STARTS)
         async with trio.open_nursery() as nursery:
-            for attachment in self._catalogue.attachments():
+            for attachment in self._catalogue.each_attachment():
                 row = self._catalogue.find_vtpm(attachment.vtpm)
                 if row is not None and self.running(attachment.vtpm) is None:
                     nursery.start_soon(self._restart, row, attachment, limit)
@@ -273,25 +300,25 @@ class Attachments:
             _log.error("vTPM %s: instance %d holds no lease; ending it", vtpm, instance.pid)
             await self._instances.end(instance)
         else:
-            await self._instances.adopt(instance, _after_reset(attachment))
+            await self._instances.adopt(instance, _after_reset(attachment), attachment.epoch)
             _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)
 
     async def _restart(self, row: VtpmRow, attachment: AttachmentRow, limit: trio.CapacityLimiter) -> None:
-        """Start an attached vTPM again after the manager was stopped, or worse."""
+        """Start an attached vTPM again after the manager was stopped, or worse; what goes wrong is logged and kept."""
         async with limit, self.lock(row.uuid):
             try:
-                flags = self._registry.record(row.uuid).flags
-            except (ManagerError, StorageError) as error:
+                await self._restart_now(row, attachment)
+            except (ManagerError, StorageError, OSError) as error:
                 _log.error("vTPM %s does not start: %s", row.uuid, error)
-                return
-            if self._catalogue.find_attachment(row.uuid) is None or self.running(row.uuid) is not None:
-                return
-            if flags & RecordFlags.QUARANTINED:
-                _log.error("vTPM %s is quarantined and does not start", row.uuid)
-            elif flags & RecordFlags.FRESH:
-                await self._bring_back(row, attachment.startup)
-            else:
-                await self._bring_back(row, "state" if flags & RecordFlags.RESUMABLE else "failed")
+
+    async def _restart_now(self, row: VtpmRow, attachment: AttachmentRow) -> None:
+        flags = self._registry.record(row.uuid).flags
+        if flags & RecordFlags.QUARANTINED:
+            _log.error("vTPM %s is quarantined and does not start", row.uuid)
+        elif flags & RecordFlags.FRESH:
+            await self._bring_back(row, attachment.startup)
+        else:
+            await self._bring_back(row, "state" if flags & RecordFlags.RESUMABLE else "failed")
 
     async def stop_all(self) -> int:
         """Stop every instance cleanly; attachments stay. Returns how many did not stop cleanly."""
@@ -308,6 +335,10 @@ class Attachments:
             for vtpm in {*self._instances.running, *self._changing}:
                 nursery.start_soon(stop, vtpm)
         return outcomes.count(False)
+
+
+def _not_attached(row: VtpmRow) -> ConflictError:
+    return ConflictError(f"vTPM {row.name} is not attached; 'vtpm-attach {row.name} GUEST' attaches it")
 
 
 def _after_reset(attachment: AttachmentRow) -> str:

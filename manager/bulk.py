@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Final
 from uuid import uuid4
 
@@ -10,13 +10,13 @@ import trio
 
 from frontend_backend.messages_admin import Note
 from manager.errors import ConflictError, DeniedError, ManagerError, NotFoundError, UsageError
+from manager.labels import parse_labels
 from manager.listing import describer
-from manager.registry import Registry, check_name
+from manager.registry import Registry, check_name, new_record
 from manager.services import Arguments, Document, Services
-from storage.catalogue_rows import GroupRow, VtpmRow
+from storage.catalogue_rows import GroupRow, Listed, VtpmRow
 from storage.errors import GroupClosed, StorageError
-from storage.secrets import StateKey
-from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
+from storage.store_records import PutVtpm
 
 _log = logging.getLogger("vtpm.add")
 MAX_COUNT: Final = 100_000  # one request's; each costs about 2 KiB of memory until it is answered
@@ -24,7 +24,6 @@ _GROUP: Final = 1000  # records and names in one commit
 _NOTES: Final = 10  # on the way, at most
 _ENTRY_BYTES: Final = 128  # as manager.committer counts: a record has 93 in the log
 _PLACE: Final = re.compile(r"\{(?::0?([1-9]))?\}")  # {} or {:05}
-_NOTHING: Final = bytes(32)
 
 
 def names_from(template: str, first: int, count: int) -> list[str]:
@@ -61,7 +60,7 @@ def _plan(registry: Registry, arguments: Arguments) -> tuple[GroupRow, list[Vtpm
 
 def _refuse_taken(registry: Registry, rows: Sequence[VtpmRow]) -> None:
     wanted = [row.name for row in rows]
-    taken = registry.catalogue.names().intersection(wanted)
+    taken = registry.catalogue.names_taken(wanted)
     if taken:
         example = next(name for name in wanted if name in taken)
         raise ConflictError(f"{len(taken)} of these names are in use, '{example}' first; nothing was made")
@@ -78,6 +77,7 @@ async def add_many(services: Services, arguments: Arguments) -> AsyncGenerator[D
 
     """
     registry = services.registry
+    labels = parse_labels(arguments["label"])
     group, rows = _plan(registry, arguments)
     made: list[VtpmRow] = []
     async with registry.adding:
@@ -86,7 +86,7 @@ async def add_many(services: Services, arguments: Arguments) -> AsyncGenerator[D
         try:
             for start in range(0, len(rows), size):
                 told = len(made) * _NOTES // len(rows)
-                made += await _add_group(registry, group, rows[start : start + size])
+                made += await _add_group(registry, group, rows[start : start + size], labels)
                 if len(made) < len(rows) and len(made) * _NOTES // len(rows) > told:
                     yield Note(f"{len(made)} of {len(rows)} vTPMs made")
         except GroupClosed as error:
@@ -100,14 +100,16 @@ async def add_many(services: Services, arguments: Arguments) -> AsyncGenerator[D
             await registry.anchoring.write_durable()
     describe = describer(services)
     for row in made:
-        yield describe(row, None)
+        yield describe(Listed(row, None, labels))
 
 
-async def _add_group(registry: Registry, group: GroupRow, rows: Sequence[VtpmRow]) -> list[VtpmRow]:
+async def _add_group(
+    registry: Registry, group: GroupRow, rows: Sequence[VtpmRow], labels: Mapping[str, str]
+) -> list[VtpmRow]:
     """Make some vTPMs: records first, as with one. A power cut between the two leaves records without names."""
     with trio.CancelScope(shield=True):
-        await registry.committer.commit(*(PutVtpm(_record(row)) for row in rows))
-    return registry.catalogue.add_vtpms(rows, "added", f", TPM {rows[0].family}, group {group.name}")
+        await registry.committer.commit(*(PutVtpm(new_record(row)) for row in rows))
+    return registry.catalogue.add_vtpms(rows, "added", f", TPM {rows[0].family}, group {group.name}", labels)
 
 
 async def _anchored_all_the_same(registry: Registry) -> str:
@@ -119,11 +121,6 @@ async def _anchored_all_the_same(registry: Registry) -> str:
         _log.warning("the durable anchor was not written: %s", error)
         return f". The hardware TPM's anchor was not written either: {error}"
     return ""
-
-
-def _record(row: VtpmRow) -> VtpmRecord:
-    flags = RecordFlags.FRESH | (RecordFlags.TPM12 if row.family == "1.2" else RecordFlags(0))
-    return VtpmRecord(row.uuid, row.group, StateKey(_NOTHING), _NOTHING, 0, flags)
 
 
 def _partly(made: Sequence[VtpmRow], wanted: int, error: StorageError) -> str:

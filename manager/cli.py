@@ -14,7 +14,7 @@ from manager.cli_output import print_answer
 from manager.client import RemoteError, open_for_verb, socket_path, stream
 from manager.errors import ManagerError, UsageError
 from manager.named_path import place_of
-from manager.verb_table import BY_NAME, VERBS, Argument, Verb
+from manager.verb_table import BY_NAME, REMOVED_COLUMNS, VERBS, Argument, Verb
 from storage.errors import StorageError
 
 EXIT_CODES: Final = (
@@ -45,8 +45,10 @@ def add_verb_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
     """Add what the verb takes."""
     for argument in verb.arguments:
         if argument.positional:
-            count = None if argument.required else "?"
+            count = "*" if argument.kind == "list" else None if argument.required else "?"
             parser.add_argument(argument.name, nargs=count, metavar=argument.name.upper(), help=argument.help)
+        elif argument.kind == "list":
+            parser.add_argument(argument.option, dest=argument.name, action="append", default=[], help=argument.help)
         elif argument.kind == "flag":
             parser.add_argument(argument.option, dest=argument.name, action="store_true", help=argument.help)
         else:
@@ -72,7 +74,7 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
     if getattr(options, "state_dir", None) and any(argument.local for argument in verb.arguments):
         return _run_offline(verb, options)
     descriptors: list[int] = []
-    arguments: dict[str, str | int | bool | None] = {}
+    arguments: dict[str, str | int | bool | tuple[str, ...] | None] = {}
     try:
         for argument in verb.arguments:
             if argument.local:
@@ -81,7 +83,7 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             if argument.kind == "path" and value is not None:
                 descriptors.append(open_for_verb(value))
                 value = place_of(value)
-            arguments[argument.name] = value
+            arguments[argument.name] = tuple(value) if argument.kind == "list" else value
         answer = stream(
             socket_path(options.socket),
             verb.name,
@@ -92,7 +94,8 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
         with closing(answer):
             many = verb.many or arguments.get("count") is not None
             paged = not getattr(options, "no_pager", False)
-            return print_answer(replace(verb, many=many), answer, options.form, paged=paged)
+            columns = REMOVED_COLUMNS if arguments.get("removed") else verb.columns
+            return print_answer(replace(verb, many=many, columns=columns), answer, options.form, paged=paged)
     except ManagerError as error:
         return report(error, options.form, f"vtpm-{verb.name}")
     except BrokenPipeError:

@@ -25,15 +25,21 @@ def add_verbs(verb: MakeVerb, layout: Callable[[argparse.Namespace], Layout], co
 
     made = verb("restore", restore_verb, "unpack a backup into a new state directory")
     made.add_argument("file", metavar="FILE", help="the backup")
+    made.add_argument(
+        "--catalogue",
+        metavar="URL",
+        help="put the catalogue into this PostgreSQL database, or into a file: 'file' (default: as the backup's "
+        "configuration says)",
+    )
     made.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
-    made = verb("rebuild-catalogue", rebuild_verb, "make the catalogue anew from the store; attachments are lost")
+    made = verb("rebuild-catalogue", rebuild_verb, "make the catalogue anew from the store; labels are lost")
     made.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
 
 
 def _restore(options: argparse.Namespace, layout: Layout) -> int:
     from manager.restore import restore  # noqa: PLC0415 - --help should not load what it does not need
 
-    done = restore(Path(options.file), layout.state_dir)
+    done = restore(Path(options.file), layout.state_dir, options.catalogue)
     if options.form == "json":
         print(json.dumps({"schema": SCHEMA_VERSION, "state_dir": str(layout.state_dir), **asdict(done)}, indent=2))
         return int(ExitCode.OK)
@@ -61,7 +67,10 @@ def _rebuild(options: argparse.Namespace, layout: Layout, config: Config) -> int
     if done.attachments_lost is None:
         print("the attachments there were are lost: attach the vTPMs again")
     else:
+        print(f"{done.attachments_kept} attachments kept")
+    if done.attachments_lost:
         print(f"{done.attachments_lost} attachments are lost: attach the vTPMs again")
+    print("labels are lost: put them on again with 'vtpm-label'")
     if done.old is not None:
         print(f"the catalogue that was there is kept as {done.old}")
     for what in done.unclear:

@@ -38,7 +38,7 @@ class RemoteError(ManagerError):
 def request(
     path: str,
     verb: str,
-    arguments: dict[str, str | int | bool | None],
+    arguments: dict[str, str | int | bool | tuple[str, ...] | None],
     descriptors: tuple[int, ...] = (),
     on_note: Callable[[str], None] = lambda _text: None,
 ) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def request(
 def stream(
     path: str,
     verb: str,
-    arguments: dict[str, str | int | bool | None],
+    arguments: dict[str, str | int | bool | tuple[str, ...] | None],
     descriptors: tuple[int, ...] = (),
     on_note: Callable[[str], None] = lambda _text: None,
 ) -> Generator[dict[str, Any]]:

@@ -44,6 +44,14 @@ class AnchorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """The store image: the size below which `compact` does not cut it, and how long removed vTPMs are remembered."""
+
+    size: int = 2 * 1024 * 1024  # what `init --store-size` said
+    tombstone_days: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceConfig:
     """Instances: their user ids (base + a number per vTPM; base 0 keeps the manager's) and deadlines in seconds."""
 
@@ -66,13 +74,24 @@ class AdminConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogueConfig:
+    """Names, labels, attachments and events: in which database, and how long events are kept."""
+
+    url: str = field(default="", repr=False)  # it may have a password; empty: the file in the state directory
+    events_kept: int = 100_000
+    events_days: int = 400
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything a configuration file may say."""
 
     tpm: TpmConfig = field(default_factory=TpmConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     instance: InstanceConfig = field(default_factory=InstanceConfig)
     admin: AdminConfig = field(default_factory=AdminConfig)
+    catalogue: CatalogueConfig = field(default_factory=CatalogueConfig)
 
     @classmethod
     def load(cls, path: Path) -> "Config":
@@ -133,7 +152,7 @@ class Layout:
     @property
     def catalogue(self) -> Path:
         """The catalogue's database."""
-        return self.state_dir / "catalogue.sqlite"
+        return self.state_dir / "catalogue.sqlite"  # unless the configuration names a database: catalogue_place
 
     @property
     def embedded_tpm(self) -> Path:

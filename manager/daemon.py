@@ -19,10 +19,13 @@ from manager import admin_server
 from manager.admin_server import AdminServer
 from manager.anchor import Standing
 from manager.anchoring import Anchoring
+from manager.attachment_epochs import adopt_older_rows, refuse_any_stale
 from manager.attachments import Attachments
+from manager.catalogue_place import place_of, shown_place
 from manager.committer import Committer
 from manager.config import Config, Layout
 from manager.errors import ConfigurationError, KeeperError
+from manager.event_retention import keep_events
 from manager.hardware import Hardware
 from manager.instances import Instances
 from manager.keeper_client import Keeper
@@ -33,6 +36,7 @@ from manager.registry import Registry
 from manager.ring_server import RingServer
 from manager.running import Running
 from manager.services import Services
+from manager.tombstones import Tombstones
 from manager.verb_table import SCHEMA_VERSION
 from manager.verbs import timestamp, uptime
 from storage.catalogue import Catalogue
@@ -62,9 +66,17 @@ class Daemon:
             strict=config.anchor.strict,
         )
         store_uuid = opened.store.uuid
-        with integrity():
-            self._catalogue = Catalogue.open(layout.catalogue, catalogue_key(opened.secret.store_key, store_uuid))
-        self._registry = Registry(self._committer, self._catalogue, self._anchoring, layout.state_images)
+        key = catalogue_key(opened.secret.store_key, store_uuid)
+        with contextlib.ExitStack() as failed, integrity():
+            self._catalogue = Catalogue.open(place_of(layout, config), key, store_uuid)
+            failed.callback(self._catalogue.close)
+            refuse_any_stale(opened.store, self._catalogue)
+            self._catalogue.take_possession(store_uuid)
+            failed.pop_all()
+        self._tombstones = Tombstones(self._committer, config.store.tombstone_days)
+        self._registry = Registry(
+            self._committer, self._catalogue, self._anchoring, layout.state_images, self._tombstones
+        )
         self._attachments: Attachments
 
     def _group_committed(self) -> None:
@@ -97,10 +109,13 @@ class Daemon:
         self._closing.callback(instances.close)
         self._attachments = Attachments(self._registry, instances, self._layout, config, self._opened.store.uuid)
         nursery.start_soon(self._committer.run)
+        nursery.start_soon(self._tombstones.run)
         nursery.start_soon(rings.run)
         nursery.start_soon(self._anchoring.run_volatile)
         nursery.start_soon(self._anchoring.run_interval, config.anchor.interval_seconds)
         nursery.start_soon(self._signals)
+        nursery.start_soon(keep_events, self._catalogue, config.catalogue)
+        await adopt_older_rows(self._committer, self._catalogue)
         await self._attachments.take_over(await keeper.list())
         services = Services(
             self._registry,
@@ -158,7 +173,8 @@ class Daemon:
             "uptime_seconds": uptime(self._started),
             "state_dir": str(self._layout.state_dir),
             "store": str(store.uuid),
-            "vtpms": sum(1 for _ in self._catalogue.vtpms()),
+            "vtpms": self._catalogue.count_vtpms(),
+            "catalogue": shown_place(self._layout, self._config),
             "closed_groups": ", ".join(sorted(map(self._registry.group_name, self._opened.closed))) or None,
             "tpm": self._config.tpm.tcti,
             "locality": self._hardware.tpm.locality,

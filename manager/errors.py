@@ -1,6 +1,7 @@
 """Errors of the manager, each with a command's exit code. They say what happened, what was kept, what to do."""
 
 from typing import ClassVar
+from uuid import UUID
 
 from frontend_backend.messages_admin import ExitCode
 
@@ -53,6 +54,17 @@ class RolledBackError(IntegrityError):
 
 class QuarantinedError(IntegrityError):
     """A vTPM's state could not be loaded; it is kept as it is and does not start."""
+
+
+class StaleAttachmentError(IntegrityError):
+    """The catalogue holds a genuine, but old attachment: somebody put it back."""
+
+    def __init__(self, vtpm: UUID, guest: str, problem: str) -> None:
+        super().__init__(
+            f"the catalogue's attachment of vTPM {vtpm} to guest {guest} is an old one that was put back: {problem}. "
+            f"Nothing was started or changed. 'vtpm-detach {vtpm}' takes it out; where the manager does not start, put "
+            f"the newest catalogue back, or run 'vtpm-manager rebuild-catalogue', which keeps what the store knows"
+        )
 
 
 class BusyError(ManagerError):

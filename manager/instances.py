@@ -6,7 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -41,6 +41,7 @@ class Launch:
     startup: str
     after_reset: str
     listeners: tuple[str, ...]
+    epoch: int = 0
 
 
 class Instances:
@@ -96,10 +97,11 @@ class Instances:
         running = Running(
             launch.vtpm, launch.lease, reply.pid, received[0], back, launch.startup, launch.after_reset, uid or None
         )
+        running.epoch = launch.epoch
         self._take_on(running)
         return running
 
-    async def adopt(self, kept: k.Kept, after_reset: str) -> Running:
+    async def adopt(self, kept: k.Kept, after_reset: str, epoch: int = 0) -> Running:
         """Take an instance over that an earlier manager started.
 
         Raises:
@@ -116,9 +118,14 @@ class Instances:
         # an instance that waits in Load is told what a reset would be told: it never resumes twice
         uid = _uid_of(kept.pid)
         running = Running(UUID(bytes=kept.vtpm), kept.lease, kept.pid, pidfd, ring, "failed", after_reset, uid)
+        running.epoch = epoch
         self._take_on(running)
         running.ring.ring()  # "ask me": it reports how it is
         return running
+
+    def held(self) -> AbstractContextManager[None]:
+        """Let every instance's requests wait meanwhile: see `RingServer.held`."""
+        return self._rings.held()
 
     async def end(self, kept: k.Kept) -> None:
         """End an instance of an earlier manager, unheard, and have the keeper forget it.

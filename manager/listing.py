@@ -6,12 +6,15 @@ from uuid import UUID
 
 import trio
 
+from manager.attachment_epochs import staleness
 from manager.errors import NotFoundError
+from manager.labels import flat, parse_filters
+from manager.removed import list_removed
 from manager.running import Running
 from manager.services import Arguments, Caller, Document, Services
 from manager.sockets import SocketFolder
 from manager.verb_table import SCHEMA_VERSION
-from storage.catalogue_rows import AttachmentRow, Filter, VtpmRow
+from storage.catalogue_rows import AttachmentRow, Filter, Listed, VtpmRow
 from storage.errors import GroupClosed, StorageError
 from storage.store_records import RecordFlags
 
@@ -31,27 +34,30 @@ def state_of(running: Running | None, flags: RecordFlags, attached: bool) -> str
 
 def describe(services: Services, row: VtpmRow) -> Document:
     """Return the document of one vTPM: one flat object, every field always there (null where it has no value)."""
-    registry = services.registry
-    return describer(services)(row, registry.catalogue.find_attachment(row.uuid))
+    catalogue = services.registry.catalogue
+    return describer(services)(Listed(row, catalogue.find_attachment(row.uuid), catalogue.labels(row.uuid)))
 
 
-def describer(services: Services) -> Callable[[VtpmRow, AttachmentRow | None], Document]:
+def describer(services: Services) -> Callable[[Listed], Document]:
     """Return what makes documents out of rows; it has read the groups' names once."""
     registry, store = services.registry, services.registry.committer.store
     names = {row.uuid: row.name for row in registry.catalogue.groups()}
 
-    def look(vtpm: UUID, running: Running | None, attached: bool) -> tuple[str, int | None]:
+    def look(vtpm: UUID, running: Running | None, attachment: AttachmentRow | None) -> tuple[str, int | None]:
         try:
             record = store.get(vtpm)
         except GroupClosed:
             return "closed" if running is None else running.stage.value, None
         except StorageError:  # no record, or its sector is damaged: vtpm-verify tells which
             return "missing" if running is None else running.stage.value, None
-        return state_of(running, record.flags, attached), record.generation
+        if running is None and attachment is not None and staleness(record, attachment):
+            return "stale", record.generation
+        return state_of(running, record.flags, attachment is not None), record.generation
 
-    def describe_one(row: VtpmRow, attachment: AttachmentRow | None) -> Document:
+    def describe_one(listed: Listed) -> Document:
+        row, attachment = listed.vtpm, listed.attachment
         running = services.attachments.running(row.uuid)
-        state, generation = look(row.uuid, running, attachment is not None)
+        state, generation = look(row.uuid, running, attachment)
         document: Document = {
             "schema": SCHEMA_VERSION,
             "uuid": str(row.uuid),
@@ -69,6 +75,10 @@ def describer(services: Services) -> Callable[[VtpmRow, AttachmentRow | None], D
             "generation": generation,
             "state_image": str(registry.image_path(row)),
             "created": row.created,
+            "labels": flat(listed.labels),
+            "removed": None,
+            "removed_by": None,
+            "kept_until": None,
         }
         return document | _places(services, row.uuid, attachment) if attachment else document
 
@@ -87,20 +97,25 @@ async def list_vtpms(services: Services, _caller: Caller, arguments: Arguments) 
     """List vTPMs by name, those that the filters let pass.
 
     Raises:
-        NotFoundError: no such group.
+        NotFoundError: no such group. UsageError: no label.
 
     """
+    if arguments["removed"]:
+        async for document in list_removed(services, arguments):
+            yield document
+        return
     catalogue = services.registry.catalogue
     group = arguments["group"]
     found = catalogue.find_group_by_name(group) if group is not None else None
     if group is not None and found is None:
         raise NotFoundError(f"there is no group '{group[:80]}'")
-    only = Filter(None if found is None else found.uuid, arguments["tpm"], arguments["guest"])
+    labels = parse_filters(arguments["label"])
+    only = Filter(None if found is None else found.uuid, arguments["tpm"], arguments["guest"], labels)
     make, after = describer(services), ""
     while page := catalogue.listing(only, after, _AT_ONCE):
-        for row, attachment in page:
-            document = make(row, attachment)
+        for listed in page:
+            document = make(listed)
             if arguments["state"] in (None, document["state"]):
                 yield document
-        after = page[-1][0].name
+        after = page[-1].vtpm.name
         await trio.lowlevel.checkpoint()

@@ -154,7 +154,7 @@ def check(layout: Layout, config: Config) -> list[Finding]:
 
     While a manager runs, the TPM and the store are its own: then only what is outside is checked.
     """
-    findings = [*_check_settings(config), *_check_permissions(layout), _check_runtime(layout)]
+    findings = [*_check_settings(config), *_check_permissions(layout, config), _check_runtime(layout)]
     try:
         with locked_store(layout) as descriptor:
             findings += _check_inside(layout, config, descriptor)
@@ -186,9 +186,10 @@ def _check_settings(config: Config) -> list[Finding]:
     return findings
 
 
-def _check_permissions(layout: Layout) -> list[Finding]:
+def _check_permissions(layout: Layout, config: Config) -> list[Finding]:
     findings = []
-    for path in (layout.state_dir, layout.config, layout.store, layout.catalogue):
+    catalogue = [] if config.catalogue.url else [layout.catalogue]
+    for path in (layout.state_dir, layout.config, layout.store, *catalogue):
         if not path.exists():
             findings.append(Finding(str(path), Verdict.FAILED, "it is missing", ExitCode.NOT_FOUND))
             continue

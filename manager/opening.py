@@ -27,7 +27,7 @@ from manager.hwtpm_records import SealedBlob
 from manager.hwtpm_setting import TctiKind, TctiSetting
 from manager.keys import BootArea, GroupSeal, PlatformSecret, store_check
 from manager.named_path import is_device
-from storage.errors import DeviceError, StorageError
+from storage.errors import BadCatalogueUrl, CatalogueBusy, CatalogueUnreachable, DeviceError, StorageError
 from storage.secrets import GroupKey
 from storage.store import Store
 
@@ -171,8 +171,10 @@ def integrity() -> Iterator[None]:
     """Turn what the storage package says of damaged images into the manager's error."""
     try:
         yield
-    except DeviceError:
+    except (DeviceError, CatalogueUnreachable, BadCatalogueUrl):
         raise
+    except CatalogueBusy as error:
+        raise BusyError(str(error)) from error
     except StorageError as error:
         raise IntegrityError(f"this installation cannot be opened: {error}") from error
 

@@ -13,22 +13,25 @@ from uuid import UUID, uuid4
 
 from manager import escrow
 from manager.anchor import clean_stop
-from manager.config import Config, Layout, TpmConfig
+from manager.catalogue_place import catalogue_place
+from manager.config import CatalogueConfig, Config, Layout, StoreConfig, TpmConfig
 from manager.durable import sync_directory
 from manager.errors import ConflictError, IntegrityError, ManagerError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
+from manager.group_rows import group_row
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import AnchorDenied, AnchorMissing, PolicyMismatch, SealDamaged, TpmError
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
 from manager.opening import read_boot_area
 from manager.policy import SealPolicy, parse_pcrs
 from manager.recovery_key import RecoveryPublic
+from manager.restoring import refuse_unfinished
 from manager.store_place import begin_store, remove_unfinished, unfinished_store
-from storage.catalogue import Catalogue, GroupRow
-from storage.errors import CommitRefused, StorageFull
+from storage.catalogue import Catalogue, Happened, Place, now
+from storage.errors import CatalogueError, CommitRefused, NameTaken, StorageFull
 from storage.secrets import GroupKey
 from storage.store import Store
-from storage.store_records import GroupRecord, PutGroup
+from storage.store_records import GroupFlags, GroupRecord, PutGroup
 
 _log = logging.getLogger("vtpm.init")
 DEFAULT_GROUP: Final = "default"
@@ -48,6 +51,7 @@ class InitOptions:
     recovery: Path | None
     store_size: int
     store: Path | None = None  # a file or block device for it; in the state directory otherwise
+    catalogue: str = ""  # URL of its database; empty: a file in the state directory
 
 
 def wrap_platform(recovery: RecoveryPublic, store: UUID, secret: PlatformSecret) -> bytes:
@@ -115,7 +119,8 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
     refuse_existing(layout)
     tpm.check_locality()
     srk_name = tpm.provision_srk()
-    clean_up_interrupted(layout, tpm)
+    place = catalogue_place(layout, options.catalogue)
+    clean_up_interrupted(layout, tpm, place)
     made = _Made(unfinished_store(layout), uuid4(), uuid4(), PlatformSecret.new())
     # The index is defined last: from then on the unfinished store tells the next init which one it is, and whose.
     anchor = tpm.anchor_plan(tpm.anchor_free_index())
@@ -131,13 +136,13 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
         sync_directory(layout.state_dir)
         tpm.anchor_define(anchor.index, made.secret.anchor_auth)
         tpm.anchor_write(anchor, made.secret.anchor_auth, clean_stop(digest), first=True)
-        _make_catalogue(layout, made)
+        _make_catalogue(place, made, group)
         write_config(layout.config, _config(options, srk_name, made))
         made.path.rename(layout.store)
     except BaseException:
         try:
-            clean_up_interrupted(layout, tpm)
-        except TpmError as error:
+            clean_up_interrupted(layout, tpm, place)
+        except (TpmError, CatalogueError) as error:
             _log.warning("what init has made so far is left to the next init to take away: %s", error)
         raise
     sync_directory(layout.state_dir)
@@ -167,26 +172,42 @@ def _config(options: InitOptions, srk_name: bytes, made: _Made) -> Config:
             pcrs=options.pcrs,
             srk_name=srk_name.hex(),
             store_check=store_check(made.secret.store_key, made.store),
-        )
+        ),
+        store=StoreConfig(size=options.store_size),
+        catalogue=CatalogueConfig(url=options.catalogue),
     )
 
 
-def clean_up_interrupted(layout: Layout, tpm: HardwareTpm) -> None:
+def clean_up_interrupted(layout: Layout, tpm: HardwareTpm, place: Place | None = None) -> None:
     """Take away what an `init` that was cut short left behind, its NV index too; nothing where there is nothing.
 
     Raises:
-        TpmError: the hardware TPM failed; what was left behind is kept for the next try.
+        TpmError, CatalogueError: hardware TPM or database failed; what was left behind is kept for the next try.
 
     """
     unfinished = unfinished_store(layout)
     if not os.path.lexists(unfinished):
         return
     _undefine_unfinished(unfinished, tpm)
+    if isinstance(place, str):
+        _drop_unfinished(unfinished, place)
     for tail in _SQLITE_TAILS:
         layout.catalogue.with_name(layout.catalogue.name + tail).unlink(missing_ok=True)
     remove_unfinished(layout)
     sync_directory(layout.state_dir)
     _log.warning("took away what an interrupted init had left in %s", layout.state_dir)
+
+
+def _drop_unfinished(path: Path, place: str) -> None:
+    """Take the catalogue of an unfinished store out of its database, and no other's."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(IntegrityError):  # not finished, so the catalogue was not begun
+            store, _ = read_boot_area(descriptor)
+            if Catalogue.whose(place) == store:
+                Catalogue.drop(place)
+    finally:
+        os.close(descriptor)
 
 
 def _undefine_unfinished(path: Path, tpm: HardwareTpm) -> None:
@@ -223,6 +244,7 @@ def refuse_existing(layout: Layout) -> None:
         ConflictError: the state directory has a store, or a catalogue that no interrupted init left behind.
 
     """
+    refuse_unfinished(layout.state_dir)
     unfinished = os.path.lexists(unfinished_store(layout))
     for path in (layout.store, layout.catalogue):
         if os.path.lexists(path) and not (path == layout.catalogue and unfinished):
@@ -241,7 +263,7 @@ def _default_group(
         sealed=tpm.seal(key.reveal(), policy_for(tpm, options.pcrs, recovery, group_reference(group))),
         escrow=wrap_group(recovery, store, group, key) if recovery else b"",
     )
-    return PutGroup(GroupRecord(group, 0, seal.pack()), key)
+    return PutGroup(GroupRecord(group, GroupFlags.EPOCHS, seal.pack()), key)
 
 
 def _make_store(descriptor: int, made: _Made, boot: BootArea, group: PutGroup, size: int) -> bytes:
@@ -259,13 +281,14 @@ def _make_store(descriptor: int, made: _Made, boot: BootArea, group: PutGroup, s
         os.close(descriptor)
 
 
-def _make_catalogue(layout: Layout, made: _Made) -> None:
-    catalogue = Catalogue.create(layout.catalogue, catalogue_key(made.secret.store_key, made.store))
+def _make_catalogue(place: Place, made: _Made, group: PutGroup) -> None:
     try:
-        catalogue.add_group(GroupRow(uuid=made.group, name=DEFAULT_GROUP))
-        catalogue.log("initialised", None, f"store {made.store}")
-    finally:
-        catalogue.close()
+        catalogue = Catalogue.create(place, catalogue_key(made.secret.store_key, made.store), made.store)
+    except NameTaken as error:
+        raise ConflictError(f"{error}. Nothing was changed: name an empty database, or none") from error
+    with catalogue:
+        row = group_row(made.group, GroupSeal.unpack(group.record.blob), now())
+        catalogue.add_group(row, Happened("initialised", f"store {made.store}"))
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -1,21 +1,25 @@
 """`vtpm-manager rebuild-catalogue`: a catalogue out of what the store knows, beside what of the old one is authentic.
 
-Who a vTPM runs for is not in the store, and an attachment from a catalogue that is in doubt is not believed.
+An attachment is kept if its row is authentic and the store's record vouches for it (manager.attachment_epochs).
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from manager.attachment_epochs import staleness
+from manager.catalogue_place import place_of
 from manager.config import Config, Layout
 from manager.durable import sync_directory
 from manager.errors import DeniedError
+from manager.group_rows import group_row
 from manager.keys import GroupSeal, catalogue_key
 from manager.offline import audit_catalogue, opened_installation
 from manager.opening import Opened
-from storage.catalogue import Catalogue
-from storage.catalogue_rows import Audit, GroupRow, VtpmRow
-from storage.errors import NoSuchVtpm, StoreDamaged
+from storage.catalogue import Catalogue, shown
+from storage.catalogue_rows import AttachmentRow, Audit, VtpmRow
+from storage.errors import NoSuchVtpm, StoreDamaged, StoreError
 from storage.store_records import RecordFlags
 
 _TAILS: Final = ("", "-wal", "-shm", "-journal")
@@ -26,12 +30,14 @@ _AT_ONCE: Final = 5000  # rows in one transaction
 class Rebuilt:
     """What became of the catalogue; `attachments_lost` is None where the old one could not be read.
 
-    `old` is where the old one is kept; `unclear` are sentences about what an administrator should look at.
+    Labels are lost: neither the store nor a MAC vouches for them. `old` is where the old catalogue is
+    kept, `unclear` are sentences about what an administrator should look at.
     """
 
     groups: int
     names_kept: int
     names_made: int
+    attachments_kept: int
     attachments_lost: int | None
     old: str | None
     unclear: list[str]
@@ -49,22 +55,50 @@ def rebuild_catalogue(layout: Layout, config: Config) -> Rebuilt:
     with opened_installation(layout, config) as opened:
         if opened.closed:
             raise DeniedError(f"not rebuilt: {'; '.join(opened.closed.values())}. Nothing was changed")
-        audit, _, problems = audit_catalogue(layout, opened)
-        groups = [GroupRow(uuid, GroupSeal.unpack(record.blob).name) for uuid, record in opened.store.groups().items()]
+        new = layout.catalogue.with_name(layout.catalogue.name + ".rebuilding")
+        _put_back(layout, new)
+        audit, _, problems = audit_catalogue(layout, config, opened)
+        groups = [group_row(uuid, GroupSeal.unpack(record.blob)) for uuid, record in opened.store.groups().items()]
         kept = [row for row in audit.vtpms if _is_stored(opened, row)]
         made = _unnamed(opened, kept)
-        new = layout.catalogue.with_name(layout.catalogue.name + ".rebuilding")
         _remove(new)
-        with Catalogue.create(new, catalogue_key(opened.secret.store_key, opened.store.uuid)) as catalogue:
+        attached = _still_attached(opened, audit, kept)
+        key = catalogue_key(opened.secret.store_key, opened.store.uuid)
+        with Catalogue.create(new, key, opened.store.uuid) as catalogue:
             for group in groups:
                 catalogue.add_group(group)
             for rows, text in ((kept, ", its name kept"), (made, ", its name made from its UUID")):
                 for start in range(0, len(rows), _AT_ONCE):
                     catalogue.add_vtpms(rows[start : start + _AT_ONCE], "rebuilt", text)
-            catalogue.log("rebuilt", None, f"{len(kept)} names kept, {len(made)} made; attachments are lost")
-        old = _put_in_place(layout, new)
-        attachments = None if problems else len(audit.attachments)
-        return Rebuilt(len(groups), len(kept), len(made), attachments, old, _unclear(opened, layout, audit, made))
+            for row in attached:
+                catalogue.attach(row)
+            text = f"{len(kept)} names and {len(attached)} attachments kept, {len(made)} names made; labels are lost"
+            catalogue.log("rebuilt", None, text)
+        place = place_of(layout, config)
+        old = _put_in_place(layout, new) if isinstance(place, Path) else _load(place, new)
+        lost = None if problems else len(audit.attachments) - len(attached)
+        unclear = _unclear(opened, layout, audit, made)
+        return Rebuilt(len(groups), len(kept), len(made), len(attached), lost, old, unclear)
+
+
+def _still_attached(opened: Opened, audit: Audit, kept: list[VtpmRow]) -> list[AttachmentRow]:
+    """Return the attachments that the store vouches for; those of catalogue schema 1 it does not know."""
+    named = {row.uuid for row in kept}
+    found = []
+    for row in audit.attachments:
+        if row.vtpm in named:
+            with suppress(StoreError):  # its sector is damaged: then nothing vouches for it
+                if staleness(opened.store.get(row.vtpm), row) is None:
+                    found.append(row)
+    return found
+
+
+def _load(place: str, new: Path) -> str | None:
+    """Put the new catalogue into its database; the old one stays there under another name."""
+    old = Catalogue.put_aside(place)
+    Catalogue.load(place, new)
+    _remove(new)
+    return None if old is None else f"schema {old} of {shown(place)}"
 
 
 def _is_stored(opened: Opened, row: VtpmRow) -> bool:
@@ -88,27 +122,41 @@ def _unnamed(opened: Opened, kept: list[VtpmRow]) -> list[VtpmRow]:
 
 def _put_in_place(layout: Layout, new: Path) -> str | None:
     """Move the old catalogue with its tails aside, then the new one in; in between there is none, so nothing starts."""
-    old = None
-    if layout.catalogue.exists():
-        number = next(n for n in range(1, 1_000_000) if not _aside(layout, n).exists())
-        old = _aside(layout, number)
-        for tail in reversed(_TAILS):
-            part = layout.catalogue.with_name(layout.catalogue.name + tail)
-            if part.exists():
-                part.rename(old.with_name(old.name + tail))
+    there = [tail for tail in _TAILS if _part(layout.catalogue, tail).exists()]
+    numbers = range(1, 1_000_000)
+    old = next(old for old in (_aside(layout, n) for n in numbers) if not any(_part(old, t).exists() for t in _TAILS))
+    # The database first: without its -wal it would be an older one that still opens. A -wal alone goes too: SQLite
+    # would play it into the new database.
+    for tail in there:
+        _part(layout.catalogue, tail).rename(_part(old, tail))
     sync_directory(layout.state_dir)
     new.rename(layout.catalogue)
     sync_directory(layout.state_dir)
-    return None if old is None else str(old)
+    return str(old) if "" in there else None
+
+
+def _put_back(layout: Layout, new: Path) -> None:
+    """Undo the move of a rebuild that was cut short, so that this one finds the old catalogue where it was."""
+    if layout.catalogue.exists() or not new.exists() or not _aside(layout, 1).exists():
+        return
+    old = _aside(layout, next(n for n in range(1, 1_000_000) if not _aside(layout, n + 1).exists()))
+    for tail in reversed(_TAILS):  # the database last: until then this goes on from where it was
+        if _part(old, tail).exists():
+            _part(old, tail).rename(_part(layout.catalogue, tail))
+    sync_directory(layout.state_dir)
 
 
 def _aside(layout: Layout, number: int) -> Path:
     return layout.catalogue.with_name(f"{layout.catalogue.name}.old-{number}")
 
 
+def _part(path: Path, tail: str) -> Path:
+    return path.with_name(path.name + tail)
+
+
 def _remove(path: Path) -> None:
     for tail in _TAILS:
-        path.with_name(path.name + tail).unlink(missing_ok=True)
+        _part(path, tail).unlink(missing_ok=True)
 
 
 def _unclear(opened: Opened, layout: Layout, audit: Audit, made: list[VtpmRow]) -> list[str]:

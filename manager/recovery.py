@@ -11,6 +11,7 @@ from uuid import UUID
 
 from manager import escrow
 from manager.anchor import clean_stop
+from manager.catalogue_place import place_of
 from manager.config import Config, Layout
 from manager.errors import ConflictError, IntegrityError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
@@ -76,7 +77,8 @@ def recover(
             store.close()
         if old_anchor:
             tpm.anchor_undefine(boot.anchor)
-        with integrity(), Catalogue.open(layout.catalogue, catalogue_key(secret.store_key, uuid)) as catalogue:
+        place = place_of(layout, config)
+        with integrity(), Catalogue.open(place, catalogue_key(secret.store_key, uuid), uuid) as catalogue:
             how = "the operator accepted an older store" if old_anchor else "new hardware TPM"
             catalogue.log("recovered", None, f"{how}; store sequence {done.sequence}, rollback not checked")
         secret.wipe()

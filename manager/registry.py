@@ -1,6 +1,7 @@
 """Which vTPMs there are: add, find, reset, remove. The store's record is the authority; the catalogue has the names."""
 
 import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import trio
 from manager import state_files
 from manager.anchoring import Anchoring
 from manager.committer import Committer
-from manager.errors import ConflictError, DeniedError, NotFoundError, UsageError
-from storage.catalogue import Catalogue, GroupRow, VtpmRow
-from storage.errors import GenerationError, GroupClosed, NoSuchVtpm
+from manager.errors import ConflictError, DeniedError, IntegrityError, NotFoundError, UsageError
+from manager.tombstones import Tombstones, iso
+from storage.catalogue import Catalogue, GroupRow, Happened, VtpmRow
+from storage.errors import GenerationError, GroupClosed, NoSuchVtpm, StoreDamaged
 from storage.secrets import StateKey
-from storage.store_records import PutVtpm, RecordFlags, RemoveVtpm, VtpmRecord
+from storage.store_records import PutVtpm, RecordFlags, VtpmRecord, random_epoch
 
 NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NO_FLAGS: Final = RecordFlags(0)
@@ -41,10 +43,17 @@ def check_name(text: str, what: str) -> str:
 class Registry:
     """Every vTPM of this manager."""
 
-    def __init__(self, committer: Committer, catalogue: Catalogue, anchoring: Anchoring, state_images: Path) -> None:
+    def __init__(
+        self,
+        committer: Committer,
+        catalogue: Catalogue,
+        anchoring: Anchoring,
+        state_images: Path,
+        tombstones: Tombstones,
+    ) -> None:
         """Work on an open store and catalogue; `state_images` is the directory of images without a name."""
         self._committer, self.catalogue, self._anchoring = committer, catalogue, anchoring
-        self._state_images = state_images
+        self._state_images, self.tombstones = state_images, tombstones
         self.adding = trio.Lock()  # between looking whether a name is free and taking it
 
     @property
@@ -70,14 +79,24 @@ class Registry:
         if row is None:
             row = self.catalogue.find_vtpm_by_name(text)
         if row is None:
+            self._refuse_removed(text)
             raise NotFoundError(f"there is no vTPM '{text[:80]}'; 'vtpm-list' shows what there is")
         return row
+
+    def _refuse_removed(self, text: str) -> None:
+        tombstone = self.tombstones.find(text)
+        if tombstone is not None:
+            raise NotFoundError(
+                f"vTPM {tombstone.uuid} was removed on {iso(tombstone.removed)}, and its key with it: it cannot be had "
+                f"back. 'vtpm-list --removed' shows all of them"
+            )
 
     def record(self, vtpm: UUID) -> VtpmRecord:
         """Return a vTPM's record.
 
         Raises:
-            DeniedError: its group is closed. NotFoundError: the store does not know it.
+            DeniedError: its group is closed. NotFoundError: the store does not know it. IntegrityError: a damaged
+            sector may have had it.
 
         """
         try:
@@ -86,12 +105,14 @@ class Registry:
             raise DeniedError(str(error)) from error
         except NoSuchVtpm as error:
             raise NotFoundError(f"the catalogue knows vTPM {vtpm}, the store does not: {error}") from error
+        except StoreDamaged as error:
+            raise IntegrityError(str(error)) from error
 
     def generation(self, vtpm: UUID) -> int | None:
-        """Return a vTPM's generation, None where the store cannot tell (closed group)."""
+        """Return a vTPM's generation, None where the store cannot tell (closed group, damaged sector)."""
         try:
             return self.record(vtpm).generation
-        except (DeniedError, NotFoundError):
+        except (DeniedError, NotFoundError, IntegrityError):
             return None
 
     def group_name(self, group: UUID) -> str:
@@ -102,7 +123,15 @@ class Registry:
         """Return where the state image of `row` lies."""
         return state_files.image_path(self._state_images, row.uuid, row.state_image)
 
-    async def add(self, name: str | None, uuid: str | None, group: str, family: str, state_image: str) -> VtpmRow:
+    async def add(
+        self,
+        name: str | None,
+        uuid: str | None,
+        group: str,
+        family: str,
+        state_image: str,
+        labels: Mapping[str, str] | None = None,
+    ) -> VtpmRow:
         """Make a vTPM's record, durable and anchored; its TPM is made when it is first attached.
 
         Raises:
@@ -116,41 +145,45 @@ class Registry:
         if group_row is None:
             raise NotFoundError(f"there is no group '{group[:80]}'")
         async with self.adding:
-            return await self._add(vtpm, name, group_row, family, state_image)
+            if uuid is not None:
+                self._refuse_in_use(vtpm)
+                self.tombstones.refuse_known(vtpm)
+            row = VtpmRow(uuid=vtpm, name=name, group=group_row.uuid, family=family, state_image=state_image)
+            return await self._add(row, group_row, labels or {})
 
-    async def _add(self, vtpm: UUID, name: str, group_row: GroupRow, family: str, state_image: str) -> VtpmRow:
-        self._refuse_taken(vtpm, name, state_image)
-        flags = RecordFlags.FRESH | (RecordFlags.TPM12 if family == "1.2" else RecordFlags(0))
-        row = VtpmRow(uuid=vtpm, name=name, group=group_row.uuid, family=family, state_image=state_image)
+    async def _add(self, row: VtpmRow, group: GroupRow, labels: Mapping[str, str]) -> VtpmRow:
+        self._refuse_taken(row.uuid, row.name, row.state_image)
         try:
-            await self._committer.commit(
-                PutVtpm(VtpmRecord(vtpm, group_row.uuid, StateKey(_NOTHING), _NOTHING, 0, flags))
-            )
+            await self._committer.commit(PutVtpm(new_record(row)))
         except GroupClosed as error:
             raise DeniedError(str(error)) from error
-        self.catalogue.add_vtpm(row)
-        self.catalogue.log("added", vtpm, f"{name}, TPM {family}, group {group_row.name}")
+        happened = Happened("added", f"{row.name}, TPM {row.family}, group {group.name}")
+        row = self.catalogue.add_vtpm(row, happened, labels)
         await self._anchoring.write_durable()
         return row
 
     def _refuse_taken(self, vtpm: UUID, name: str, state_image: str) -> None:
-        if self.catalogue.find_vtpm(vtpm) is not None or self._in_use(vtpm):
+        if self.catalogue.find_vtpm(vtpm) is not None:
             raise ConflictError(f"there is a vTPM {vtpm} already")
         if self.catalogue.find_vtpm_by_name(name) is not None:
             raise ConflictError(f"there is a vTPM named '{name}' already")
-        if state_image and any(row.state_image == state_image for row in self.catalogue.vtpms()):
+        if state_image and self.catalogue.find_vtpm_by_image(state_image) is not None:
             raise ConflictError(f"{state_image} is the state image of another vTPM")
 
-    def _in_use(self, vtpm: UUID) -> bool:
-        """Tell whether an open group of the store has a vTPM of this UUID that was ever started.
+    def _refuse_in_use(self, vtpm: UUID) -> None:
+        """Refuse a UUID, chosen by an administrator, under which an open group of the store has a used vTPM.
 
         An add that was cut short leaves a record that no name leads to; it holds nothing, and may be taken up again.
+        A damaged sector may have had the UUID: then it is refused, too. A UUID drawn by chance was in none.
         """
         try:
             record = self._committer.store.get(vtpm)
         except (NoSuchVtpm, GroupClosed):
-            return False
-        return record.generation != 0 or not record.flags & RecordFlags.FRESH
+            return
+        except StoreDamaged as error:
+            raise IntegrityError(str(error)) from error
+        if record.generation != 0 or not record.flags & RecordFlags.FRESH:
+            raise ConflictError(f"there is a vTPM {vtpm} already")
 
     async def reset(self, row: VtpmRow) -> None:
         """Give a detached vTPM's state up: its key is gone, and the next attach makes a new TPM under the same UUID."""
@@ -162,15 +195,15 @@ class Registry:
         state_files.discard(self.image_path(row), row.uuid, ours=not row.state_image)
         self.catalogue.log("reset", row.uuid, f"{row.name}: state of generation {record.generation} given up")
 
-    async def remove(self, row: VtpmRow) -> None:
-        """Remove a detached vTPM: record and key first, then the state image and the name."""
+    async def remove(self, row: VtpmRow, event: str) -> None:
+        """Remove a detached vTPM: record and key first, then the state image and the name; keep `event` of it."""
         self._refuse_attached(row)
         if not self._removed_before(row.uuid):
-            await self._committer.commit(RemoveVtpm(row.uuid))
+            await self._committer.commit(self.tombstones.burial(row.uuid))
+            self.tombstones.buried()
             await self._anchoring.write_durable()
         state_files.discard(self.image_path(row), row.uuid, ours=not row.state_image)
-        self.catalogue.remove_vtpm(row.uuid)
-        self.catalogue.log("removed", row.uuid, row.name)
+        self.catalogue.remove_vtpm(row.uuid, Happened("removed", event))
 
     def _removed_before(self, vtpm: UUID) -> bool:
         """Tell whether a removal that was cut short took the record away already."""
@@ -182,13 +215,25 @@ class Registry:
 
     async def flag(self, vtpm: UUID, *, add: RecordFlags = _NO_FLAGS, drop: RecordFlags = _NO_FLAGS) -> None:
         """Change flags of a record, durably; nothing is written when they are as wanted."""
+        await self._change(vtpm, lambda record: replace(record, flags=(record.flags | add) & ~drop))
+
+    async def mark_attached(self, vtpm: UUID, epoch: int) -> None:
+        """Say in the record that the attachment of this epoch counts, durably; mostly its instance's commits did so."""
+
+        def marked(record: VtpmRecord) -> VtpmRecord:
+            flags = (record.flags | RecordFlags.ATTACHED) & ~RecordFlags.QUARANTINED
+            return replace(record, flags=flags, epoch=epoch)
+
+        await self._change(vtpm, marked)
+
+    async def _change(self, vtpm: UUID, changed: Callable[[VtpmRecord], VtpmRecord]) -> None:
         while True:
             record = self.record(vtpm)
-            flags = (record.flags | add) & ~drop
-            if flags == record.flags:
+            new = changed(record)
+            if new == record:
                 return
             try:
-                await self._committer.commit(PutVtpm(replace(record, flags=flags)))
+                await self._committer.commit(PutVtpm(new))
             except GenerationError:
                 continue  # its instance saved meanwhile: the newer record is looked at
             return
@@ -199,6 +244,12 @@ class Registry:
             raise ConflictError(
                 f"vTPM {row.name} is attached to guest {attachment.guest}: run 'vtpm-detach {row.name}' first"
             )
+
+
+def new_record(row: VtpmRow) -> VtpmRecord:
+    """Return the record of a vTPM that was never started."""
+    flags = RecordFlags.FRESH | (RecordFlags.TPM12 if row.family == "1.2" else _NO_FLAGS)
+    return VtpmRecord(row.uuid, row.group, StateKey(_NOTHING), _NOTHING, 0, flags, random_epoch())
 
 
 def _uuid(text: str) -> UUID:

@@ -5,9 +5,8 @@ Whether the hardware TPM takes the restored store for the newest is the rollback
 
 import hashlib
 import json
+import logging
 import os
-import re
-import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from manager import restoring
 from manager.backup import FORMAT, MANIFEST, REQUIRED, STORE
 from manager.durable import sync_directory
 from manager.errors import ConflictError, IntegrityError, ManagerError, NotFoundError
+from manager.restore_catalogue import catalogue_in_place
 
-_UUID: Final = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_MEMBER: Final = re.compile(rf"config\.toml|catalogue\.sqlite|store\.img|(?:state|named)/{_UUID}\.img")
-_UNFINISHED: Final = ".restoring"  # suffix of the store until everything else is in place
+_log = logging.getLogger("vtpm.restore")
 _MAX_MANIFEST: Final = 256 * 1024 * 1024  # 1,000,000 members have about 130 bytes each
 _PIECE: Final = 1024 * 1024
 
@@ -37,25 +36,32 @@ class Restored:
     named: dict[str, str]
 
 
-def restore(source: Path, state_dir: Path) -> Restored:
+def restore(source: Path, state_dir: Path, catalogue: str | None = None) -> Restored:
     """Unpack the backup `source` into `state_dir`, which must be empty or not there; all of it, or nothing.
 
+    What a restore that was cut short left there is taken away first: it can be repeated. `catalogue`: see
+    `catalogue_in_place`.
+
     Raises:
-        NotFoundError: no such file. ConflictError: the directory is not empty. IntegrityError: no backup, a part of
-        one, or bytes that are not those that were written. ManagerError: the operating system refused.
+        NotFoundError: no such file. ConflictError: directory or database are not empty. IntegrityError: no backup, a
+        part of one, or bytes that are not those that were written. ManagerError: the operating system refused.
 
     """
+    if restoring.is_unfinished(state_dir):
+        _log.warning("a restore into %s was cut short; what it left is taken away", state_dir)
+        restoring.take_away(state_dir)
     if os.path.lexists(state_dir) and (not state_dir.is_dir() or any(state_dir.iterdir())):
         raise ConflictError(f"{state_dir} is not empty; nothing was changed. Restore into a new directory")
     try:
         with open(source, "rb") as file, _all_or_nothing(state_dir):
             manifest = _unpack(file, state_dir)
-            sync_directory(state_dir)
-            (state_dir / (STORE + _UNFINISHED)).rename(state_dir / STORE)
-            sync_directory(state_dir)
+            with catalogue_in_place(state_dir, catalogue):
+                restoring.finish(state_dir)
     except FileNotFoundError as error:
         raise NotFoundError(f"{error.filename}: {error.strerror}; nothing was changed") from error
     except OSError as error:
+        if os.path.lexists(state_dir / STORE):
+            raise ManagerError(f"all is in {state_dir}, but whether it would survive a power cut: {error}") from error
         raise ManagerError(f"not restored: {error}; {state_dir} was left empty") from error
     images = sum(1 for name in manifest["members"] if name not in REQUIRED)
     return Restored(manifest["store"], manifest["sequence"], manifest["vtpms"], images, manifest["named"])
@@ -67,15 +73,13 @@ def _all_or_nothing(state_dir: Path) -> Iterator[None]:
     made = not state_dir.exists()
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
+        restoring.begin(state_dir)
         yield
     except BaseException:
-        for entry in state_dir.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        if made:
-            state_dir.rmdir()
+        if restoring.is_unfinished(state_dir):  # else all of it is in place, only not yet known to be durable
+            restoring.take_away(state_dir)
+            if made:
+                state_dir.rmdir()
         raise
 
 
@@ -88,7 +92,7 @@ def _unpack(file: IO[bytes], state_dir: Path) -> dict[str, Any]:
                 if member.name == MANIFEST and member.isreg() and member.size <= _MAX_MANIFEST:
                     manifest = _manifest(_content(tar, member).read())
                     break
-                if not member.isreg() or not _MEMBER.fullmatch(member.name):
+                if not member.isreg() or not restoring.MEMBER.fullmatch(member.name):
                     raise IntegrityError(f"no backup: '{member.name[:80]}' is in it; nothing was changed")
                 found[member.name] = _write(_content(tar, member), _place(state_dir, member.name))
             else:
@@ -96,11 +100,11 @@ def _unpack(file: IO[bytes], state_dir: Path) -> dict[str, Any]:
     except (tarfile.TarError, EOFError) as error:
         raise IntegrityError(f"no backup, or a part of one only: {error}; nothing was changed") from error
     members = manifest["members"]
-    for name in found.keys() - members.keys():  # of vTPMs that were removed while the backup was made
-        _place(state_dir, name).unlink()
     for name in sorted(REQUIRED.union(members)):
         if name not in members or found.get(name) != members[name]:
             raise IntegrityError(f"the backup's {name} is missing, or not what was backed up; nothing was changed")
+    for name in found.keys() - members.keys():  # of vTPMs that were removed while the backup was made
+        _place(state_dir, name).unlink()
     for folder in {_place(state_dir, name).parent for name in members}:
         sync_directory(folder)
     return manifest
@@ -128,7 +132,7 @@ def _manifest(untrusted: bytes) -> dict[str, Any]:
 
 
 def _place(state_dir: Path, name: str) -> Path:
-    return state_dir / (name + _UNFINISHED if name == STORE else name)
+    return state_dir / (restoring.UNFINISHED if name == STORE else name)
 
 
 def _write(content: IO[bytes], path: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ Nothing an instance writes can raise here beyond its own ring (design section 2:
 import logging
 import os
 import select
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 from uuid import UUID
@@ -38,12 +40,15 @@ class RingServer:
         self._commit_timeout = commit_timeout
         self._epoll = select.epoll()
         self._by_fileno: dict[int, Running] = {}
+        self._released = trio.Event()  # not set while all rings wait (`held`)
+        self._released.set()
 
     def add(self, running: Running) -> None:
         """Serve this instance's ring from now on; a request that waits on its page is answered."""
         self._by_fileno[running.ring.fileno()] = running
         self._epoll.register(running.ring.fileno(), select.EPOLLIN)
-        self._look_at(running)
+        if self._released.is_set():
+            self._look_at(running)
 
     def remove(self, running: Running) -> None:
         """Serve it no longer (its process is gone)."""
@@ -57,6 +62,22 @@ class RingServer:
             running.idle = trio.Event()
             await running.idle.wait()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let every ring wait meanwhile, then serve all of them.
+
+        For taking over many: whoever came first would otherwise be served again and again, and the last would wait
+        for all that work, which takes the processors and a turn of the event loop between two of them.
+        """
+        assert self._released.is_set(), "held twice"
+        self._released = trio.Event()
+        try:
+            yield
+        finally:
+            self._released.set()
+            for running in list(self._by_fileno.values()):
+                self._look_at(running)
+
     def close(self) -> None:
         """Close the epoll descriptor."""
         self._epoll.close()
@@ -65,6 +86,7 @@ class RingServer:
         """Serve until cancelled."""
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
+            await self._released.wait()
             for fileno, _ in self._epoll.poll(0):
                 running = self._by_fileno.get(fileno)
                 if running is None:
@@ -136,6 +158,7 @@ class RingServer:
         if commit.final:
             flags |= RecordFlags.RESUMABLE
         new = replace(record, key=StateKey(commit.key), digest=commit.digest, generation=commit.generation, flags=flags)
+        new = _marked(new, running)
         if _same(record, new):  # sent again, by an instance whose manager died before it could answer
             self._answer(running, m.CommitReply(commit.generation))
             return
@@ -150,7 +173,7 @@ class RingServer:
         self._committer.enqueue((PutVtpm(new),), acknowledge)
 
     def _load(self, running: Running) -> None:
-        """Answer Load; a resumable state is first marked consumed, durably, so that it is used once."""
+        """Answer Load; a resumable state is first marked consumed, the record attached, durably, in one commit."""
         record = self._record(running.vtpm)
         if isinstance(record, m.Refusal):
             self._answer(running, record)
@@ -159,7 +182,10 @@ class RingServer:
         if startup == "state" and not record.flags & RecordFlags.RESUMABLE:
             startup = "failed"  # consumed, or never saved: the same volatile state is not resumed twice
         reply = _load_reply(running, record, startup, self._commit_timeout)
-        if not record.flags & RecordFlags.RESUMABLE:
+        new = replace(record, flags=record.flags & ~RecordFlags.RESUMABLE)
+        if not new.flags & RecordFlags.FRESH:  # a fresh one commits before its guest is answered
+            new = _marked(new, running)
+        if _same(record, new):
             self._answer(running, reply)
             return
 
@@ -169,8 +195,7 @@ class RingServer:
             else:
                 self._answer(running, m.Refusal(m.RefusalCode.STORE_FAILED, str(error)[:200]))
 
-        consumed = replace(record, flags=record.flags & ~RecordFlags.RESUMABLE)
-        self._committer.enqueue((PutVtpm(consumed),), acknowledge)
+        self._committer.enqueue((PutVtpm(new),), acknowledge)
 
     async def _random(self, running: Running, count: int) -> None:
         """Mix the hardware TPM's random bytes with the kernel's: neither alone decides."""
@@ -220,4 +245,11 @@ def _same_triple(record: VtpmRecord, commit: m.Commit) -> bool:
 
 
 def _same(old: VtpmRecord, new: VtpmRecord) -> bool:
-    return old.generation == new.generation and old.flags == new.flags
+    return old.generation == new.generation and old.flags == new.flags and old.epoch == new.epoch
+
+
+def _marked(record: VtpmRecord, running: Running) -> VtpmRecord:
+    """Return the record as that of a vTPM attached with the epoch that its instance runs for."""
+    if not running.epoch:
+        return record
+    return replace(record, flags=record.flags | RecordFlags.ATTACHED, epoch=running.epoch)

@@ -58,6 +58,7 @@ class Running:
     startup: str
     after_reset: str
     uid: int | None = None  # its own user id, None for the keeper's
+    epoch: int = 0  # of the attachment it runs for: each of its commits says so in the record
     stage: Stage = Stage.STARTING
     orders: Orders = Orders.NONE
     report: Report | None = None

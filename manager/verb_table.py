@@ -11,7 +11,7 @@ SCHEMA_VERSION: Final = 1  # `schema` in every JSON document; grows when a field
 # docs/states.md; an attached vTPM's are the stages of its instance (manager.running)
 STATES: Final = (
     *("added", "starting", "running", "needs-reset", "stopping", "stopped", "failed", "ended", "down", "detached"),
-    *("quarantined", "closed", "missing"),
+    *("quarantined", "closed", "missing", "stale"),
 )
 
 
@@ -25,11 +25,14 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One argument of a verb. `kind` "path" is opened by the client and travels as a descriptor."""
+    """One argument of a verb. `kind` "path" is opened by the client and travels as a descriptor.
+
+    A "list" may be given several times, or, positional, several in a row; its default is none of them.
+    """
 
     name: str
     help: str
-    kind: str = "str"  # str | int | flag | path
+    kind: str = "str"  # str | int | flag | path | list
     positional: bool = False
     required: bool = False
     default: str | int | bool | None = None
@@ -57,6 +60,7 @@ class Verb:
     columns: tuple[str, ...] = field(default=("uuid", "name", "group", "tpm", "state", "guest", "frontend"))
 
 
+REMOVED_COLUMNS: Final = ("uuid", "name", "group", "tpm", "removed", "removed_by", "kept_until")  # of list --removed
 _VTPM = Argument("vtpm", "UUID or name", positional=True, required=True)
 _YES = Argument("yes", "confirm: this cannot be undone", kind="flag", default=False)
 
@@ -72,6 +76,7 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("uuid", "its UUID (default: a random one)"),
             Argument("group", "the group it belongs to", default="default"),
             Argument("tpm", "TPM family", default="2.0", choices=("2.0", "1.2")),
+            Argument("label", "a label, KEY=VALUE; may be given again", kind="list"),
             Argument(
                 "state_image", "file or block device for its state (default: in the state directory)", kind="path"
             ),
@@ -103,10 +108,38 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("state", "only those in this state", choices=STATES),
             Argument("guest", "only those attached to this guest"),
             Argument("tpm", "only those of this TPM family", choices=("2.0", "1.2")),
+            Argument("removed", "those that were removed, as long as they are remembered", kind="flag", default=False),
+            Argument(
+                "label", "only those with this label, KEY or KEY=VALUE; given again: with all of them", kind="list"
+            ),
         ),
         many=True,
     ),
     Verb("show", "show one vTPM", Role.AUDITOR, (_VTPM,)),
+    Verb(
+        "label",
+        "put labels on a vTPM, replacing those of the same key, and show it",
+        Role.OPERATOR,
+        (
+            _VTPM,
+            Argument("labels", "KEY=VALUE", kind="list", positional=True),
+            Argument("remove", "take the label of this key away; may be given again", kind="list"),
+        ),
+        columns=("uuid", "name", "labels"),
+    ),
+    Verb(
+        "events",
+        "tell what happened, oldest first",
+        Role.AUDITOR,
+        (
+            Argument("vtpm", "UUID or name: only what happened to it", positional=True),
+            Argument("since", "only from this time on: ISO 8601, UTC where it names no zone"),
+            Argument("limit", "only the newest so many", kind="int"),
+        ),
+        many=True,
+        prints="text",
+        columns=("time", "kind", "vtpm", "text"),
+    ),
     Verb(
         "reset-platform",
         "tell a vTPM that its guest's platform was reset: loads the last state, starts it up, PCRs as after power-on",
@@ -119,7 +152,12 @@ VERBS: Final[tuple[Verb, ...]] = (
         Role.ADMINISTRATOR,
         (_VTPM, _YES),
     ),
-    Verb("remove", "remove a detached vTPM, its key and its state image", Role.ADMINISTRATOR, (_VTPM, _YES)),
+    Verb(
+        "remove",
+        "remove a detached vTPM, its key and its state image at once: nobody can bring it back",
+        Role.ADMINISTRATOR,
+        (_VTPM, _YES),
+    ),
     Verb(
         "verify",
         "check store, catalogue and state images by each other; changes nothing, exits with 6 if anything is wrong",
@@ -146,6 +184,20 @@ DAEMON_VERBS: Final[tuple[Verb, ...]] = (
         Role.ADMINISTRATOR,
         (Argument("file", "a new file", kind="path", positional=True, required=True),),
         prints="file",
+    ),
+    Verb(
+        "scrub",
+        "overwrite what the store's image still holds of removed and replaced keys, while everything goes on",
+        Role.ADMINISTRATOR,
+        (Argument("state_images", "earlier states in state images, too", kind="flag", default=False),),
+        prints="sectors",
+    ),
+    Verb(
+        "compact",
+        "drop what is not needed, gather the records and cut the store's image, while everything goes on",
+        Role.ADMINISTRATOR,
+        (Argument("to_size", "cut to so many bytes, 0: as few as possible (default: the size at init)", kind="int"),),
+        prints="bytes",
     ),
     Verb("stop", "stop every instance cleanly, then the manager", Role.ADMINISTRATOR, prints="pid"),
 )

@@ -9,11 +9,15 @@ from typing import Final
 from manager.attachments import AttachOptions
 from manager.bulk import add_many
 from manager.errors import ConflictError, UsageError
+from manager.labels import parse_labels
 from manager.listing import describe, list_vtpms
+from manager.removed import describe_removed, event_text
 from manager.services import Answer, Arguments, Caller, Document, Handler, Services
 from manager.state_files import SMALLEST_IMAGE
 from manager.verb_table import SCHEMA_VERSION
 from manager.verbs_backup import backup
+from manager.verbs_catalogue import events, label
+from manager.verbs_store import compact, scrub
 from manager.verbs_verify import verify
 
 
@@ -28,8 +32,9 @@ async def _add_one(services: Services, caller: Caller, arguments: Arguments) -> 
     state_image = arguments["state_image"] or ""
     if state_image:
         _check_state_image(caller, state_image)
+    labels = parse_labels(arguments["label"])
     row = await services.registry.add(
-        arguments["name"], arguments["uuid"], arguments["group"], arguments["tpm"], state_image
+        arguments["name"], arguments["uuid"], arguments["group"], arguments["tpm"], state_image, labels
     )
     return [describe(services, row)]
 
@@ -85,6 +90,9 @@ async def reset_platform(services: Services, _caller: Caller, arguments: Argumen
 
 async def show(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
     """Show one vTPM."""
+    removed = services.registry.tombstones.find(arguments["vtpm"])
+    if removed is not None and services.registry.catalogue.find_vtpm(removed.uuid) is None:
+        return [describe_removed(services, removed)]
     return [describe(services, services.registry.find(arguments["vtpm"]))]
 
 
@@ -97,14 +105,15 @@ async def reset(services: Services, _caller: Caller, arguments: Arguments) -> li
     return [describe(services, row)]
 
 
-async def remove(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
+async def remove(services: Services, caller: Caller, arguments: Arguments) -> list[Document]:
     """Remove a vTPM."""
     row = services.registry.find(arguments["vtpm"])
-    _confirmed(arguments, f"this removes vTPM {row.name} ({row.uuid}) and its secrets")
+    _confirmed(arguments, f"this removes vTPM {row.name} ({row.uuid}), its key, and with it everything it holds")
     document = describe(services, row)
     async with services.attachments.lock(row.uuid):
-        await services.registry.remove(row)
-    return [document | {"state": "removed"}]
+        await services.registry.remove(row, event_text(row.name, caller.uid))
+    tombstone = services.registry.tombstones.find(str(row.uuid))
+    return [describe_removed(services, tombstone) if tombstone else document | {"state": "removed"}]
 
 
 async def status(services: Services, _caller: Caller, _arguments: Arguments) -> list[Document]:
@@ -128,8 +137,12 @@ HANDLERS: Final[dict[str, Handler]] = {
     "reset": reset,
     "remove": remove,
     "verify": verify,
+    "label": label,
+    "events": events,
     "status": status,
     "backup": backup,
+    "scrub": scrub,
+    "compact": compact,
     "stop": stop,
 }
 

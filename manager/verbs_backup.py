@@ -18,6 +18,7 @@ import trio
 from frontend_backend.messages_admin import Note
 from manager import state_files
 from manager.backup import CATALOGUE, CONFIG, STORE, BackupWriter, copy_image, image_member
+from manager.catalogue_place import without_password
 from manager.errors import ConflictError, ManagerError, UsageError
 from manager.services import Arguments, Caller, Document, Services
 from manager.verb_table import SCHEMA_VERSION
@@ -145,7 +146,7 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
     finally:
         os.close(descriptor)
     writer.add(CATALOGUE, services.registry.catalogue.snapshot())
-    writer.add(CONFIG, services.config.to_toml().encode())
+    writer.add(CONFIG, without_password(services.config).to_toml().encode())
     places = {str(record.uuid): images.named[record.uuid] for record in records if images.named.get(record.uuid)}
     about = {"store": str(store.uuid), "sequence": figures.sequence, "vtpms": figures.vtpms, "named": places}
     about |= {"missing": images.missing, "unmatched": images.unmatched}

@@ -10,8 +10,9 @@ import trio
 
 from frontend_backend.messages_admin import Note
 from manager.errors import UsageError
+from manager.findings import Finding, Subject, Verdict, stored_in
 from manager.services import Arguments, Caller, Document, Services
-from manager.verify import Finding, Subject, Verdict, verify_all, verify_store, verify_vtpm
+from manager.verify import verify_all, verify_store, verify_vtpm
 from storage.errors import CatalogueDamaged, StorageError
 
 _AT_ONCE: Final = 16  # findings that a thread makes before others get a turn
@@ -58,8 +59,18 @@ async def _subject(services: Services) -> Subject:
     async with registry.adding:
         audit = await trio.to_thread.run_sync(catalogue.audit)
         async with registry.committer.lock:
-            stored = await trio.to_thread.run_sync(lambda: [record.uuid for record in store.vtpms()])
-    return Subject(store, stored, audit, catalogue.groups(), services.layout.state_images, still_named)
+            stored, marked = await trio.to_thread.run_sync(stored_in, store)
+    return Subject(
+        store,
+        stored,
+        marked,
+        audit,
+        catalogue.groups(),
+        services.layout.state_images,
+        still_named,
+        catalogue.find_attachment,
+        lambda vtpm: services.attachments.lock(vtpm).locked(),
+    )
 
 
 async def _store(services: Services) -> list[Finding]:

@@ -4,21 +4,17 @@ The same for an online and an offline verification: they only differ in how the 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
-from frontend_backend.messages_admin import ExitCode
 from manager import state_files
-from manager.errors import IntegrityError
-from manager.keys import GroupSeal
+from manager.findings import Finding, Subject, Verdict
 from manager.named_path import open_named
-from manager.verb_table import SCHEMA_VERSION
-from storage.catalogue_rows import Audit, GroupRow, VtpmRow
+from manager.verify_catalogue import seal_name, verify_attachment, verify_catalogue
+from storage.catalogue_rows import VtpmRow
 from storage.errors import (
     GroupClosed,
     ImageForeign,
@@ -26,6 +22,7 @@ from storage.errors import (
     NoSuchVtpm,
     StorageError,
     StoreDamaged,
+    VtpmRemoved,
 )
 from storage.state_image import StateImage
 from storage.store import Store
@@ -35,70 +32,14 @@ _TRIES: Final = 5  # to read a state image between two saves of its instance
 _IMAGE_SUFFIX: Final = ".img"
 
 
-class Verdict(StrEnum):
-    """What verification says of one thing."""
-
-    OK = "ok"
-    DAMAGED = "damaged"
-    MISSING = "missing"
-    FOREIGN = "foreign"
-    DISAGREES = "disagrees"
-    UNCHECKED = "unchecked"  # its group is closed, or it changes faster than it can be read
-
-
-_CODES: Final = {Verdict.OK: ExitCode.OK, Verdict.UNCHECKED: ExitCode.DENIED}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of a verification."""
-
-    what: str
-    verdict: Verdict
-    text: str
-    vtpm: UUID | None = None
-    name: str | None = None
-
-    @property
-    def code(self) -> ExitCode:
-        """The exit code that it asks for."""
-        return _CODES.get(self.verdict, ExitCode.INTEGRITY)
-
-    def document(self) -> dict[str, Any]:
-        """Return it as a flat document."""
-        return {
-            "schema": SCHEMA_VERSION,
-            "vtpm": None if self.vtpm is None else str(self.vtpm),
-            "name": self.name,
-            "what": self.what,
-            "verdict": self.verdict.value,
-            "text": self.text,
-            "code": int(self.code),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is verified: an open store, an audit of the catalogue, the directory of state images without a name.
-
-    `stored` are the vTPMs that have a record, as of the audit. `still_named` tells whether a row is there now:
-    vTPMs come and go while a manager is verified.
-    """
-
-    store: Store
-    stored: list[UUID]
-    audit: Audit
-    groups: list[GroupRow]
-    state_images: Path
-    still_named: Callable[[UUID], bool] = lambda _vtpm: True
-
-
 def verify_all(subject: Subject) -> Iterator[Finding]:
     """Judge catalogue, records and state images, one finding or more for each vTPM. The store: `verify_store`."""
-    yield from _verify_catalogue(subject)
+    yield from verify_catalogue(subject)
     named = {row.uuid for row in subject.audit.vtpms}
+    attachments = {row.vtpm: row for row in subject.audit.attachments}
     for row in sorted(subject.audit.vtpms, key=lambda row: row.name):
-        yield from verify_vtpm(subject, row)
+        yield from verify_attachment(subject, row.uuid, row.name, attachments.get(row.uuid))
+        yield from _verify_record(subject, row)
     for vtpm in subject.stored:
         if vtpm not in named:
             with suppress(NoSuchVtpm):  # removed meanwhile
@@ -120,17 +61,10 @@ def verify_store(opened: Store, again: Store) -> Iterator[Finding]:
         yield Finding("store", Verdict.DISAGREES, "what the image holds is not what the manager has in memory")
         return
     for uuid, record in opened.groups().items():
-        yield from _verify_group(opened, again, uuid, _seal_name(record.blob, uuid))
+        yield from _verify_group(opened, again, uuid, seal_name(record.blob, uuid))
     if not again.damage:
         figures = again.statistics()
         yield Finding("store", Verdict.OK, f"sequence {figures.sequence}, every sector of {figures.bytes} bytes in use")
-
-
-def _seal_name(blob: bytes, group: UUID) -> str:
-    try:
-        return GroupSeal.unpack(blob).name
-    except IntegrityError:
-        return str(group)
 
 
 def _verify_group(opened: Store, again: Store, group: UUID, name: str) -> Iterator[Finding]:
@@ -145,7 +79,11 @@ def _verify_group(opened: Store, again: Store, group: UUID, name: str) -> Iterat
     except StorageError as error:
         yield Finding("group", Verdict.DAMAGED, str(error), None, name)
         return
-    yield Finding("group", Verdict.OK, f"{records} records", None, name)
+    graves = sorted(again.tombstones(group), key=lambda found: found.uuid)
+    removed = f", {len(graves)} tombstones" if graves else ""
+    yield Finding("group", Verdict.OK, f"{records} records{removed}", None, name)
+    if graves != sorted(opened.tombstones(group), key=lambda found: found.uuid):
+        yield Finding("group", Verdict.DISAGREES, "the image holds other tombstones than the manager", None, name)
     if again is opened:
         return
     for record in opened.vtpms(group):
@@ -159,40 +97,23 @@ def _verify_group(opened: Store, again: Store, group: UUID, name: str) -> Iterat
             yield Finding("record", Verdict.DISAGREES, "the image holds another record than the manager", record.uuid)
 
 
-def _verify_catalogue(subject: Subject) -> Iterator[Finding]:
-    audit = subject.audit
-    for tampered in audit.tampered:
-        yield Finding("catalogue", Verdict.DAMAGED, str(tampered))
-    named = {row.uuid for row in audit.vtpms}
-    for attachment in audit.attachments:
-        if attachment.vtpm not in named:
-            text = f"an attachment to guest {attachment.guest} of a vTPM without a name"
-            yield Finding("catalogue", Verdict.DISAGREES, text, attachment.vtpm)
-    known = {row.uuid: row.name for row in subject.groups}
-    stored = {uuid: _seal_name(record.blob, uuid) for uuid, record in subject.store.groups().items()}
-    for uuid in known.keys() | stored.keys():
-        if known.get(uuid) != stored.get(uuid):
-            text = (
-                f"group {uuid} is {_quoted(known.get(uuid))} in the catalogue, {_quoted(stored.get(uuid))} in the store"
-            )
-            yield Finding("catalogue", Verdict.DISAGREES, text, None, known.get(uuid) or stored.get(uuid))
-    if not audit.tampered:
-        yield Finding("catalogue", Verdict.OK, f"{len(audit.vtpms)} names, {len(audit.attachments)} attachments")
-
-
-def _quoted(name: str | None) -> str:
-    return "not there" if name is None else f"'{name}'"
-
-
 def verify_vtpm(subject: Subject, row: VtpmRow) -> Iterator[Finding]:
-    """Judge one vTPM: its record beside its row, its state image beside its record."""
+    """Judge one vTPM: its attachment and its row beside its record, its state image beside its record."""
+    attachment = next((found for found in subject.audit.attachments if found.vtpm == row.uuid), None)
+    yield from verify_attachment(subject, row.uuid, row.name, attachment)
+    yield from _verify_record(subject, row)
+
+
+def _verify_record(subject: Subject, row: VtpmRow) -> Iterator[Finding]:
     path = state_files.image_path(subject.state_images, row.uuid, row.state_image)
     try:
         findings = [*_compare(subject.store.get(row.uuid), row), _verify_image(subject, row.uuid, row.name, path)]
     except GroupClosed:
         findings = [Finding("record", Verdict.UNCHECKED, "its group is closed", row.uuid, row.name)]
-    except NoSuchVtpm:
+    except NoSuchVtpm as error:
         text = "the catalogue names it, the store has no record of it"
+        if isinstance(error, VtpmRemoved):
+            text = "its record says that it was removed, its name is still there: run 'vtpm-remove' again"
         missing = subject.still_named(row.uuid)
         findings = [Finding("record", Verdict.MISSING, text, row.uuid, row.name)] if missing else []
     except StoreDamaged as error:

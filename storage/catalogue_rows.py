@@ -1,6 +1,10 @@
 """What the catalogue's rows say; how they are kept is in `catalogue`."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from storage.errors import RowTampered
@@ -20,7 +24,10 @@ class VtpmRow:
 
 @dataclass(frozen=True, slots=True)
 class AttachmentRow:
-    """Which guest a vTPM runs for, and how. `lease` grows with each start of an instance."""
+    """Which guest a vTPM runs for, and how. `lease` grows with each start of an instance.
+
+    `epoch` is the one that the vTPM's record in the store says (storage.store_records); 0 in rows of schema 1.
+    """
 
     vtpm: UUID
     guest: str
@@ -30,14 +37,18 @@ class AttachmentRow:
     startup: str
     lease: int
     created: str = ""
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GroupRow:
-    """A group's name; everything else about it is in the store."""
+    """A group's name, and copies of what its record in the store says: PCRs, locality. Empty or None: not known."""
 
     uuid: UUID
     name: str
+    pcrs: str = ""
+    locality: int | None = None
+    created: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,13 @@ class EventRow:
     time: str
     kind: str
     vtpm: UUID | None
+    text: str
+
+
+class Happened(NamedTuple):
+    """What an event says of a change that is kept with it: `kind` is one word, `text` a sentence without a secret."""
+
+    kind: str
     text: str
 
 
@@ -61,8 +79,38 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which vTPMs a listing shows; None: all. `guest` also means that they are attached."""
+    """Which vTPMs a listing shows; None: all. `guest` also means that they are attached.
+
+    `labels`: every one must be there, with this value, or with any (None).
+    """
 
     group: UUID | None = None
     family: str | None = None
     guest: str | None = None
+    labels: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A vTPM as a listing shows it."""
+
+    vtpm: VtpmRow
+    attachment: AttachmentRow | None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def canonical(table: str, values: Mapping[str, Any]) -> bytes:
+    """Return what a row's MAC is over: table and row as JSON, keys sorted, UUIDs as text, no white space.
+
+    An `epoch` of 0 is left out: rows of schema 1 have none, and their MACs go on to hold.
+    """
+    parts = [
+        f'"{name}":{_json(value)}' for name, value in sorted(values.items()) if name != "epoch" or value
+    ]  # 3 us a row, a third of what json.dumps takes
+    return f'["{table}",{{{",".join(parts)}}}]'.encode()
+
+
+def _json(value: Any) -> str:
+    if type(value) is str:
+        return encode_basestring_ascii(value)
+    return f'"{value}"' if type(value) is UUID else json.dumps(value, default=str)

@@ -22,7 +22,7 @@ from manager.verb_table import BY_NAME, DAEMON_VERBS, STATES, VERBS
 ROOT = DOCS.parent
 MAN = DOCS / "man"
 PAGES = sorted(MAN.glob("*.[18]"))
-OTHER_STATES = {"added", "down", "detached", "quarantined", "closed", "missing"}
+OTHER_STATES = {"added", "down", "detached", "quarantined", "closed", "missing", "stale"}
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

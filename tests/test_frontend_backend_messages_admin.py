@@ -20,13 +20,15 @@ def test_a_request_without_arguments_has_none() -> None:
 
 
 def test_arguments_keep_their_types() -> None:
-    arguments: dict[str, str | int | bool | None] = {"name": "1", "count": 1, "yes": True, "group": None}
+    arguments: dict[str, str | int | bool | tuple[str, ...] | None]
+    arguments = {"name": "1", "count": 1, "yes": True, "group": None, "label": ("a=b", "c=d"), "remove": ()}
     request = decode_admin(encode_admin(AdminRequest("add", arguments)))
     assert isinstance(request, AdminRequest)
-    assert [type(value) for value in request.arguments.values()] == [str, int, bool, type(None)]
+    assert [type(value) for value in request.arguments.values()] == [str, int, bool, type(None), tuple, tuple]
+    assert request.arguments["label"] == ("a=b", "c=d")
 
 
-@pytest.mark.parametrize("value", [1.5, b"bytes", ["list"], {"map": 1}])
+@pytest.mark.parametrize("value", [1.5, b"bytes", [1], ["a", None], {"map": 1}])
 def test_an_argument_of_another_type_is_not_believed(value: object) -> None:
     request = AdminRequest("add", {"name": value})  # type: ignore[dict-item]
     with pytest.raises(MessageError, match=r"AdminRequest\.arguments"):

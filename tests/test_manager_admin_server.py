@@ -297,7 +297,13 @@ async def test_every_verb_is_denied_to_the_role_below_and_to_nobody(monkeypatch:
 
 
 def test_only_looking_is_for_auditors_and_only_administrators_make_and_unmake() -> None:
-    assert {name for name, verb in BY_NAME.items() if verb.role is Role.AUDITOR} == {"list", "show", "status", "verify"}
+    assert {name for name, verb in BY_NAME.items() if verb.role is Role.AUDITOR} == {
+        "events",
+        "list",
+        "show",
+        "status",
+        "verify",
+    }
     for name in ("add", "remove", "reset", "stop"):
         assert BY_NAME[name].role is Role.ADMINISTRATOR
 
@@ -311,7 +317,8 @@ def test_every_verb_has_a_handler_help_and_known_kinds() -> None:
     assert set(HANDLERS) == set(BY_NAME)
     for verb in BY_NAME.values():
         assert verb.help
-        assert all(argument.help and argument.kind in {"str", "int", "flag", "path"} for argument in verb.arguments)
+        assert all(argument.help for argument in verb.arguments)
+        assert {argument.kind for argument in verb.arguments} <= {"str", "int", "flag", "path", "list"}
 
 
 @pytest.mark.parametrize(
@@ -320,6 +327,7 @@ def test_every_verb_has_a_handler_help_and_known_kinds() -> None:
         {},
         {"vtpm": None, "guest": "g"},
         {"vtpm": 1, "guest": "g"},
+        {"vtpm": ("v",), "guest": "g"},
         {"vtpm": "v", "guest": True},
         {"vtpm": "v", "guest": "g", "frontend": "floppy"},
         {"vtpm": "v", "guest": "g", "colour": "red"},

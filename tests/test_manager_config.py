@@ -23,8 +23,8 @@ def test_a_configuration_reads_what_it_wrote(tmp_path: Path) -> None:
     config = Config(
         TpmConfig(tcti='swtpm:path="quoted"\\', locality=0, srk_name="00ff"),
         AnchorConfig(strict=True, interval_seconds=1.5),
-        InstanceConfig(uid_base=0),
-        AdminConfig(operator_uids=(1, 2), socket_group="wheel"),
+        instance=InstanceConfig(uid_base=0),
+        admin=AdminConfig(operator_uids=(1, 2), socket_group="wheel"),
     )
     assert Config.load(written(tmp_path, config.to_toml())) == config
 

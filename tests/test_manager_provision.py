@@ -95,7 +95,6 @@ DISK_STEPS: dict[str, tuple[Any, str]] = {
     "checkpoint": (Store, "checkpoint"),
     "catalogue": (Catalogue, "create"),
     "catalogue row": (Catalogue, "add_group"),
-    "event": (Catalogue, "log"),
     "configuration": (provision, "write_config"),
     "rename": (Path, "rename"),
 }
@@ -107,8 +106,8 @@ def killed(monkeypatch: pytest.MonkeyPatch, layout: Layout, model: ModelTpm) -> 
         real = provision.clean_up_interrupted
         calls = iter([real])
 
-        def once(where: Layout, tpm: HardwareTpm) -> None:
-            next(calls, lambda *_: None)(where, tpm)
+        def once(where: Layout, tpm: HardwareTpm, place: Any) -> None:
+            next(calls, lambda *_: None)(where, tpm, place)
 
         killing.setattr(provision, "clean_up_interrupted", once)
         with pytest.raises((PowerCutError, TpmError, OSError)):

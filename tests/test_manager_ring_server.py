@@ -104,6 +104,37 @@ async def manager() -> AsyncIterator[Manager]:
     store.close()
 
 
+# --- taking over ----------------------------------------------------------------------------------
+
+
+async def test_while_rings_are_held_nobody_is_served_and_then_everybody_is_in_one_group() -> None:
+    """Else the first of many that are taken over saves again and again while the last one waits."""
+    async with manager() as made:
+        early = made.start(1)
+        with made.rings.held():
+            early.submit(early.commit(1))
+            late = [made.start(number) for number in (2, 3)]
+            late[0].submit(late[0].commit(1))
+            late[1].page.submit(m.encode_request(late[1].commit(1)))  # its doorbell went to the manager before us
+            await trio.sleep(0.1)
+            assert [front.page.poll() for front in (early, *late)] == [None] * 3
+            assert {made.record(number).generation for number in (1, 2, 3)} == {0}
+            groups = made.committer.statistics().groups
+        for front in (early, *late):
+            assert (await front.answer())[0] == m.CommitReply(1)
+        assert made.committer.statistics().groups == groups + 1
+        assert await early.ask(early.commit(2)) == m.CommitReply(2)
+
+
+async def test_rings_are_served_again_when_taking_over_failed() -> None:
+    async with manager() as made:
+        front = made.start()
+        with suppress(DeviceError), made.rings.held():
+            front.submit(front.commit(1))
+            raise DeviceError("take over", OSError(5, "as a test has it"))
+        assert (await front.answer())[0] == m.CommitReply(1)
+
+
 # --- commits --------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from manager.verify import Subject, Verdict, verify_all, verify_store, verify_vtpm
+from manager.findings import Subject, Verdict, stored_in
+from manager.verify import verify_all, verify_store, verify_vtpm
 from storage import store_format as fmt
 from storage.catalogue_rows import Audit, GroupRow, VtpmRow
 from storage.secrets import GroupKey, StateKey, StoreKey
@@ -44,7 +45,7 @@ def damage_a_leaf(store: Store, descriptor: int) -> None:
 def subject(store: Store, tmp_path: Path) -> Subject:
     rows = [VtpmRow(vtpm, f"vtpm-{number}", GROUP, "2.0") for number, vtpm in enumerate(VTPMS)]
     groups = [GroupRow(GROUP, str(GROUP))]
-    return Subject(store, [record.uuid for record in store.vtpms()], Audit(rows, [], []), groups, tmp_path / "state")
+    return Subject(store, *stored_in(store), Audit(rows, [], []), groups, tmp_path / "state")
 
 
 def test_a_damaged_leaf_under_an_open_store_names_the_vtpms_in_it(image: int) -> None:

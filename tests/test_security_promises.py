@@ -255,9 +255,12 @@ async def test_what_a_cut_add_or_remove_left_can_be_done_again(
         with monkeypatch.context() as patched:
             patched.setattr(Catalogue, "remove_vtpm", cut)
             await refused(running, 1, "remove", vtpm="web", yes=True)
+        wrong = [found["text"] for found in await running.ask("verify", all=True) if found["code"]]
+        assert any("run 'vtpm-remove' again" in text for text in wrong)
         await running.ask("remove", vtpm="web", yes=True)
         assert await running.ask("list") == []
-        await running.ask("add", name="web", uuid=uuid)
+        assert "was removed" in await refused(running, 4, "add", name="web", uuid=uuid)
+        await running.ask("add", name="web")
         (shown,) = await running.ask("attach", vtpm="web", guest="g")
         assert shown["state"] == "running"
 

@@ -35,6 +35,9 @@ def test_a_lost_catalogue_is_made_anew_from_the_store(vtpms: Installation) -> No
 
 def test_authentic_names_are_kept_and_edited_ones_are_not(vtpms: Installation) -> None:
     uuids = {name: vtpms.add(name) for name in ("one", "two", "three")}
+    vtpms.command("vtpm-label", "two", "env=prod")
+    vtpms.attach("three")
+    vtpms.command("vtpm-detach", "three")
     vtpms.attach("two")
     assert vtpms.stop() == 0
     with sqlite3.connect(vtpms.state / "catalogue.sqlite") as connection:
@@ -44,12 +47,13 @@ def test_authentic_names_are_kept_and_edited_ones_are_not(vtpms: Installation) -
     before = (vtpms.state / "catalogue.sqlite").read_bytes()
     answer = vtpms.vtpm_manager("rebuild-catalogue")
     assert "2 names kept, 1 made from UUIDs" in answer.out
-    assert "1 attachments are lost" in answer.out
+    assert "1 attachments kept" in answer.out
+    assert "labels are lost" in answer.out
     assert (vtpms.state / "catalogue.sqlite.old-1").read_bytes() == before
     vtpms.start()
     rows = {row["name"]: row for row in vtpms.command("vtpm-list", "--json").json}
     assert rows.keys() == {"two", "three", f"vtpm-{uuids['one']}"}
-    assert rows["two"]["guest"] is None
+    assert (rows["two"]["guest"], rows["two"]["labels"]) == ("guest", None), "the store vouches for its attachment"
     vtpms.stop()
     vtpms.vtpm_manager("rebuild-catalogue")
     assert (vtpms.state / "catalogue.sqlite.old-2").exists()

@@ -1,0 +1,85 @@
+"""Documents of removed vTPMs: what their tombstones say, and, where an event still tells, their name and by whom."""
+
+from collections.abc import AsyncGenerator, Iterator
+from typing import Final
+
+import trio
+
+from manager.errors import NotFoundError, UsageError
+from manager.services import Arguments, Document, Services
+from manager.tombstones import iso
+from manager.verb_table import SCHEMA_VERSION
+from storage.catalogue_rows import EventRow
+from storage.store_records import RecordFlags, Tombstone
+
+EVENT: Final = "removed"
+_BY: Final = " by user "  # in the event's text, between the name, which has no space, and the user's id
+_MAX_UID_DIGITS: Final = 10  # of 32 bits; nothing vouches for the text of an event
+_AT_ONCE: Final = 250  # tombstones between which others get a turn
+_NOT_OF_REMOVED: Final = ("state", "guest", "label")
+
+
+def event_text(name: str, uid: int) -> str:
+    """Return the text of the event of a removal."""
+    return f"{name}{_BY}{uid}"
+
+
+def describe_removed(services: Services, tombstone: Tombstone) -> Document:
+    """Return the document of one removed vTPM: the fields of any vTPM, most of them null."""
+    return next(_documents(services, [tombstone]))
+
+
+async def list_removed(services: Services, arguments: Arguments) -> AsyncGenerator[Document]:
+    """List removed vTPMs whose tombstones are there, those first that were removed first.
+
+    Raises:
+        UsageError: a filter that says nothing of removed vTPMs. NotFoundError: no such group.
+
+    """
+    for name in _NOT_OF_REMOVED:
+        if arguments.get(name):
+            raise UsageError(
+                f"--removed goes with --group and --tpm, not with --{name}: nothing is known of it any more"
+            )
+    registry = services.registry
+    chosen = sorted(registry.committer.store.tombstones(), key=lambda found: (found.removed, found.uuid))
+    if arguments["group"] is not None:
+        group = registry.catalogue.find_group_by_name(arguments["group"])
+        if group is None:
+            raise NotFoundError(f"there is no group '{arguments['group'][:80]}'")
+        chosen = [found for found in chosen if found.group == group.uuid]
+    for start in range(0, len(chosen), _AT_ONCE):
+        for document in _documents(services, chosen[start : start + _AT_ONCE]):
+            if arguments["tpm"] in (None, document["tpm"]):
+                yield document
+        await trio.lowlevel.checkpoint()
+
+
+def _documents(services: Services, tombstones: list[Tombstone]) -> Iterator[Document]:
+    catalogue = services.registry.catalogue
+    groups = {row.uuid: row.name for row in catalogue.groups()}
+    events = catalogue.last_events(EVENT, [found.uuid for found in tombstones])
+    for found in tombstones:
+        name, user = _who(events.get(found.uuid))
+        yield {
+            "schema": SCHEMA_VERSION,
+            "uuid": str(found.uuid),
+            "name": name,
+            "group": groups.get(found.group, str(found.group)),
+            "tpm": "1.2" if found.flags & RecordFlags.TPM12 else "2.0",
+            "state": "removed",
+            **dict.fromkeys(("guest", "frontend", "endpoint", "tcti", "control", "pid", "startup")),
+            "generation": found.generation,
+            **dict.fromkeys(("state_image", "created", "labels")),
+            "removed": iso(found.removed),
+            "removed_by": user,
+            "kept_until": services.registry.tombstones.kept_until(found),
+        }
+
+
+def _who(event: EventRow | None) -> tuple[str | None, int | None]:
+    """Read name and user id out of the event; removals of earlier versions have no user in theirs."""
+    if event is None:
+        return None, None
+    name, _, user = event.text.partition(_BY)
+    return name, int(user) if user.isdecimal() and len(user) <= _MAX_UID_DIGITS else None
