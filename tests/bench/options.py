@@ -10,6 +10,7 @@ class Options:
 
     instances: int = 50
     quick: bool = False
+    active: int = 1000  # instances that save at once
 
     def rounds(self, wanted: int) -> int:
         """Return how many rounds to take."""

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import sqlite3
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -27,18 +28,24 @@ def load() -> str:
     return f"{os.getloadavg()[0]:.1f}"
 
 
-def facts(load_before: str, seconds: float) -> list[str]:
-    """Return a line for each thing that the numbers depend on."""
+def machine() -> tuple[str, ...]:
+    """Return a line for each thing that the numbers depend on and that stays from run to run."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
-    return [
-        f"run: {datetime.now(UTC).isoformat(timespec='minutes')}, {seconds:.0f} s, commit {_commit()}",
+    return (
         f"machine: {_cpu()}, {os.cpu_count()} CPUs, {memory:.0f} GiB, Linux {platform.release()}",
         f"disk: {_file_system(REPOSITORY)}",
-        f"load average: {load_before} before the run, {load()} after it (the run itself makes about 1)",
         f"versions: Python {platform.python_version()}, {_said('swtpm', '--version')}, libtpms "
-        f"{'.'.join(map(str, the_tpm().version()))}, "
-        + ", ".join(f"{name} {metadata.version(name)}" for name in ("cffi", "cryptography", "trio")),
-    ]
+        f"{'.'.join(map(str, the_tpm().version()))}, SQLite {sqlite3.sqlite_version}, "
+        + ", ".join(f"{name} {metadata.version(name)}" for name in ("cffi", "cryptography", "lmdb", "trio")),
+    )
+
+
+def line(load_before: str, seconds: float) -> str:
+    """Return the line on one benchmark's run."""
+    return (
+        f"{datetime.now(UTC).isoformat(timespec='minutes')}, {seconds:.0f} s, commit {_commit()}; load average "
+        f"{load_before} before, {load()} after (the run itself makes about 1)"
+    )
 
 
 def _cpu() -> str:
