@@ -65,6 +65,7 @@ def describer(services: Services) -> Callable[[VtpmRow, AttachmentRow | None], D
             "tcti": None,
             "control": None,
             "pid": running.pid if running else None,
+            "reason": services.attachments.reason(row.uuid),
             "startup": attachment.startup if attachment else None,
             "generation": generation,
             "state_image": str(registry.image_path(row)),

@@ -41,8 +41,14 @@ def check_name(text: str, what: str) -> str:
 class Registry:
     """Every vTPM of this manager."""
 
-    def __init__(self, committer: Committer, catalogue: Catalogue, anchoring: Anchoring, state_images: Path) -> None:
-        """Work on an open store and catalogue; `state_images` is the directory of images without a name."""
+    def __init__(
+        self, committer: Committer, catalogue: Catalogue, anchoring: Anchoring, state_images: Path, quota: int = 0
+    ) -> None:
+        """Work on an open store and catalogue; `state_images` is the directory of images without a name.
+
+        `quota` is how many vTPMs a group may have, 0 for as many as it likes.
+        """
+        self._quota = quota
         self._committer, self.catalogue, self._anchoring = committer, catalogue, anchoring
         self._state_images = state_images
         self.adding = trio.Lock()  # between looking whether a name is free and taking it
@@ -118,8 +124,29 @@ class Registry:
         async with self.adding:
             return await self._add(vtpm, name, group_row, family, state_image)
 
+    def refuse_beyond_quota(self, group: GroupRow, adding: int) -> None:
+        """Check that a group may have `adding` vTPMs more; the caller holds `adding`.
+
+        Raises:
+            DeniedError: it may not, or it is closed.
+
+        """
+        if not self._quota:
+            return
+        try:
+            have = sum(1 for _ in self._committer.store.vtpms(group.uuid))
+        except GroupClosed as error:
+            raise DeniedError(str(error)) from error
+        if have + adding > self._quota:
+            raise DeniedError(
+                f"group {group.name} has {have} of the {self._quota} vTPMs that quota.vtpms_per_group allows, so "
+                f"{adding} more cannot be made; nothing was made. Remove some, or raise the quota in the "
+                f"configuration and restart the manager"
+            )
+
     async def _add(self, vtpm: UUID, name: str, group_row: GroupRow, family: str, state_image: str) -> VtpmRow:
         self._refuse_taken(vtpm, name, state_image)
+        self.refuse_beyond_quota(group_row, 1)
         flags = RecordFlags.FRESH | (RecordFlags.TPM12 if family == "1.2" else RecordFlags(0))
         row = VtpmRow(uuid=vtpm, name=name, group=group_row.uuid, family=family, state_image=state_image)
         try:

@@ -7,6 +7,7 @@ Nothing an instance writes can raise here beyond its own ring (design section 2:
 import logging
 import os
 import select
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 from uuid import UUID
@@ -27,10 +28,16 @@ from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
 _log = logging.getLogger("vtpm.ring")
 _MAX_RANDOM: Final = 64  # bytes a Random may ask for
 _DIGEST_SIZE: Final = 32
+# as a number: `~` of an IntFlag has no bits that this version does not know, and those are to stay
+_STAY: Final = ~int(RecordFlags.FRESH | RecordFlags.RESUMABLE | RecordFlags.QUARANTINED)
+
+
+def _nothing(_running: Running) -> None:
+    pass
 
 
 class RingServer:
-    """The back end of every instance's ring."""
+    """The back end of every instance's ring. `on_hang_up` is called once an instance's end is closed."""
 
     def __init__(self, committer: Committer, hardware: Hardware, nursery: trio.Nursery, commit_timeout: float) -> None:
         """Serve from `committer`'s store; verbs that need the hardware TPM run in `nursery`."""
@@ -38,12 +45,14 @@ class RingServer:
         self._commit_timeout = commit_timeout
         self._epoll = select.epoll()
         self._by_fileno: dict[int, Running] = {}
+        self.on_hang_up: Callable[[Running], None] = _nothing
 
     def add(self, running: Running) -> None:
         """Serve this instance's ring from now on; a request that waits on its page is answered."""
         self._by_fileno[running.ring.fileno()] = running
         self._epoll.register(running.ring.fileno(), select.EPOLLIN)
         self._look_at(running)
+        self._committer.proceed()
 
     def remove(self, running: Running) -> None:
         """Serve it no longer (its process is gone)."""
@@ -73,6 +82,8 @@ class RingServer:
                 self._look_at(running)
                 if not alive:
                     self.remove(running)
+                    self.on_hang_up(running)
+            self._committer.proceed()  # what all of these rings want is one group
 
     def _look_at(self, running: Running) -> None:
         if running.busy:
@@ -132,7 +143,7 @@ class RingServer:
             self._answer(running, refusal or m.Refusal(m.RefusalCode.UNKNOWN_VTPM, "no such vTPM"))
             return
         # a quarantine ends with the state that loads: whoever commits has loaded it
-        flags = record.flags & ~(RecordFlags.FRESH | RecordFlags.RESUMABLE | RecordFlags.QUARANTINED)
+        flags = RecordFlags(int(record.flags) & _STAY)
         if commit.final:
             flags |= RecordFlags.RESUMABLE
         new = replace(record, key=StateKey(commit.key), digest=commit.digest, generation=commit.generation, flags=flags)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench_attach
 import bench_hardware
 import bench_memory
+import bench_rings
 import bench_roundtrip
 import bench_save
 import bench_store
@@ -30,6 +31,7 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "save": bench_save.run,
     "memory": bench_memory.run,
     "attach": bench_attach.run,
+    "rings": bench_rings.run,
     "hardware": bench_hardware.run,
     "store": bench_store.run,
 }
