@@ -7,7 +7,7 @@ from typing import Self
 
 from frontend_backend.descriptors import close_all, receive_message
 from frontend_backend.errors import NotARingError, RingClosedError, RingTimeoutError
-from frontend_backend.local import LocalRing
+from frontend_backend.local import DESCRIPTORS, LocalRing
 from frontend_backend.ring import FrontRing
 
 _CANCEL_GRACE = 1.0  # seconds a cancelled command may take to be given back before the ring counts as lost
@@ -35,10 +35,10 @@ class RingFrontEnd:
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
             sock.connect(path)
-            _, descriptors = receive_message(sock, 64, 2)
-        if len(descriptors) != 2:
+            _, descriptors = receive_message(sock, 64, DESCRIPTORS)
+        if len(descriptors) < DESCRIPTORS - 1:
             close_all(descriptors)
-            raise NotARingError(f"{len(descriptors)} descriptors came, a ring has 2")
+            raise NotARingError(f"{len(descriptors)} descriptors came, a ring has {DESCRIPTORS - 1} or {DESCRIPTORS}")
         return cls(LocalRing.adopt(*descriptors))
 
     def begin(self, packet: bytes, locality: int = 0) -> None:
@@ -69,7 +69,19 @@ class RingFrontEnd:
             RingCancelledError, PageError: see FrontRing.poll.
 
         """
-        limit = None if timeout is None else time.monotonic() + timeout
+        if timeout is not None:
+            return self._wait_until(time.monotonic() + timeout, timeout)
+        poll, sleep = self._front.poll, self.ring.wait
+        alive = True
+        while True:
+            answer = poll()
+            if answer is not None:
+                return answer
+            if not alive:
+                raise RingClosedError
+            alive = sleep()
+
+    def _wait_until(self, limit: float, timeout: float) -> bytes:
         alive = True
         while True:
             answer = self.finish()
@@ -77,16 +89,21 @@ class RingFrontEnd:
                 return answer
             if not alive:
                 raise RingClosedError
-            left = None if limit is None else limit - time.monotonic()
-            if left is not None and left <= 0:
+            left = limit - time.monotonic()
+            if left <= 0:
                 self._give_up()
-                raise RingTimeoutError(timeout or 0.0)
-            self._poll.poll(None if left is None else left * 1000)
+                raise RingTimeoutError(timeout)
+            self._poll.poll(left * 1000)
             alive = self.ring.drain()
 
     def transact(self, packet: bytes, *, locality: int = 0, timeout: float | None = None) -> bytes:
         """Submit `packet` (1 to 4088 bytes) and wait for its answer; raises what `begin` and `wait` raise."""
-        self.begin(packet, locality)
+        self._front.submit(packet, locality)
+        self.ring.ring()
+        if timeout is None and self.ring.wait():  # nothing can be there yet, and each answer is followed by a ring
+            answer = self._front.poll()
+            if answer is not None:
+                return answer
         return self.wait(timeout)
 
     def _give_up(self) -> None:
@@ -101,6 +118,7 @@ class RingFrontEnd:
 
     def close(self) -> None:
         """Close the ring."""
+        self._front.release()
         self.ring.close()
 
     def __enter__(self) -> Self:

@@ -82,10 +82,15 @@ def _unpacked(untrusted: bytes) -> Any:
 
 def _construct(message: type, hints: Mapping[str, Any], fields: dict[Any, Any]) -> Any:
     """Check every field against its declared type and build the dataclass."""
-    unknown = set(fields) - set(hints)
-    if unknown:
-        raise MessageError(f"{message.__name__} has no field {min(map(str, unknown))[:40]!r}")
-    values = {name: _checked(fields[name], hints[name], f"{message.__name__}.{name}") for name in fields}
+    values = {}
+    for name, value in fields.items():
+        wanted = hints.get(name)
+        if wanted is None:
+            unknown = min(str(key) for key in fields if key not in hints)
+            raise MessageError(f"{message.__name__} has no field {unknown[:40]!r}")
+        # what the messages of a start and of a save are made of; a number that is none is looked at more closely
+        plain = type(value) is wanted and (wanted in _SCALARS or (wanted is float and value == value))  # noqa: PLR0124
+        values[name] = value if plain else _checked(value, wanted, f"{message.__name__}.{name}")
     try:
         return message(**values)
     except TypeError as error:
@@ -189,4 +194,5 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_fields(message: Any) -> dict[str, Any]:
-    return {field.name: _plain(getattr(message, field.name)) for field in dataclasses.fields(message)}
+    values = {name: getattr(message, name) for name in message.__dataclass_fields__}
+    return {name: value if type(value) in _SCALARS else _plain(value) for name, value in values.items()}

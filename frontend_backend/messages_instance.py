@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
 from typing import Final
 
-from frontend_backend.errors import HeaderError, MessageError
+from frontend_backend.errors import MessageError
 from frontend_backend.messages import Protocol
 from frontend_backend.tpmhdr import HEADER_SIZE, CommandHeader
 from frontend_backend.tpmif import MAX_PACKET
@@ -164,6 +164,9 @@ class Refusal:
 Request = Load | Commit | Random | PcrRead | Quote | Report
 Reply = LoadReply | CommitReply | RandomReply | PcrReadReply | QuoteReply | ReportReply | Refusal
 
+_NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET)
+_HEADER: Final = CommandHeader.CODEC
+
 _REQUESTS = Protocol(VERSION, (Load, Commit, Random, PcrRead, Quote, Report))
 _REPLIES = Protocol(VERSION, (LoadReply, CommitReply, RandomReply, PcrReadReply, QuoteReply, ReportReply, Refusal))
 
@@ -197,27 +200,26 @@ def decode_reply(untrusted: bytes) -> tuple[Reply, Orders]:
 
     """
     code, body = _body(untrusted, TAG_ANSWER)
-    if code & ~int(Orders.STOP | Orders.RESET):
+    if code & _NO_ORDERS:
         raise MessageError(f"unknown orders {code:#x}")
     message: Reply = _REPLIES.decode(body)
-    return message, Orders(code)
+    return message, Orders(code) if code else Orders.NONE
 
 
 def _packet(tag: int, code: int, body: bytes) -> bytes:
     size = HEADER_SIZE + len(body)
     if size > MAX_PACKET:
         raise MessageError(f"a message of {size} bytes does not fit one page ({MAX_PACKET})")
-    return CommandHeader(tag, size, code).pack() + body
+    return _HEADER.pack(tag, size, code) + body
 
 
 def _body(untrusted: bytes, tag: int) -> tuple[int, bytes]:
-    try:
-        header = CommandHeader.unpack(untrusted)
-    except HeaderError as error:
-        raise MessageError(str(error)) from error
-    if header.tag != tag or header.size != len(untrusted):
-        raise MessageError(f"packet with tag {header.tag:#06x} and size {header.size} in {len(untrusted)} bytes")
-    return header.code, untrusted[HEADER_SIZE:]
+    if len(untrusted) < HEADER_SIZE:
+        raise MessageError(f"a TPM header has {HEADER_SIZE} bytes, not {len(untrusted)}")
+    found, size, code = _HEADER.unpack_from(untrusted)
+    if found != tag or size != len(untrusted):
+        raise MessageError(f"packet with tag {found:#06x} and size {size} in {len(untrusted)} bytes")
+    return code, untrusted[HEADER_SIZE:]
 
 
 def refusal_for_malformed(reason: str) -> bytes:

@@ -122,14 +122,40 @@ class Stopping:
 
 
 @dataclass(frozen=True, slots=True)
+class Confinement:
+    """Ask what shuts instances in here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One measure; `why` says why it is not active."""
+
+    name: str
+    active: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConfinementReply:
+    """Answer to Confinement, and the spawner's greeting to its keeper.
+
+    `mode` is "fork" or "exec"; `on_violation` what a system call that is not allowed does: "kill", "errno", "log".
+    """
+
+    mode: str
+    on_violation: str
+    features: tuple[Feature, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class KeeperRefusal:
     """The keeper did not do it."""
 
     text: str
 
 
-KeeperRequest = Hello | Spawn | List | Fetch | Forget | Stop
-KeeperReply = HelloReply | Spawned | ListReply | Fetched | Forgotten | Stopping | KeeperRefusal
+KeeperRequest = Hello | Spawn | List | Fetch | Forget | Stop | Confinement
+KeeperReply = HelloReply | Spawned | ListReply | Fetched | Forgotten | Stopping | ConfinementReply | KeeperRefusal
 
 _PROTOCOL = Protocol(
     VERSION,
@@ -146,6 +172,8 @@ _PROTOCOL = Protocol(
         Forgotten,
         Stop,
         Stopping,
+        Confinement,
+        ConfinementReply,
         KeeperRefusal,
     ),
 )

@@ -5,6 +5,7 @@ What must not: who may do what when; that is `ring.py`.
 """
 
 import struct
+import sys
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar, Final, Self
@@ -68,5 +69,14 @@ class SharedPage:
 
 
 assert SharedPage.CODEC.size == SharedPage.SIZE, "io/tpmif.h: the head is 8 bytes (its own table says 16)"
+
+# The head as one word, as `SharedPage.pack` lays it out: read and written in one access of 8 bytes, and a hot path
+# need not make a SharedPage of it.
+LENGTH_MASK: Final = 0xFFFF_FFFF
+STATE_SHIFT: Final = 32
+LOCALITY_SHIFT: Final = 40
+EXTRA_PAGES_SHIFT: Final = 56  # the topmost byte
+BYTE_MASK: Final = 0xFF
+assert sys.byteorder == "little", "the head is little-endian, and read as a word of the processor"
 
 MAX_PACKET: Final = PAGE_SIZE - SharedPage.SIZE  # 4088 bytes: what one page carries without extra pages

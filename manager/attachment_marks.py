@@ -56,13 +56,11 @@ class Marks:
             _log.warning("vTPM %s is detached, but its record still says attached: %s", vtpm, error)
 
     def renewed(self, attachment: AttachmentRow) -> AttachmentRow:
-        """Give an attachment the lease of its next instance, durably.
+        """Return an attachment with the lease of its next instance, not durable yet.
 
         Raises:
             StaleAttachmentError: it is not the one that the store vouches for.
 
         """
         self.refuse_stale(attachment)
-        renewed = replace(attachment, lease=max(attachment.lease + 1, new_lease()))
-        self._registry.catalogue.renew(renewed)
-        return renewed
+        return replace(attachment, lease=max(attachment.lease + 1, new_lease()))

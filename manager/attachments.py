@@ -1,20 +1,20 @@
-"""Which vTPM runs for which guest: attach, detach, platform reset, crash, and taking over after a restart."""
+"""Which vTPM runs for which guest: attach, detach, platform reset. What happens without being asked: supervision."""
 
-import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 from uuid import UUID
 
 import trio
 
 from frontend_backend.messages_instance import Orders
-from frontend_backend.messages_keeper import Kept
 from manager import state_files
 from manager.attachment_epochs import stale_removed
 from manager.attachment_marks import Marks, new_lease
+from manager.capacity import Capacity
 from manager.config import Config, Layout
+from manager.crash_budget import CrashBudget
 from manager.errors import (
     BusyError,
     ConflictError,
@@ -22,16 +22,12 @@ from manager.errors import (
     ManagerError,
     QuarantinedError,
 )
-from manager.instances import CrashBudget, Instances, Launch
+from manager.instances import Instances, Launch
 from manager.registry import Registry, check_name
 from manager.running import Running, Stage
 from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
 from storage.catalogue import AttachmentRow, Happened, VtpmRow
-from storage.errors import StorageError
 from storage.store_records import RecordFlags, next_epoch
-
-_log = logging.getLogger("vtpm.life")
-_PARALLEL_STARTS: Final = 8  # instances started at once when the manager starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +41,56 @@ class AttachOptions:
     startup: str = "clear"
 
 
+def _nothing() -> None:
+    """Nothing to record."""
+
+
 class Attachments:
     """Every attachment. At most one instance per vTPM: its lease is in every commit, its lock on the state image."""
 
-    def __init__(self, registry: Registry, instances: Instances, layout: Layout, config: Config, store: UUID) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        instances: Instances,
+        layout: Layout,
+        config: Config,
+        store: UUID,
+        capacity: Capacity,
+    ) -> None:
         """Keep attachments of `registry`'s vTPMs with `instances`; `store` is the store's UUID."""
         self._registry, self._instances = registry, instances
         self._catalogue, self._marks = registry.catalogue, Marks(registry)
         self._layout, self._config, self._store = layout, config, store
+        self.capacity = capacity
+        self._starting = 0
         self._changing: dict[UUID, trio.Lock] = {}
         self._budgets: dict[UUID, CrashBudget] = {}
+        self._reasons: dict[UUID, str] = {}
         self.stopping = False
 
     def running(self, vtpm: UUID) -> Running | None:
         """Return the instance of a vTPM, None where there is none."""
         return self._instances.running.get(vtpm)
+
+    @property
+    def count(self) -> int:
+        """How many vTPMs run or are being started."""
+        return len(self._instances.running) + self._starting
+
+    def reason(self, vtpm: UUID) -> str | None:
+        """Return in words why an attached vTPM is not as it should be, None where nothing is known to be wrong."""
+        running = self.running(vtpm)
+        if running is None:
+            return self._reasons.get(vtpm)
+        return running.report.text or None if running.stage is Stage.NEEDS_RESET and running.report else None
+
+    def note_down(self, vtpm: UUID, reason: str) -> None:
+        """Keep what `reason` returns while no instance runs."""
+        self._reasons[vtpm] = reason
+
+    def crashed(self, vtpm: UUID) -> float | None:
+        """Count a crash; return how long to wait before the next start, None when it is to be left down."""
+        return self._budgets.setdefault(vtpm, CrashBudget.of(self._config.instance)).spend()
 
     async def attach(self, row: VtpmRow, options: AttachOptions, caller_uid: int) -> None:
         """Start a vTPM for a guest; returns when its state is verified and it answers.
@@ -98,7 +129,7 @@ class Attachments:
 
     async def _attach(self, row: VtpmRow, attachment: AttachmentRow) -> None:
         """Start the instance, whose first commit marks the record, then add the row (manager.attachment_epochs)."""
-        running = await self._start(row, attachment, attachment.startup)
+        running = await self.start(row, attachment, attachment.startup)
         await self._registry.mark_attached(row.uuid, attachment.epoch)
         if self.running(row.uuid) is not running:
             raise KeeperError(
@@ -114,10 +145,34 @@ class Attachments:
             await self._instances.stop(running)
         await self._marks.take_away(row.uuid)
 
-    async def _start(self, row: VtpmRow, attachment: AttachmentRow, startup: str) -> Running:
-        """Start an instance on fresh sockets and wait until its state is verified."""
+    async def start(
+        self, row: VtpmRow, attachment: AttachmentRow, startup: str, record: Callable[[], None] = _nothing
+    ) -> Running:
+        """Start an instance on fresh sockets and wait until its state is verified; the caller has the vTPM's lock.
+
+        `record` makes a new lease durable; that is waited for while the process is being made, and is done before the
+        instance is told anything. A crash between the two leaves an instance without its lease, which the next
+        manager ends.
+
+        Raises:
+            BusyError: there is no room, or we are stopping. And see `attach`.
+
+        """
         if self.stopping:
             raise BusyError("the manager is stopping; nothing was started")
+        self.capacity.check(self.count)
+        self._starting += 1
+        try:
+            running = await self._launch(row, attachment, startup, record)
+        finally:
+            self._starting -= 1
+        self._reasons.pop(row.uuid, None)
+        await self._verified(row, running)
+        return running
+
+    async def _launch(
+        self, row: VtpmRow, attachment: AttachmentRow, startup: str, record: Callable[[], None]
+    ) -> Running:
         fresh = bool(self._registry.record(row.uuid).flags & RecordFlags.FRESH)
         path = self._registry.image_path(row)
         image = state_files.open_locked(path, create=fresh and not row.state_image)
@@ -125,27 +180,25 @@ class Attachments:
         try:
             if fresh:
                 state_files.make_image(image, path, row.uuid, self._store, row.family)
-            owner = Owner.parse(attachment.owner, os.geteuid())
+            uid, gid = map(int, attachment.owner.split(":"))
             folder = SocketFolder(self._layout.sockets, row.uuid, attachment.frontend)
-            sockets = folder.listen(owner, parse_mode(attachment.mode))
+            sockets = folder.listen(Owner(uid, gid), parse_mode(attachment.mode))
             launch = Launch(
                 vtpm=row.uuid,
                 lease=attachment.lease,
                 family=row.family,
                 frontend=attachment.frontend,
-                owner_uid=owner.uid,
+                owner_uid=uid,
                 startup=startup,
-                after_reset=_after_reset(attachment),
+                after_reset=after_reset(attachment),
                 listeners=LISTENERS_OF[attachment.frontend],
                 epoch=attachment.epoch,
             )
-            running = await self._instances.start(launch, image, sockets)
+            return await self._instances.start(launch, image, sockets, record)
         finally:
             os.close(image)
             for sock in sockets:
                 sock.close()
-        await self._verified(row, running)
-        return running
 
     async def _verified(self, row: VtpmRow, running: Running) -> None:
         """Wait for an instance's first word; quarantine the vTPM if its state could not be loaded."""
@@ -153,8 +206,7 @@ class Attachments:
             await self._instances.settle(running, self._config.instance.start_timeout)
         except BusyError:
             if running.stage is Stage.STARTING:
-                self._instances.kill(running)
-                await running.ended.wait()
+                await self._instances.kill(running)
             raise
         if running.stage in (Stage.RUNNING, Stage.NEEDS_RESET):
             return
@@ -196,6 +248,7 @@ class Attachments:
             self._catalogue.detach(row.uuid, Happened("detached", text))
             SocketFolder(self._layout.sockets, row.uuid, attachment.frontend).remove()
             self._budgets.pop(row.uuid, None)
+            self._reasons.pop(row.uuid, None)
             await self._marks.take_away(row.uuid)
 
     async def _take_lone_mark(self, row: VtpmRow) -> None:
@@ -217,7 +270,7 @@ class Attachments:
             running = self.running(row.uuid)
             self._budgets.pop(row.uuid, None)
             if running is None:
-                running = await self._start(row, self._marks.renewed(attachment), _after_reset(attachment))
+                running = await self.start_again(row, attachment, after_reset(attachment))
             else:
                 running.order(Orders.RESET)
                 await self._verified(row, running)
@@ -225,6 +278,11 @@ class Attachments:
                 said = running.report.text if running.report is not None else ""
                 raise ManagerError(f"vTPM {row.name} did not come back: {said}. It answers failure; its state is kept")
             self._catalogue.log("platform-reset", row.uuid, row.name)
+
+    async def start_again(self, row: VtpmRow, attachment: AttachmentRow, startup: str) -> Running:
+        """Start an attached vTPM whose instance is gone, under a new lease. Raises what `start` does."""
+        renewed = self._marks.renewed(attachment)
+        return await self.start(row, renewed, startup, lambda: self._catalogue.renew(renewed))
 
     def _attachment(self, row: VtpmRow) -> AttachmentRow:
         attachment = self._catalogue.find_attachment(row.uuid)
@@ -235,90 +293,6 @@ class Attachments:
     def lock(self, vtpm: UUID) -> trio.Lock:
         """Return the lock that whoever starts, stops, resets or removes this vTPM holds meanwhile."""
         return self._changing.setdefault(vtpm, trio.Lock())
-
-    # --- what happens by itself --------------------------------------------------------------------
-
-    async def ended(self, running: Running, status: int | None) -> None:
-        """Deal with an ended process: it comes back, from its clean stop or in failure until a platform reset.
-
-        Whatever goes wrong is logged: one vTPM's end must not be the manager's.
-        """
-        try:
-            await self._ended(running, status)
-        except (ManagerError, StorageError, OSError) as error:
-            _log.error("vTPM %s: its instance ended and stays down: %s", running.vtpm, error)
-
-    async def _ended(self, running: Running, status: int | None) -> None:
-        if running.stage is Stage.FAILED or self.stopping:
-            return
-        row = self._catalogue.find_vtpm(running.vtpm)
-        attachment = self._catalogue.find_attachment(running.vtpm)
-        if row is None or attachment is None or attachment.lease != running.lease or not running.settled.is_set():
-            return
-        if running.stage is Stage.ENDED:
-            _log.error("vTPM %s: its instance ended unexpectedly (status %s)", running.vtpm, status)
-            self._catalogue.log("crashed", running.vtpm, f"instance {running.pid} ended with status {status}")
-        if not self._may_restart(running.vtpm):
-            _log.error("vTPM %s: crashed too often; left down until vtpm-reset-platform or detach", running.vtpm)
-            return
-        await self._restart(row, attachment, trio.CapacityLimiter(1))
-
-    def _may_restart(self, vtpm: UUID) -> bool:
-        budget = self._budgets.setdefault(vtpm, CrashBudget.of(self._config.instance))
-        return budget.spend()
-
-    async def _bring_back(self, row: VtpmRow, startup: str) -> None:
-        """Start an attached vTPM without its administrator."""
-        attachment = self._catalogue.find_attachment(row.uuid)
-        if attachment is None or self.running(row.uuid) is not None or self.stopping:
-            return
-        await self._start(row, self._marks.renewed(attachment), startup)
-
-    async def take_over(self, kept: list[Kept]) -> None:
-        """Adopt the instances that outlived the last manager, and start the attached ones that did not."""
-        with self._instances.held():
-            for instance in kept:
-                try:
-                    await self._take_over_one(instance)
-                except KeeperError as error:
-                    _log.error(
-                        "vTPM %s: instance %d was not taken over: %s", UUID(bytes=instance.vtpm), instance.pid, error
-                    )
-        limit = trio.CapacityLimiter(_PARALLEL_STARTS)
-        async with trio.open_nursery() as nursery:
-            for attachment in self._catalogue.each_attachment():
-                row = self._catalogue.find_vtpm(attachment.vtpm)
-                if row is not None and self.running(attachment.vtpm) is None:
-                    nursery.start_soon(self._restart, row, attachment, limit)
-
-    async def _take_over_one(self, instance: Kept) -> None:
-        vtpm = UUID(bytes=instance.vtpm)
-        attachment = self._catalogue.find_attachment(vtpm)
-        if not instance.alive:
-            await self._instances.forget(vtpm, instance.lease)
-        elif attachment is None or attachment.lease != instance.lease:
-            _log.error("vTPM %s: instance %d holds no lease; ending it", vtpm, instance.pid)
-            await self._instances.end(instance)
-        else:
-            await self._instances.adopt(instance, _after_reset(attachment), attachment.epoch)
-            _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)
-
-    async def _restart(self, row: VtpmRow, attachment: AttachmentRow, limit: trio.CapacityLimiter) -> None:
-        """Start an attached vTPM again after the manager was stopped, or worse; what goes wrong is logged and kept."""
-        async with limit, self.lock(row.uuid):
-            try:
-                await self._restart_now(row, attachment)
-            except (ManagerError, StorageError, OSError) as error:
-                _log.error("vTPM %s does not start: %s", row.uuid, error)
-
-    async def _restart_now(self, row: VtpmRow, attachment: AttachmentRow) -> None:
-        flags = self._registry.record(row.uuid).flags
-        if flags & RecordFlags.QUARANTINED:
-            _log.error("vTPM %s is quarantined and does not start", row.uuid)
-        elif flags & RecordFlags.FRESH:
-            await self._bring_back(row, attachment.startup)
-        else:
-            await self._bring_back(row, "state" if flags & RecordFlags.RESUMABLE else "failed")
 
     async def stop_all(self) -> int:
         """Stop every instance cleanly; attachments stay. Returns how many did not stop cleanly."""
@@ -341,6 +315,6 @@ def _not_attached(row: VtpmRow) -> ConflictError:
     return ConflictError(f"vTPM {row.name} is not attached; 'vtpm-attach {row.name} GUEST' attaches it")
 
 
-def _after_reset(attachment: AttachmentRow) -> str:
+def after_reset(attachment: AttachmentRow) -> str:
     """Return the startup after a platform reset: what the attachment asks for, but never an old state again."""
     return "none" if attachment.startup == "none" else "clear"

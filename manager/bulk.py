@@ -72,7 +72,8 @@ async def add_many(services: Services, arguments: Arguments) -> AsyncGenerator[D
     """Make vTPMs; their documents come when all of them are durable and anchored.
 
     Raises:
-        UsageError, NotFoundError, ConflictError: nothing was made. DeniedError: the group is closed.
+        UsageError, NotFoundError, ConflictError: nothing was made. DeniedError: the group is closed, or would have
+            more vTPMs than its quota.
         ManagerError: a commit failed on the way; the message says how many were made, and they are kept.
 
     """
@@ -82,6 +83,7 @@ async def add_many(services: Services, arguments: Arguments) -> AsyncGenerator[D
     made: list[VtpmRow] = []
     async with registry.adding:
         _refuse_taken(registry, rows)
+        registry.refuse_beyond_quota(group, len(rows))
         size = max(1, min(_GROUP, registry.committer.store.max_commit_bytes // _ENTRY_BYTES))
         try:
             for start in range(0, len(rows), size):

@@ -59,8 +59,19 @@ class InstanceConfig:
     commit_timeout: float = 90.0  # xen-tpmfront and tpm_tis give up after 120 s
     start_timeout: float = 20.0
     stop_timeout: float = 60.0
-    restarts: int = 5  # crashes within restart_seconds before an instance is left down
+    restarts: int = 5  # crashes within restart_seconds before an attached vTPM is left down
     restart_seconds: float = 60.0
+    spawn: str = "fork"  # "exec": each instance has an address layout of its own
+    seccomp: str = "kill"  # what a system call does that an instance must not make: "kill", "errno", "log"
+    require: tuple[str, ...] = ()  # what must shut instances in (manager.confinement.FEATURES), or nothing starts
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaConfig:
+    """What may be used up, beside what the machine has; 0 is no limit of ours."""
+
+    vtpms_per_group: int = 0
+    running: int = 0  # vTPMs that run at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,7 @@ class Config:
     instance: InstanceConfig = field(default_factory=InstanceConfig)
     admin: AdminConfig = field(default_factory=AdminConfig)
     catalogue: CatalogueConfig = field(default_factory=CatalogueConfig)
+    quota: QuotaConfig = field(default_factory=QuotaConfig)
 
     @classmethod
     def load(cls, path: Path) -> "Config":
@@ -206,10 +218,13 @@ def _section(kind: type, content: dict[str, Any], where: str) -> Any:
 def _value(value: Any, wanted: Any, where: str) -> Any:
     if wanted is float and type(value) is int:
         return float(value)
-    if typing.get_origin(wanted) is tuple and isinstance(value, list) and all(type(item) is int for item in value):
-        return tuple(value)
+    if typing.get_origin(wanted) is tuple:
+        kind = typing.get_args(wanted)[0]
+        if isinstance(value, list) and all(type(item) is kind for item in value):
+            return tuple(value)
+        raise ConfigurationError(f"{where}: {value!r} where a list of {'numbers' if kind is int else 'words'} is due")
     if type(value) is not wanted:
-        raise ConfigurationError(f"{where}: {value!r} where {getattr(wanted, '__name__', 'a list of numbers')} is due")
+        raise ConfigurationError(f"{where}: {value!r} where {wanted.__name__} is due")
     return value
 
 

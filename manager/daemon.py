@@ -15,12 +15,13 @@ from typing import Any
 import trio
 
 from frontend_backend import messages_keeper as k
-from manager import admin_server
+from manager import admin_server, confinement
 from manager.admin_server import AdminServer
 from manager.anchor import Standing
 from manager.anchoring import Anchoring
 from manager.attachment_epochs import adopt_older_rows, refuse_any_stale
 from manager.attachments import Attachments
+from manager.capacity import Capacity, descriptors_in_use, raise_descriptor_limit
 from manager.catalogue_place import place_of, shown_place
 from manager.committer import Committer
 from manager.config import Config, Layout
@@ -36,6 +37,7 @@ from manager.registry import Registry
 from manager.ring_server import RingServer
 from manager.running import Running
 from manager.services import Services
+from manager.supervision import Supervision
 from manager.tombstones import Tombstones
 from manager.verb_table import SCHEMA_VERSION
 from manager.verbs import timestamp, uptime
@@ -56,6 +58,7 @@ class Daemon:
         self._keep_instances = False
         self._closing = contextlib.ExitStack()
         self._keeper_pid: Callable[[], int] = lambda: 0
+        self._confinement: k.ConfinementReply | None = None
         self._committer = Committer(opened.store, self._group_committed)
         self._anchoring = Anchoring(
             self._committer,
@@ -75,9 +78,16 @@ class Daemon:
             failed.pop_all()
         self._tombstones = Tombstones(self._committer, config.store.tombstone_days)
         self._registry = Registry(
-            self._committer, self._catalogue, self._anchoring, layout.state_images, self._tombstones
+            self._committer,
+            self._catalogue,
+            self._anchoring,
+            layout.state_images,
+            self._tombstones,
+            config.quota.vtpms_per_group,
         )
         self._attachments: Attachments
+        self._supervision: Supervision
+        self._descriptor_limit = raise_descriptor_limit()  # before a keeper is started, which inherits it
 
     def _group_committed(self) -> None:
         self._anchoring.group_committed()
@@ -88,7 +98,7 @@ class Daemon:
         if unclean:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
         await self._anchoring.write_opening(unclean=unclean)
-        keeper = await Keeper.connect(self._layout.keeper_socket)
+        keeper, self._confinement = await confinement.connect(self._layout.keeper_socket, self._config.instance)
         self._keeper_pid = lambda: keeper.pid
         try:
             async with trio.open_nursery() as nursery:
@@ -107,7 +117,11 @@ class Daemon:
         self._closing.callback(rings.close)
         instances = Instances(keeper, rings, nursery, config.instance, self._ended)
         self._closing.callback(instances.close)
-        self._attachments = Attachments(self._registry, instances, self._layout, config, self._opened.store.uuid)
+        capacity = Capacity.found(config.quota.running, self._descriptor_limit, keeper.pid)
+        self._attachments = Attachments(
+            self._registry, instances, self._layout, config, self._opened.store.uuid, capacity
+        )
+        self._supervision = Supervision(self._registry, self._attachments, instances, nursery)
         nursery.start_soon(self._committer.run)
         nursery.start_soon(self._tombstones.run)
         nursery.start_soon(rings.run)
@@ -116,7 +130,7 @@ class Daemon:
         nursery.start_soon(self._signals)
         nursery.start_soon(keep_events, self._catalogue, config.catalogue)
         await adopt_older_rows(self._committer, self._catalogue)
-        await self._attachments.take_over(await keeper.list())
+        await self._supervision.take_over(await keeper.list())
         services = Services(
             self._registry,
             self._attachments,
@@ -137,7 +151,7 @@ class Daemon:
         await self._wind_up(keeper)
 
     async def _ended(self, running: Running, status: int | None) -> None:
-        await self._attachments.ended(running, status)
+        await self._supervision.ended(running, status)
 
     async def _signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
@@ -175,6 +189,12 @@ class Daemon:
             "store": str(store.uuid),
             "vtpms": self._catalogue.count_vtpms(),
             "catalogue": shown_place(self._layout, self._config),
+            **confinement.summary(self._config.instance, self._confinement),
+            "running": self._attachments.count,
+            "running_most": self._attachments.capacity.most,
+            "vtpms_per_group_most": self._config.quota.vtpms_per_group or None,
+            "descriptors": descriptors_in_use(),
+            "descriptors_most": self._descriptor_limit,
             "closed_groups": ", ".join(sorted(map(self._registry.group_name, self._opened.closed))) or None,
             "tpm": self._config.tpm.tcti,
             "locality": self._hardware.tpm.locality,

@@ -2,11 +2,9 @@
 
 import logging
 import os
-import signal
 import socket
-import time
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,15 +13,18 @@ from uuid import UUID
 import trio
 
 from frontend_backend import messages_keeper as k
+from frontend_backend.bare_mapping import map_without_descriptor
 from frontend_backend.descriptors import close_all
 from frontend_backend.errors import RingError
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import Orders
 from manager.config import InstanceConfig
-from manager.errors import BusyError, KeeperError
+from manager.endings import Endings
+from manager.errors import BusyError, KeeperError, ManagerError
 from manager.keeper_client import Keeper
 from manager.ring_server import RingServer
 from manager.running import Running, Stage
+from storage.errors import StorageError
 
 _log = logging.getLogger("vtpm.instance")
 _UIDS: Final = 65_536  # user ids from uid_base on that instances may get
@@ -58,16 +59,25 @@ class Instances:
         """Start instances through `keeper`; `on_end(running, exit status)` is awaited for each that ends."""
         self._keeper, self._rings, self._nursery, self._config = keeper, rings, nursery, config
         self._on_end = on_end
+        self.endings = Endings(keeper)
         self.running: dict[UUID, Running] = {}
+        self._uids: set[int] = set()
+        self._next_uid = 0
+        rings.on_hang_up = self._hung_up
 
-    async def start(self, launch: Launch, image: int, listeners: list[socket.socket]) -> Running:
+    async def start(
+        self, launch: Launch, image: int, listeners: list[socket.socket], meanwhile: Callable[[], None]
+    ) -> Running:
         """Start an instance; `image` (a locked descriptor) and `listeners` stay the caller's to close.
+
+        `meanwhile` is called once, while the keeper works; what the instance asks is answered only after it. What it
+        raises is raised here, and the instance is ended then.
 
         Raises:
             KeeperError: it was not started.
 
         """
-        front, back = LocalRing.pair()
+        front, back = LocalRing.pair(map_without_descriptor)
         uid = self._free_uid()
         page, doorbell = front.descriptors()
         spawn = k.Spawn(
@@ -82,24 +92,31 @@ class Instances:
             listeners=launch.listeners,
         )
         descriptors = (page, doorbell, back.fileno(), image, *(sock.fileno() for sock in listeners))
+        done = _Once(meanwhile)
         try:
-            reply, received = await self._keeper.ask(spawn, descriptors)
-        except KeeperError:
+            pid = await self._spawn(spawn, descriptors, done.call)
+            if done.error is not None:
+                await self.endings.end(launch.vtpm, launch.lease)
+                raise done.error
+        except BaseException:
             back.close()
+            self._uids.discard(uid)
             raise
         finally:
             front.close()
-        if not isinstance(reply, k.Spawned) or len(received) != 1:
-            close_all(received)
-            back.close()
-            raise KeeperError(f"unexpected answer {type(reply).__name__} to Spawn")
         back.forget_page_descriptor()
-        running = Running(
-            launch.vtpm, launch.lease, reply.pid, received[0], back, launch.startup, launch.after_reset, uid or None
-        )
+        running = Running(launch.vtpm, launch.lease, pid, back, launch.startup, launch.after_reset, uid or None)
         running.epoch = launch.epoch
         self._take_on(running)
         return running
+
+    async def _spawn(self, spawn: k.Spawn, descriptors: tuple[int, ...], meanwhile: Callable[[], None]) -> int:
+        """Have the keeper start an instance; returns its process id."""
+        reply, received = await self._keeper.ask(spawn, descriptors, meanwhile)
+        close_all(received)  # a pidfd: the ring tells of the end, and costs no second descriptor
+        if not isinstance(reply, k.Spawned):
+            raise KeeperError(f"unexpected answer {type(reply).__name__} to Spawn")
+        return reply.pid
 
     async def adopt(self, kept: k.Kept, after_reset: str, epoch: int = 0) -> Running:
         """Take an instance over that an earlier manager started.
@@ -108,17 +125,20 @@ class Instances:
             KeeperError: the keeper does not hand it over, or what it kept is no ring any more; it was ended then.
 
         """
-        page, doorbell, pidfd = await self._fetch(kept)
+        vtpm = UUID(bytes=kept.vtpm)
+        page, doorbell, pidfd = await self.endings.fetch(vtpm, kept.lease)
+        os.close(pidfd)
         try:
-            ring = LocalRing.adopt(page, doorbell)
+            ring = LocalRing.adopt(page, doorbell, mapper=map_without_descriptor)
         except RingError as error:
-            await self._end(kept, pidfd)
+            await self.endings.end(vtpm, kept.lease)
             raise KeeperError(f"what the keeper kept is no ring, so the instance was ended: {error}") from error
         ring.forget_page_descriptor()
         # an instance that waits in Load is told what a reset would be told: it never resumes twice
         uid = _uid_of(kept.pid)
-        running = Running(UUID(bytes=kept.vtpm), kept.lease, kept.pid, pidfd, ring, "failed", after_reset, uid)
+        running = Running(vtpm, kept.lease, kept.pid, ring, "failed", after_reset, uid)
         running.epoch = epoch
+        running.came_up = True  # if it was still starting, nobody waits for that any more
         self._take_on(running)
         running.ring.ring()  # "ask me": it reports how it is
         return running
@@ -127,55 +147,27 @@ class Instances:
         """Let every instance's requests wait meanwhile: see `RingServer.held`."""
         return self._rings.held()
 
-    async def end(self, kept: k.Kept) -> None:
-        """End an instance of an earlier manager, unheard, and have the keeper forget it.
-
-        Raises:
-            KeeperError: the keeper does not hand it over.
-
-        """
-        page, doorbell, pidfd = await self._fetch(kept)
-        close_all((page, doorbell))
-        await self._end(kept, pidfd)
-
-    async def _end(self, kept: k.Kept, pidfd: int) -> None:
-        try:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            await trio.lowlevel.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
-        await self.forget(UUID(bytes=kept.vtpm), kept.lease)
-
-    async def _fetch(self, kept: k.Kept) -> tuple[int, int, int]:
-        """Return (page, doorbell, pidfd) of an instance that the keeper has."""
-        reply, received = await self._keeper.ask(k.Fetch(kept.vtpm, kept.lease))
-        expected = 3 + len(kept.listeners)
-        if not isinstance(reply, k.Fetched) or len(received) != expected:
-            close_all(received)
-            raise KeeperError(f"unexpected answer {type(reply).__name__} to Fetch")
-        page, doorbell, pidfd = received[:3]
-        close_all(received[3:])
-        return page, doorbell, pidfd
-
     def _take_on(self, running: Running) -> None:
         self.running[running.vtpm] = running
+        if running.uid is not None:
+            self._uids.add(running.uid)
         self._rings.add(running)
-        self._nursery.start_soon(self._watch, running)
 
-    async def _watch(self, running: Running) -> None:
-        """Wait for the process to end, then clean up after it."""
-        await trio.lowlevel.wait_readable(running.pidfd)
-        pidfd, running.pidfd = running.pidfd, -1  # the number may soon be another instance's
-        os.close(pidfd)
+    def _hung_up(self, running: Running) -> None:
+        self._nursery.start_soon(self._clean_up, running)
+
+    async def _clean_up(self, running: Running) -> None:
+        """Clean up after an instance whose end of the ring is closed: it has ended, or is made to."""
         await self._rings.quiesce(running)
+        status = await self.endings.after_hang_up(running.vtpm, running.lease)
         if self.running.get(running.vtpm) is running:
             del self.running[running.vtpm]
+        if running.uid is not None:
+            self._uids.discard(running.uid)
         last = running.stage
         if last not in (Stage.STOPPED, Stage.FAILED):
             running.stage = Stage.ENDED
         running.settled.set()
-        status = await self.forget(running.vtpm, running.lease)
         running.ring.close()
         running.ended.set()
         await self._on_end(running, status)
@@ -184,18 +176,7 @@ class Instances:
         """Let go of the instances that go on without this manager; when no task uses them any more."""
         for running in self.running.values():
             running.ring.close()
-            if running.pidfd >= 0:
-                os.close(running.pidfd)
         self.running.clear()
-
-    async def forget(self, vtpm: UUID, lease: int) -> int | None:
-        """Let the keeper drop what it keeps of an ended instance; returns its exit status where known."""
-        try:
-            reply, _ = await self._keeper.ask(k.Forget(vtpm.bytes, lease))
-        except KeeperError as error:
-            _log.warning("vTPM %s: %s", vtpm, error)
-            return None
-        return reply.status if isinstance(reply, k.Forgotten) else None
 
     async def settle(self, running: Running, seconds: float) -> None:
         """Wait until an instance has left STARTING (or a reset is done).
@@ -214,28 +195,37 @@ class Instances:
 
         One that does not stop in time is killed: what it acknowledged is durable all the same.
         """
+        running.awaited = True
         running.order(Orders.STOP)
         with trio.move_on_after(self._config.stop_timeout):
             await running.ended.wait()
         if not running.ended.is_set():
             _log.error("vTPM %s: did not stop within %g s; killing it", running.vtpm, self._config.stop_timeout)
-            self.kill(running)
-            await running.ended.wait()
+            await self.kill(running)
         return running.stage is Stage.STOPPED
 
-    @staticmethod
-    def kill(running: Running) -> None:
-        """End an instance at once (SIGKILL), unless it has ended."""
-        with suppress(ProcessLookupError):
-            if running.pidfd >= 0:
-                signal.pidfd_send_signal(running.pidfd, signal.SIGKILL)
+    async def kill(self, running: Running) -> None:
+        """End an instance at once (SIGKILL) and wait until it has been cleaned up after."""
+        if not running.ended.is_set():
+            await self.endings.kill(running.vtpm, running.lease)
+        await running.ended.wait()
 
     def _free_uid(self) -> int:
-        """Return a user id that no running instance has; 0 (keep the keeper's) where we may not choose."""
+        """Return a user id that no running instance has, and none had lately; 0 (the keeper's) where we may not choose.
+
+        Raises:
+            BusyError: all are taken.
+
+        """
         if os.geteuid() != 0 or not self._config.uid_base:
             return 0
-        taken = {running.uid for running in self.running.values()}
-        return next(uid for uid in range(self._config.uid_base, self._config.uid_base + _UIDS) if uid not in taken)
+        for _ in range(_UIDS):
+            self._next_uid = (self._next_uid + 1) % _UIDS
+            uid = self._config.uid_base + self._next_uid
+            if uid not in self._uids:
+                self._uids.add(uid)
+                return uid
+        raise BusyError(f"all {_UIDS} user ids for instances are in use; nothing was started. Detach a vTPM first")
 
 
 def _uid_of(pid: int) -> int | None:
@@ -247,21 +237,18 @@ def _uid_of(pid: int) -> int | None:
     return next((int(line.split()[1]) for line in lines if line.startswith("Uid:")), None)
 
 
-@dataclass(slots=True)
-class CrashBudget:
-    """How often an instance may crash before it is left down. Time is an argument, in seconds."""
+class _Once:
+    """Calls something at most once, keeping what it raises."""
 
-    allowed: int
-    period: float
-    _crashes: list[float]
+    def __init__(self, what: Callable[[], None]) -> None:
+        self._what: Callable[[], None] | None = what
+        self.error: Exception | None = None
 
-    @classmethod
-    def of(cls, config: InstanceConfig) -> "CrashBudget":
-        """Return a full budget."""
-        return cls(config.restarts, config.restart_seconds, [])
-
-    def spend(self, now: float | None = None) -> bool:
-        """Count one crash; return whether another start is allowed."""
-        moment = time.monotonic() if now is None else now
-        self._crashes = [crash for crash in self._crashes if moment - crash < self.period] + [moment]
-        return len(self._crashes) <= self.allowed
+    def call(self) -> None:
+        what, self._what = self._what, None
+        if what is None:
+            return
+        try:
+            what()
+        except (ManagerError, StorageError, OSError) as error:
+            self.error = error

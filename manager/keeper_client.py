@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
@@ -22,24 +23,28 @@ _ANSWER_SECONDS: Final = 30.0
 _RETRY_SECONDS: Final = 0.01
 
 
+def _nothing() -> None:
+    pass
+
+
 class Keeper:
     """A connection to the keeper. The keeper outlives it."""
 
-    def __init__(self, path: Path, sock: socket.socket) -> None:
+    def __init__(self, path: Path, sock: socket.socket, options: tuple[str, ...] = ()) -> None:
         """Use a connected, non-blocking socket; see `connect`."""
-        self._path, self._sock = path, sock
+        self._path, self._sock, self._options = path, sock, options
         self._turn = trio.Lock()
         self.pid = 0
 
     @classmethod
-    async def connect(cls, path: Path) -> Self:
-        """Connect to the keeper at `path`, starting one if nobody listens there.
+    async def connect(cls, path: Path, options: tuple[str, ...] = ()) -> Self:
+        """Connect to the keeper at `path`, starting one with `options` if nobody listens there.
 
         Raises:
             BusyError: the keeper serves another manager. KeeperError: it cannot be started.
 
         """
-        keeper = cls(path, await _reach(path))
+        keeper = cls(path, await _reach(path, options), options)
         try:
             async with keeper._turn:
                 await keeper._greet()
@@ -51,9 +56,12 @@ class Keeper:
             raise
         return keeper
 
-    async def ask(self, message: m.KeeperRequest, descriptors: tuple[int, ...] = ()) -> tuple[m.KeeperReply, list[int]]:
+    async def ask(
+        self, message: m.KeeperRequest, descriptors: tuple[int, ...] = (), meanwhile: Callable[[], None] = _nothing
+    ) -> tuple[m.KeeperReply, list[int]]:
         """Ask one question and return (answer, descriptors that came with it; they are the caller's).
 
+        `meanwhile` is called while the keeper works, again if a second keeper is asked; it must not raise.
         A keeper that has died took its instances with it; another one is started and asked instead.
 
         Raises:
@@ -62,14 +70,14 @@ class Keeper:
         """
         async with self._turn:
             try:
-                return await self._ask_once(message, descriptors)
+                return await self._ask_once(message, descriptors, meanwhile)
             except (OSError, ChannelClosedError):
                 _log.error("the keeper is gone (its instances end with it); starting another")
                 self._sock.close()
-                self._sock = await _reach(self._path)
+                self._sock = await _reach(self._path, self._options)
                 await self._greet()
             try:
-                return await self._ask_once(message, descriptors)
+                return await self._ask_once(message, descriptors, meanwhile)
             except (OSError, ChannelClosedError) as error:
                 raise KeeperError(f"the keeper does not answer: {error}") from error
 
@@ -82,11 +90,12 @@ class Keeper:
             self.pid = reply.pid
 
     async def _ask_once(
-        self, message: m.KeeperRequest, descriptors: tuple[int, ...]
+        self, message: m.KeeperRequest, descriptors: tuple[int, ...], meanwhile: Callable[[], None] = _nothing
     ) -> tuple[m.KeeperReply, list[int]]:
         try:
             with trio.fail_after(_ANSWER_SECONDS):
                 await send_message_trio(self._sock, m.encode_keeper(message), descriptors)
+                meanwhile()
                 data, received = await receive_message_trio(self._sock, max_descriptors=MAX_DESCRIPTORS)
         except (MessageError, trio.TooSlowError) as error:
             self._sock.close()  # its answer may still come, and must not be taken for that of the next question
@@ -103,7 +112,7 @@ class Keeper:
             case m.KeeperRefusal(text):
                 close_all(received)
                 raise KeeperRefusedError(text)
-            case m.Hello() | m.Spawn() | m.List() | m.Fetch() | m.Forget() | m.Stop():
+            case m.Hello() | m.Spawn() | m.List() | m.Fetch() | m.Forget() | m.Stop() | m.Confinement():
                 close_all(received)
                 raise KeeperError("the keeper asks where it should answer")
             case _:
@@ -125,11 +134,11 @@ class Keeper:
         self._sock.close()
 
 
-async def _reach(path: Path) -> socket.socket:
+async def _reach(path: Path, options: tuple[str, ...]) -> socket.socket:
     """Return a connection to the keeper at `path`, starting one if nobody listens there; raises KeeperError."""
     sock = _try_connect(path)
     if sock is None:
-        _start(path)
+        _start(path, options)
         with trio.move_on_after(_START_SECONDS):
             while (sock := _try_connect(path)) is None:  # noqa: ASYNC110 - another process makes it
                 await trio.sleep(_RETRY_SECONDS)
@@ -152,13 +161,13 @@ def _try_connect(path: Path) -> socket.socket | None:
     return sock
 
 
-def _start(path: Path) -> None:
+def _start(path: Path, options: tuple[str, ...]) -> None:
     """Start a keeper in a session of its own, so that it outlives us."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     os.posix_spawn(
         sys.executable,
-        [sys.executable, "-I", "-m", "vtpm_instance.keeper", "--socket", str(path)],
+        [sys.executable, "-I", "-m", "vtpm_instance.keeper", "--socket", str(path), *options],
         {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "LC_ALL", "TZ")},
         file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)],
         setsid=True,

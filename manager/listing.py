@@ -71,6 +71,7 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "tcti": None,
             "control": None,
             "pid": running.pid if running else None,
+            "reason": services.attachments.reason(row.uuid),
             "startup": attachment.startup if attachment else None,
             "generation": generation,
             "state_image": str(registry.image_path(row)),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from frontend_backend.messages_admin import ExitCode
+from manager import confinement
 from manager.anchor import clean_stop
 from manager.anchoring import note_present
 from manager.config import Config, Layout
@@ -155,6 +156,7 @@ def check(layout: Layout, config: Config) -> list[Finding]:
     While a manager runs, the TPM and the store are its own: then only what is outside is checked.
     """
     findings = [*_check_settings(config), *_check_permissions(layout, config), _check_runtime(layout)]
+    findings += _check_confinement(config)
     try:
         with locked_store(layout) as descriptor:
             findings += _check_inside(layout, config, descriptor)
@@ -206,6 +208,24 @@ def _check_runtime(layout: Layout) -> Finding:
     except ManagerError as error:
         return _failed("runtime directory", error)
     return Finding("runtime directory", Verdict.OK, str(layout.runtime_dir))
+
+
+def _check_confinement(config: Config) -> list[Finding]:
+    """Try out what a keeper started from here would shut instances in with."""
+    try:
+        found = confinement.probe(config.instance)
+    except ManagerError as error:
+        return [_failed("instances", error)]
+    findings = []
+    for feature in found.features:
+        what = f"instances: {feature.name}"
+        if feature.active:
+            findings.append(Finding(what, Verdict.OK, "active"))
+        elif feature.name in config.instance.require:
+            findings.append(Finding(what, Verdict.FAILED, f"required, but not active: {feature.why}", ExitCode.DENIED))
+        else:
+            findings.append(Finding(what, Verdict.WEAK, f"not active: {feature.why}", ExitCode.FAILURE))
+    return findings
 
 
 def _check_inside(layout: Layout, config: Config, descriptor: int) -> list[Finding]:

@@ -50,8 +50,13 @@ class Registry:
         anchoring: Anchoring,
         state_images: Path,
         tombstones: Tombstones,
+        quota: int = 0,
     ) -> None:
-        """Work on an open store and catalogue; `state_images` is the directory of images without a name."""
+        """Work on an open store and catalogue; `state_images` is the directory of images without a name.
+
+        `quota` is how many vTPMs a group may have, 0 for as many as it likes.
+        """
+        self._quota = quota
         self._committer, self.catalogue, self._anchoring = committer, catalogue, anchoring
         self._state_images, self.tombstones = state_images, tombstones
         self.adding = trio.Lock()  # between looking whether a name is free and taking it
@@ -151,8 +156,29 @@ class Registry:
             row = VtpmRow(uuid=vtpm, name=name, group=group_row.uuid, family=family, state_image=state_image)
             return await self._add(row, group_row, labels or {})
 
+    def refuse_beyond_quota(self, group: GroupRow, adding: int) -> None:
+        """Check that a group may have `adding` vTPMs more; the caller holds `adding`.
+
+        Raises:
+            DeniedError: it may not, or it is closed.
+
+        """
+        if not self._quota:
+            return
+        try:
+            have = self._committer.store.count(group.uuid)
+        except GroupClosed as error:
+            raise DeniedError(str(error)) from error
+        if have + adding > self._quota:
+            raise DeniedError(
+                f"group {group.name} has {have} of the {self._quota} vTPMs that quota.vtpms_per_group allows, so "
+                f"{adding} more cannot be made; nothing was made. Remove some, or raise the quota in the "
+                f"configuration and restart the manager"
+            )
+
     async def _add(self, row: VtpmRow, group: GroupRow, labels: Mapping[str, str]) -> VtpmRow:
         self._refuse_taken(row.uuid, row.name, row.state_image)
+        self.refuse_beyond_quota(group, 1)
         try:
             await self._committer.commit(PutVtpm(new_record(row)))
         except GroupClosed as error:

@@ -7,7 +7,7 @@ Nothing an instance writes can raise here beyond its own ring (design section 2:
 import logging
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -29,10 +29,16 @@ from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
 _log = logging.getLogger("vtpm.ring")
 _MAX_RANDOM: Final = 64  # bytes a Random may ask for
 _DIGEST_SIZE: Final = 32
+# as a number: `~` of an IntFlag has no bits that this version does not know, and those are to stay
+_STAY: Final = ~int(RecordFlags.FRESH | RecordFlags.RESUMABLE | RecordFlags.QUARANTINED)
+
+
+def _nothing(_running: Running) -> None:
+    pass
 
 
 class RingServer:
-    """The back end of every instance's ring."""
+    """The back end of every instance's ring. `on_hang_up` is called once an instance's end is closed."""
 
     def __init__(self, committer: Committer, hardware: Hardware, nursery: trio.Nursery, commit_timeout: float) -> None:
         """Serve from `committer`'s store; verbs that need the hardware TPM run in `nursery`."""
@@ -42,6 +48,7 @@ class RingServer:
         self._by_fileno: dict[int, Running] = {}
         self._released = trio.Event()  # not set while all rings wait (`held`)
         self._released.set()
+        self.on_hang_up: Callable[[Running], None] = _nothing
 
     def add(self, running: Running) -> None:
         """Serve this instance's ring from now on; a request that waits on its page is answered."""
@@ -49,6 +56,7 @@ class RingServer:
         self._epoll.register(running.ring.fileno(), select.EPOLLIN)
         if self._released.is_set():
             self._look_at(running)
+            self._committer.proceed()
 
     def remove(self, running: Running) -> None:
         """Serve it no longer (its process is gone)."""
@@ -77,6 +85,7 @@ class RingServer:
             self._released.set()
             for running in list(self._by_fileno.values()):
                 self._look_at(running)
+            self._committer.proceed()
 
     def close(self) -> None:
         """Close the epoll descriptor."""
@@ -95,6 +104,8 @@ class RingServer:
                 self._look_at(running)
                 if not alive:
                     self.remove(running)
+                    self.on_hang_up(running)
+            self._committer.proceed()  # what all of these rings want is one group
 
     def _look_at(self, running: Running) -> None:
         if running.busy:
@@ -154,7 +165,7 @@ class RingServer:
             self._answer(running, refusal or m.Refusal(m.RefusalCode.UNKNOWN_VTPM, "no such vTPM"))
             return
         # a quarantine ends with the state that loads: whoever commits has loaded it
-        flags = record.flags & ~(RecordFlags.FRESH | RecordFlags.RESUMABLE | RecordFlags.QUARANTINED)
+        flags = RecordFlags(int(record.flags) & _STAY)
         if commit.final:
             flags |= RecordFlags.RESUMABLE
         new = replace(record, key=StateKey(commit.key), digest=commit.digest, generation=commit.generation, flags=flags)

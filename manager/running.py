@@ -53,13 +53,14 @@ class Running:
     vtpm: UUID
     lease: int
     pid: int
-    pidfd: int
     ring: LocalRing
     startup: str
     after_reset: str
     uid: int | None = None  # its own user id, None for the keeper's
     epoch: int = 0  # of the attachment it runs for: each of its commits says so in the record
     stage: Stage = Stage.STARTING
+    came_up: bool = False  # it has been running, or in failure; before that its end is its starter's affair
+    awaited: bool = False  # somebody stops it, and deals with its end
     orders: Orders = Orders.NONE
     report: Report | None = None
     settled: trio.Event = field(default_factory=trio.Event)  # left STARTING, or left NEEDS_RESET after a reset
@@ -76,6 +77,7 @@ class Running:
         """Move on by what the instance says of itself; its words may have been chosen by a guest."""
         self.report = replace(report, reason=_printable(report.reason), text=_printable(report.text))
         self.stage = ON_REPORT.get((self.stage, report.state), self.stage)
+        self.came_up |= self.stage in (Stage.RUNNING, Stage.NEEDS_RESET)
         # a report that came before the order to reset was handed over says how it was before
         if self.stage not in (Stage.STARTING, Stage.STOPPING) and not self.orders & Orders.RESET:
             self.settled.set()

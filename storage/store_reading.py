@@ -95,6 +95,10 @@ class StoreReading:
     def __len__(self) -> int:
         return sum(len(group.table) for group in self._open_state().groups.values() if group.table is not None)
 
+    def count(self, group: UUID) -> int:
+        """Count the vTPMs of a group. Raises NoSuchGroup, GroupClosed."""
+        return sum(len(table) for _, table in self._tables(group))
+
     @property
     def damage(self) -> Sequence[Damage]:
         """Sectors that failed their check at open; they are kept as they are, their vTPMs are not readable."""

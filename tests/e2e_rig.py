@@ -169,10 +169,10 @@ class Installation:
 
 
 @contextmanager
-def installation() -> Iterator[Installation]:
+def installation(kind: type[Installation] = Installation) -> Iterator[Installation]:
     """A fresh installation in a directory with a short name (Unix sockets), torn down afterwards."""
     base = Path(tempfile.mkdtemp(prefix="vt"))
-    made = Installation(base)
+    made = kind(base)
     try:
         yield made
     finally:

@@ -1,15 +1,26 @@
 """Pages that somebody else writes to, or that a process stops writing to, at an exact moment."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Final, cast
 
 from frontend_backend.tpmif import PAGE_SIZE
 
 Index = int | slice
+HEAD: Final = slice(None, 8)
 
 
 class StoppedError(Exception):
     """Stands for a process killed between two stores."""
+
+
+class Slice(bytes):
+    """Bytes that were read, with the one method of a memoryview that the rings use."""
+
+    __slots__ = ()
+
+    def tobytes(self) -> bytes:
+        """Return what was read."""
+        return bytes(self)
 
 
 class WatchedPage:
@@ -29,14 +40,34 @@ class WatchedPage:
     def __len__(self) -> int:
         return len(self.memory)
 
-    def __getitem__(self, index: Index) -> int | bytes:
+    def __getitem__(self, index: Index) -> "int | Slice":
         self._before("read", index)
         part = self.memory[index]
-        return part if isinstance(part, int) else bytes(part)
+        return part if isinstance(part, int) else Slice(part)
 
     def __setitem__(self, index: Index, value: int | bytes) -> None:
         self._before("write", index)
         memoryview(self.memory)[index] = value  # type: ignore[index, assignment]
+
+    def cast(self, form: str) -> "WatchedWords":
+        """Return the page as words; the rings use the first, which is the head."""
+        assert form == "Q"
+        return WatchedWords(self)
+
+
+class WatchedWords:
+    """The head of a watched page, read and written in one access."""
+
+    def __init__(self, page: WatchedPage) -> None:
+        self._page = page
+
+    def __getitem__(self, index: int) -> int:
+        assert index == 0
+        return int.from_bytes(cast("bytes", self._page[HEAD]), "little")
+
+    def __setitem__(self, index: int, word: int) -> None:
+        assert index == 0
+        self._page[HEAD] = word.to_bytes(8, "little")
 
 
 def watched(memory: bytearray, before: Callable[[str, Index], None]) -> memoryview:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from ring_conformance import REFUSAL, refuse
 
 from frontend_backend.errors import IllegalTransitionError, PageError, RingCancelledError
-from frontend_backend.ring import TRANSITIONS, Answered, BackRing, FrontRing, Request, RingEvent, advance
+from frontend_backend.ring import Answered, BackRing, FrontRing, Request
+from frontend_backend.ring_table import TRANSITIONS, RingEvent, advance
 from frontend_backend.tpmif import MAX_PACKET, PAGE_SIZE, RingState, SharedPage
 
 FEW = settings(max_examples=150, deadline=None)
@@ -199,6 +200,14 @@ def test_the_answer_is_wiped_when_it_is_read() -> None:
     back.finish(SECRET)
     assert SECRET in page
     assert front.poll() == SECRET
+    assert page[SharedPage.SIZE :] == bytes(MAX_PACKET)
+
+
+def test_a_request_is_wiped_with_its_answer_where_the_back_end_does_not_do_that() -> None:
+    page, front, _ = ends()
+    front.submit(b"commit " + SECRET)
+    page[: SharedPage.SIZE] = SharedPage(4, RingState.FINISH, 0, 0).pack()  # as mini-os' tpmback: the rest stays
+    assert front.poll() == b"comm"
     assert page[SharedPage.SIZE :] == bytes(MAX_PACKET)
 
 

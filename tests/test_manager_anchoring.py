@@ -309,6 +309,7 @@ async def test_nothing_is_committed_after_the_final_anchor_and_a_stop_does_not_w
                 await anchoring.write_final()
                 sequence = store.sequence
                 committer.enqueue([save(store, 1)], acknowledged.append)
+                committer.proceed()
                 nursery.start_soon(anchoring.extend_volatile)
                 nursery.start_soon(anchoring.write_durable)
                 await trio.testing.wait_all_tasks_blocked(0.01)

@@ -67,10 +67,11 @@ class Manager:
     tpm: ModelTpm
     disk: SnapshotDisk
     fronts: list[Front]
+    committing: trio.CancelScope  # around the committer's own task
 
     def start(self, number: int = 1, lease: int = LEASE, startup: str = "clear") -> Front:
         front, back = LocalRing.pair()
-        running = Running(uuid_of(number), lease, os.getpid(), -1, back, startup, "clear")
+        running = Running(uuid_of(number), lease, os.getpid(), back, startup, "clear")
         made = Front(front, running)
         self.fronts.append(made)
         self.rings.add(running)
@@ -92,8 +93,13 @@ async def manager() -> AsyncIterator[Manager]:
     tpm = ModelTpm()
     async with trio.open_nursery() as nursery:
         rings = RingServer(committer, hardware(tpm), nursery, 90.0)
-        made = Manager(store, committer, rings, tpm, disk, [])
-        nursery.start_soon(committer.run)
+        made = Manager(store, committer, rings, tpm, disk, [], trio.CancelScope())
+
+        async def commit() -> None:
+            with made.committing:
+                await committer.run()
+
+        nursery.start_soon(commit)
         nursery.start_soon(rings.run)
         yield made
         nursery.cancel_scope.cancel()
@@ -209,6 +215,27 @@ async def test_commits_of_many_instances_share_a_flush() -> None:
         assert made.committer.statistics().groups - groups <= 2
 
 
+async def test_flags_of_a_later_version_survive_a_save() -> None:
+    unknown = 1 << 30
+    async with manager() as made:
+        made.put(flags=RecordFlags(unknown) | RecordFlags.TPM12 | RecordFlags.FRESH)
+        front = made.start()
+        await front.ask(front.commit(1))
+        assert int(made.record().flags) == unknown | int(RecordFlags.TPM12)
+
+
+async def test_on_a_quick_disk_a_group_is_committed_without_the_committers_turn() -> None:
+    async with manager() as made:
+        fronts = [made.start(number) for number in range(5)]
+        await fronts[0].ask(fronts[0].commit(1))  # how quick the disk is, is known now
+        for number, front in enumerate(fronts):
+            front.submit(front.commit(1 if number else 2))
+        groups = made.committer.statistics().groups
+        made.committing.cancel()
+        assert [(await front.answer())[0] for front in fronts] == [m.CommitReply(2), *[m.CommitReply(1)] * 4]
+        assert made.committer.statistics().groups - groups == 1, "what is ready together is one group"
+
+
 async def test_a_failing_disk_is_no_success() -> None:
     async with manager() as made:
         front = made.start()
@@ -267,7 +294,7 @@ async def test_what_a_dead_instance_left_on_its_page_is_not_committed() -> None:
 async def test_a_request_that_waits_for_the_next_manager_is_answered() -> None:
     async with manager() as made:
         front, back = LocalRing.pair()
-        running = Running(uuid_of(1), LEASE, os.getpid(), -1, back, "failed", "clear")
+        running = Running(uuid_of(1), LEASE, os.getpid(), back, "failed", "clear")
         waiting = Front(front, running)
         waiting.submit(waiting.commit(1))
         back.drain()  # the ring was heard by the manager that died
@@ -483,10 +510,10 @@ async def test_a_flood_of_rings_starves_nobody() -> None:
 @pytest.mark.parametrize(
     "end",
     [
-        lambda ring: ring._doorbell.shutdown(socket.SHUT_RDWR),
-        lambda ring: ring._doorbell.send(b""),
-        lambda ring: ring._doorbell.sendmsg([b"x" * 70000]),
-        lambda ring: socket.send_fds(ring._doorbell, [b"x"], [0, 1, 2]),
+        lambda ring: ring._doorbell._sock.shutdown(socket.SHUT_RDWR),
+        lambda ring: ring._doorbell._sock.send(b""),
+        lambda ring: ring._doorbell._sock.sendmsg([b"x" * 70000]),
+        lambda ring: socket.send_fds(ring._doorbell._sock, [b"x"], [0, 1, 2]),
     ],
 )
 async def test_whatever_is_sent_through_the_doorbell_the_others_are_served(end: Callable[[LocalRing], None]) -> None:
@@ -534,6 +561,51 @@ async def test_a_report_from_before_a_reset_does_not_settle_it() -> None:
         await front.ask(m.Report(m.InstanceState.READY))
         assert front.running.settled.is_set()
         assert front.running.stage is Stage.RUNNING
+
+
+async def test_an_instance_that_rings_without_pause_or_takes_no_answer_keeps_nobody_waiting() -> None:
+    async with manager() as made:
+        good, flood, deaf = made.start(1), made.start(2), made.start(3)
+        stop = threading.Event()
+
+        def ring_on() -> None:
+            while not stop.is_set():
+                flood.ring.ring()
+
+        flooder = threading.Thread(target=ring_on)
+        flooder.start()
+        try:
+            for generation in range(1, 40):
+                deaf.running.order(m.Orders.STOP)  # fills the doorbell of one who never listens
+                assert await good.ask(good.commit(generation)) == m.CommitReply(generation)
+            for _ in range(5000):
+                deaf.running.ring.ring()
+            assert await good.ask(good.commit(40)) == m.CommitReply(40)
+        finally:
+            stop.set()
+            flooder.join()
+        assert await flood.ask(flood.commit(1)) == m.CommitReply(1), "and what it asks for is done all the same"
+        assert await deaf.ask(deaf.commit(1)) == m.CommitReply(1)
+
+
+async def test_the_end_of_an_instance_is_noticed_on_its_ring() -> None:
+    async with manager() as made:
+        gone: list[Running] = []
+        noticed = trio.Event()
+
+        def on_hang_up(running: Running) -> None:
+            gone.append(running)
+            noticed.set()
+
+        made.rings.on_hang_up = on_hang_up
+        good, bad = made.start(1), made.start(2)
+        bad.submit(bad.commit(1))
+        bad.ring.close()
+        assert await good.ask(good.commit(1)) == m.CommitReply(1)
+        with trio.fail_after(5):
+            await noticed.wait()
+        assert gone == [bad.running]
+        assert made.record(2).generation == 1, "what it asked for last was done"
 
 
 # --- the committer --------------------------------------------------------------------------------

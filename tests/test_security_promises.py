@@ -331,9 +331,8 @@ async def test_a_resumed_state_is_resumed_once(model: ModelTpm, place: Any) -> N
         instance = running.attachments.running(running.registry.find("web").uuid)
         assert instance is not None
         assert instance.stage == "running"
-        running.attachments._instances.kill(instance)
         with trio.fail_after(10):
-            await instance.ended.wait()
+            await running.attachments._instances.kill(instance)
         await running.ask("detach", vtpm="web")
         (again,) = await running.ask("attach", vtpm="web", guest="g", startup="state")
         assert again["state"] == "needs-reset", "its PCRs could be forged by a crash"
@@ -360,7 +359,8 @@ async def test_an_instance_that_closed_its_doorbell_does_not_stop_the_next_manag
         assert instance is not None
         import socket
 
-        instance.ring._doorbell.shutdown(socket.SHUT_RDWR)  # both ends, as an instance could
+        with socket.socket(fileno=os.dup(instance.ring.fileno())) as doorbell:
+            doorbell.shutdown(socket.SHUT_RDWR)  # both ends, as an instance could
         running.daemon._keep_instances = True
         running.stop()
     async with running_daemon(model, place) as running:

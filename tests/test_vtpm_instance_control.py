@@ -17,6 +17,8 @@ class Recorder:
     def __init__(self) -> None:
         self.done: list[object] = []
         self.comes_up = True
+        self.busy = False
+        self.can_cancel = True
 
     def set_locality(self, locality: int) -> bool:
         self.done.append(locality)
@@ -25,6 +27,10 @@ class Recorder:
     def platform_reset(self) -> bool:
         self.done.append("reset")
         return self.comes_up
+
+    def cancel(self) -> bool:
+        self.done.append("cancel")
+        return self.can_cancel
 
 
 def number(command: Command, payload: bytes = b"") -> bytes:
@@ -67,7 +73,7 @@ def test_a_known_command_that_is_not_offered_is_refused_and_the_stream_stays_in_
     session, machine = owner_session()
     stream = number(command, bytes(payload) + body) + number(Command.CANCEL_TPM_CMD)
     assert answers(session, stream) == [BAD_ORDINAL, OK]
-    assert machine.done == []
+    assert machine.done == ["cancel"]
 
 
 def test_init_resets_the_platform_for_an_owner_only() -> None:
@@ -108,6 +114,23 @@ def test_a_command_waits_for_its_last_byte() -> None:
     assert answers(session, *[whole[index : index + 1] for index in range(7)]) == []
     assert machine.done == []
     assert answers(session, whole[7:]) == [OK]
+
+
+def test_a_cancel_that_libtpms_does_not_know_is_a_failure() -> None:
+    session, machine = owner_session()
+    machine.can_cancel = False
+    assert answers(session, number(Command.CANCEL_TPM_CMD)) == [FAIL]
+
+
+def test_while_a_command_runs_only_a_reset_waits_and_what_follows_it_on_the_same_connection() -> None:
+    session, machine = owner_session()
+    machine.busy = True
+    stream = number(Command.CANCEL_TPM_CMD) + number(Command.SET_LOCALITY, b"\0") + number(Command.INIT, bytes(4))
+    assert answers(session, stream + number(Command.GET_CAPABILITY)) == [OK, OK]
+    assert (session.held, session.pending, machine.done) == (True, True, ["cancel", 0])
+    machine.busy = False
+    assert answers(session, b"") == [OK, struct.pack(">II", 0, 0b101001)]
+    assert (session.held, session.pending, machine.done) == (False, False, ["cancel", 0, "reset"])
 
 
 @given(st.lists(st.binary(max_size=24)), st.sampled_from(Role), st.sampled_from(FrontEnd))

@@ -1,7 +1,9 @@
 """The front end `ring`: rings handed out by a real instance."""
 
+import fcntl
 import socket
 import struct
+import termios
 from collections.abc import Iterator
 
 import pytest
@@ -34,6 +36,19 @@ def test_two_programs_share_one_tpm_over_rings_of_their_own(bench: Bench) -> Non
         assert rc(one.transact(nv_define(INDEX, 8), timeout=10)) == OK
         assert other.transact(pcr_read(7), timeout=10)[-32:] == extended(b"\x11" * 32)
     assert rc(bench.run(get_random())) == OK
+
+
+def test_the_rings_of_many_commands_do_not_fill_the_pipe_they_are_rung_through(bench: Bench) -> None:
+    with ring_of(bench) as ring:
+        _, _, rung = ring.ring.descriptors()
+        most = 0
+        for _ in range(300):
+            assert rc(ring.transact(get_random(4), timeout=10)) == OK
+            most = max(most, struct.unpack("i", fcntl.ioctl(rung, termios.FIONREAD, bytes(4)))[0])
+        assert most <= 66, "64 and what was rung just now"
+        for _ in range(70_000):
+            ring.ring.ring()  # more than a pipe holds
+        assert rc(ring.transact(get_random(), timeout=10)) == OK
 
 
 def test_malformed_requests_are_answered_with_an_error(bench: Bench) -> None:

@@ -192,7 +192,8 @@ def test_no_room_is_nv_unavailable_for_what_grows_and_nothing_else_is_lost(make_
     bench = make_bench()
     bench.spawn()
     size = bench.image.stat().st_size
-    resource.prlimit(bench.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    hard = resource.prlimit(bench.pid, resource.RLIMIT_FSIZE)[1]
+    resource.prlimit(bench.pid, resource.RLIMIT_FSIZE, (size, hard))
     with bench.data() as sock:
         defined = 0
         while (code := rc(transact(sock, nv_define(INDEX + defined, 1024)))) == 0:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -12,6 +13,8 @@ from contextlib import suppress
 import pytest
 from vtpm_instance_commands import extended, get_random, pcr_extend, pcr_read, rc
 from vtpm_instance_rig import Bench, KeeperProcess, connect, receive_response, running_keeper, transact
+
+from frontend_backend.front import RingFrontEnd
 
 INDEX = 0x01500001
 MakeBench = Callable[..., Bench]
@@ -118,6 +121,25 @@ def test_a_client_that_does_not_read_its_answers_does_not_disturb_another(make_b
             while greedy.send(packets):
                 pass
         assert rc(transact(other, get_random())) == 0
+
+
+def test_who_sends_many_commands_at_once_does_not_keep_the_others_waiting(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.spawn()
+    many = 40
+    values = [extended(*[b"\x11" * 32] * count) if count else bytes(32) for count in range(many + 1)]
+    with bench.data() as greedy, bench.data() as other, RingFrontEnd.connect(str(bench.ring_path)) as ring:
+        for sock in (greedy, other):
+            assert rc(transact(sock, get_random())) == 0
+        signal.pidfd_send_signal(bench.pidfd, signal.SIGSTOP)  # so that all of it is there when it looks
+        greedy.sendall(pcr_extend(7) * many)
+        other.sendall(pcr_read(7))
+        ring.begin(pcr_read(7))
+        signal.pidfd_send_signal(bench.pidfd, signal.SIGCONT)
+        seen = [receive_response(other)[-32:], ring.wait(10)[-32:]]
+        assert {rc(receive_response(greedy)) for _ in range(many)} == {0}
+        assert transact(other, pcr_read(7))[-32:] == values[many]
+    assert max(map(values.index, seen)) <= 2, "one request of each connection a turn"
 
 
 def test_tpm2_tools_and_swtpm_ioctl_work_as_with_swtpm(make_bench: MakeBench) -> None:

@@ -1,6 +1,7 @@
 """TPM commands as bytes, and what their answers say: no TSS needed."""
 
 import hashlib
+import os
 import struct
 
 from frontend_backend.tpmhdr import command
@@ -62,6 +63,20 @@ def nv_read(index: int, size: int) -> bytes:
 def nv_content(response: bytes) -> bytes:
     size = int.from_bytes(response[14:16])
     return response[16 : 16 + size]
+
+
+def create_primary_rsa(bits: int = 3072) -> bytes:
+    """CreatePrimary of an RSA signing key, another one each time: libtpms needs some hundred milliseconds.
+
+    It looks at the flag for cancels on the way. TPM2_Create takes longer and does not: OpenSSL makes its keys.
+    """
+    public = struct.pack(">HHIH", 1, 0xB, 0x00040472, 0) + struct.pack(">HHHI", 0x10, 0x10, bits, 0)
+    template = sized(public + sized(os.urandom(bits // 8)))
+    return authorised(0x131, struct.pack(">I", _OWNER), sized(bytes(4)) + template + bytes(6))
+
+
+def flush(handle: bytes) -> bytes:
+    return command(0x165, handle)
 
 
 def command12(code: int, body: bytes = b"") -> bytes:

@@ -141,12 +141,12 @@ class KeeperClient:
 class KeeperProcess:
     """A keeper, started as the command does."""
 
-    def __init__(self, directory: Path, linger: float = 600.0) -> None:
+    def __init__(self, directory: Path, linger: float = 600.0, options: tuple[str, ...] = ()) -> None:
         self.path = directory / "keeper.sock"
         self.log = directory / "keeper.log"
         ready, tell = os.pipe()
         with self.log.open("ab") as log:
-            arguments = ["--socket", str(self.path), "--ready-fd", str(tell), "--linger", str(linger)]
+            arguments = ["--socket", str(self.path), "--ready-fd", str(tell), "--linger", str(linger), *options]
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vtpm_instance.keeper", *arguments],
                 pass_fds=[tell],
@@ -192,9 +192,9 @@ def short_directory() -> Iterator[Path]:
 
 
 @contextmanager
-def running_keeper(linger: float = 600.0) -> Iterator[KeeperProcess]:
+def running_keeper(linger: float = 600.0, options: tuple[str, ...] = ()) -> Iterator[KeeperProcess]:
     with short_directory() as directory:
-        keeper = KeeperProcess(directory, linger)
+        keeper = KeeperProcess(directory, linger, options)
         try:
             yield keeper
         finally:

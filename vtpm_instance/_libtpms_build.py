@@ -3,7 +3,8 @@
 Out-of-line ABI mode: the generated module is plain Python, so no compiler is needed at installation and no
 declaration is parsed at run time (parsing costs 5 MB and 30 ms in each process, reference/performance.md 2a).
 
-Source: libtpms 0.9.2, tpm_library.h, tpm_tis.h and tpm_nvfilename.h; prctl(2), unshare(2), close_range(2).
+Source: libtpms 0.9.2, tpm_library.h, tpm_tis.h and tpm_nvfilename.h; libseccomp 2.5.4, seccomp.h; linux/filter.h;
+prctl(2), unshare(2), mount(2), syscall(2), declared with all its arguments: they are words on every 64-bit Linux.
 """
 
 from cffi import FFI
@@ -37,6 +38,28 @@ void *malloc(size_t);
 void free(void *);
 int prctl(int, ...);
 int unshare(int);
+int mount(const char *, const char *, const char *, unsigned long, const char *);
+int umount2(const char *, int);
+int mprotect(void *, size_t, int);
+long syscall(long, long, long, long, long, long);
+
+struct scmp_arg_cmp {
+    unsigned int arg;
+    int op;
+    uint64_t datum_a;
+    uint64_t datum_b;
+};
+void *seccomp_init(uint32_t);
+void seccomp_release(void *);
+int seccomp_attr_set(void *, int, uint32_t);
+int seccomp_rule_add_array(void *, uint32_t, int, unsigned int, const struct scmp_arg_cmp *);
+int seccomp_syscall_resolve_name(const char *);
+int seccomp_export_bpf(const void *, int);
+
+struct sock_fprog {
+    unsigned short len;
+    void *filter;
+};
 """
 
 ffi = FFI()

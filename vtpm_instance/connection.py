@@ -7,10 +7,9 @@ mean (the sessions), and when to wait (`server`).
 import select
 import socket
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from frontend_backend.descriptors import PeerCredentials
-from frontend_backend.tpmhdr import MAX_COMMAND
 
 MAX_CONNECTIONS: Final = 8  # a port; more wait in the listener's backlog
 _NO_SIGNAL: Final = socket.MSG_NOSIGNAL
@@ -20,15 +19,23 @@ class Session(Protocol):
     """A sans-IO conversation: what was received goes in, one answer at a time comes out."""
 
     @property
+    def buffer(self) -> Any:
+        """Writable memory (buffer protocol) for what is received next; its content is used in `exchange` only."""
+
+    @property
     def pending(self) -> bool:
         """Whether bytes are there that no answer was given to, a whole request perhaps."""
+
+    @property
+    def held(self) -> bool:
+        """Whether the next request is whole but cannot be served before the command that runs has ended."""
 
     @property
     def closing(self) -> bool:
         """Whether nothing more can be read: the connection then ends after the last answer."""
 
-    def exchange(self, data: bytes) -> bytes | None:
-        """Add what was received, then do as `next_answer`."""
+    def exchange(self, size: int) -> bytes | None:
+        """Take the first `size` bytes of `buffer`, which were just received, then do as `next_answer`."""
 
     def next_answer(self) -> bytes | None:
         """Deal with the next whole request and return its answer, None when none is whole."""
@@ -54,7 +61,8 @@ class Connection:
         """Serve `session` on `sock`, which becomes ours and non-blocking."""
         self._sock, self._session, self._host = sock, session, host
         sock.setblocking(False)
-        self._receive, self._transmit, self._exchange = sock.recv, sock.send, session.exchange
+        self._receive, self._transmit, self._exchange = sock.recv_into, sock.send, session.exchange
+        self._buffer = session.buffer
         self._unsent = b""
         self._waiting_turn = False
 
@@ -70,29 +78,47 @@ class Connection:
             self._on_writable(events)
             return
         try:
-            data = self._receive(MAX_COMMAND)
+            size = self._receive(self._buffer)
         except BlockingIOError:
             return
         except OSError:
             # The peer reset the connection: the same as an orderly end, nobody is left to answer.
-            data = b""
-        if not data:
+            size = 0
+        if not size:
             self._end()
             return
-        answer = self._exchange(data)
-        if answer is not None and self._send(answer):
+        answer = self._exchange(size)
+        if answer is None:
+            return
+        try:
+            sent = self._transmit(answer, _NO_SIGNAL)
+        except OSError:
+            sent = 0  # `_send` tries again, and tells why not
+        if sent == len(answer) or self._send(answer[sent:]):
             session = self._session
             if session.pending or session.closing:
-                self._go_on()
+                self.go_on()
+
+    @property
+    def wants(self) -> int:
+        """The events to wait for, none while its next step does not depend on its peer."""
+        if self._waiting_turn or self._session.held:
+            return 0
+        return select.EPOLLOUT if self._unsent else select.EPOLLIN
+
+    @property
+    def held(self) -> bool:
+        """Whether its next request waits for the command that runs."""
+        return self._session.held and not self._waiting_turn
 
     def step(self) -> None:
         """Answer at most one request of those that are here already."""
         self._waiting_turn = False
         answer = self._session.next_answer()
         if answer is not None and self._send(answer):
-            self._go_on()
+            self.go_on()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """End after the last answer, or have the next request served in the next turn."""
         if self._session.closing:
             self._end()
@@ -123,7 +149,7 @@ class Connection:
         elif self._send(self._unsent):
             self._unsent = b""
             self._host.wait_for(self, select.EPOLLIN)
-            self._go_on()
+            self.go_on()
 
     def _end(self) -> None:
         self._host.drop(self)

@@ -78,6 +78,13 @@ class Machine(Protocol):
     def platform_reset(self) -> bool:
         """Reset the platform of the vTPM; returns False when the vTPM did not come up."""
 
+    def cancel(self) -> bool:
+        """Have the TPM command that runs give up, if there is one; returns False where that cannot be done."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a TPM command runs, so that the vTPM cannot be reset."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -96,6 +103,7 @@ class Entry:
     handler: Callable[["ControlSession", bytes], bytes] | None = None
     allowed: frozenset[tuple[FrontEnd, Role]] = frozenset()
     capability: int = 0  # bit of the GET_CAPABILITY answer (PTM_CAP_*)
+    alone: bool = False  # whether it has to wait until no TPM command runs
 
 
 def _result(code: Result) -> bytes:
@@ -114,9 +122,9 @@ def _set_locality(session: "ControlSession", payload: bytes) -> bytes:
     return _result(Result.SUCCESS if session.machine.set_locality(payload[0]) else Result.BAD_LOCALITY)
 
 
-def _cancel(_session: "ControlSession", _payload: bytes) -> bytes:
-    # Commands and control are served in turn, so no command is running when this is read: nothing to cancel.
-    return _result(Result.SUCCESS)
+def _cancel(session: "ControlSession", _payload: bytes) -> bytes:
+    # libtpms knows no cancel for TPM 1.2, whose answer swtpm passes on
+    return _result(Result.SUCCESS if session.machine.cancel() else Result.FAIL)
 
 
 _OWNERS: Final = frozenset((front, Role.OWNER) for front in FrontEnd)
@@ -124,7 +132,7 @@ _ANYONE: Final = frozenset((front, role) for front in FrontEnd for role in Role)
 
 TABLE: Final[dict[Command, Entry]] = {
     Command.GET_CAPABILITY: Entry(handler=_get_capability, allowed=_ANYONE),
-    Command.INIT: Entry(Layout(4), _init, _OWNERS, capability=1 << 0),
+    Command.INIT: Entry(Layout(4), _init, _OWNERS, capability=1 << 0, alone=True),
     Command.SHUTDOWN: Entry(),
     Command.GET_TPMESTABLISHED: Entry(),
     Command.SET_LOCALITY: Entry(Layout(1, padded=True), _set_locality, _ANYONE, capability=1 << 3),
@@ -160,6 +168,7 @@ class ControlSession:
         self._buffer = b""
         self._skip = 0  # bytes of a refused body that are still to come
         self._may_pad = False
+        self.held = False  # a whole command waits until the vTPM is not busy
 
     def feed(self, data: bytes) -> None:
         """Add what was received."""
@@ -186,7 +195,9 @@ class ControlSession:
             self._buffer = b""
             return _result(Result.BAD_ORDINAL)
         end = _WORD + entry.layout.fixed
-        if len(self._buffer) < end:
+        whole = len(self._buffer) >= end
+        self.held = whole and entry.alone and self.machine.busy
+        if self.held or not whole:
             return None
         return self._execute(entry, self._take(end)[_WORD:])
 

@@ -231,3 +231,30 @@ class KeeperInUseError(KeeperError):
     def __init__(self, path: str) -> None:
         super().__init__(f"a keeper already serves {path}; it was left alone; use that one or another path")
         self.path = path
+
+
+class SpawnRefusedError(KeeperError):
+    """The spawner did not make an instance."""
+
+
+class SpawnerLostError(KeeperError):
+    """The spawner is not there any more. Instances that run are not affected."""
+
+    def __init__(self, pid: int, why: str, status: int | None) -> None:
+        ended = "" if status is None else f", its exit status is {status}"
+        super().__init__(
+            f"the spawner (process {pid}) is lost: {why}{ended}; running instances are not affected; another one is "
+            "started for the next instance"
+        )
+        self.pid, self.why, self.status = pid, why, status
+
+
+class RehearsalError(InstanceError):
+    """An instance that was tried out in the spawner did not end as it should, so real ones are not started."""
+
+    def __init__(self, status: int, player: int) -> None:
+        super().__init__(
+            f"a throw-away instance ended with status {status} (its counterpart with {player}); no instance can be "
+            "started here; look at the lines above"
+        )
+        self.status, self.player = status, player

@@ -1,6 +1,6 @@
-"""The life of one instance: load, start up, serve, stop. Runs in a process forked by the keeper, already confined.
+"""The life of one instance: load, start up, serve, stop. Runs in a process of the spawner's, already confined.
 
-What lives here: the order of things and the exit status. What must not: imports that the keeper has not made before
+What lives here: the order of things and the exit status. What must not: imports that the spawner has not made before
 (a late import costs each instance a megabyte, reference/performance.md 2b).
 """
 
@@ -9,15 +9,10 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
-from uuid import UUID
 
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import InstanceState, Report
-from frontend_backend.tpmhdr import TpmFamily
 from storage.errors import StorageError
 from storage.state_image import Emulator
 from vtpm_instance.control import FrontEnd
@@ -32,6 +27,7 @@ from vtpm_instance.errors import (
 from vtpm_instance.journal import note, speak_as
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.order import InstanceOrder
 from vtpm_instance.server import Server
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import Startup
@@ -41,7 +37,6 @@ EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1  # the last state could not be saved; the last acknowledged one counts
 EXIT_INTEGRITY: Final = 6  # could not load; nothing was changed (design section 9)
 EXIT_BUSY: Final = 8  # the manager did not answer the first Load
-EXIT_BUG: Final = 70  # an exception nobody expected (EX_SOFTWARE of sysexits.h)
 
 _REPORT_TIMEOUT: Final = 5.0  # seconds for a last word to a manager that may be away
 _TEXT_LIMIT: Final = 1000  # characters of a report's text; a message has one page
@@ -53,30 +48,6 @@ _STATES: Final = {
 }
 # Front ends whose guest has firmware that sends TPM2_Startup after a platform reset.
 _FIRMWARE: Final = frozenset({FrontEnd.QEMU})
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceOrder:
-    """Everything an instance is handed. Descriptors belong to the instance; `listeners` by name.
-
-    Names are "data", "control" and "ring".
-    """
-
-    vtpm: UUID
-    lease: int
-    family: TpmFamily
-    front_end: FrontEnd
-    owner_uid: int
-    manager_uid: int
-    page: int
-    doorbell: int
-    image: int
-    listeners: Mapping[str, int]
-
-    @property
-    def descriptors(self) -> tuple[int, ...]:
-        """All descriptors of the order."""
-        return (self.page, self.doorbell, self.image, *self.listeners.values())
 
 
 def reason_of(error: BaseException) -> str:
@@ -101,18 +72,9 @@ def report_on(condition: Condition, cause: Exception | None) -> Report:
     return Report(_STATES[condition], reason_of(cause), explain(cause)[:_TEXT_LIMIT])
 
 
-@contextmanager
-def _sigterm_as_readable() -> Iterator[int]:
-    """Yield a descriptor that becomes readable with SIGTERM, whatever else goes on."""
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(writer)
+def heed_sigterm() -> None:
+    """Have SIGTERM end waits instead of the process; done once in the spawner, inherited by every instance."""
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
-    try:
-        yield reader
-    finally:
-        signal.set_wakeup_fd(-1)
-        os.close(writer)
-        os.close(reader)
 
 
 def _claim_image(order: InstanceOrder) -> None:
@@ -134,7 +96,9 @@ def run(order: InstanceOrder) -> int:
     Expected failures are reported to the manager and noted; anything else is raised.
     """
     speak_as(f"vtpm {order.vtpm}")
-    with _sigterm_as_readable() as wakeup:
+    wakeup, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(wake)  # `wakeup` becomes readable with SIGTERM, whatever else goes on
+    try:
         ring = LocalRing.adopt(order.page, order.doorbell)
         ring.forget_page_descriptor()
         link = ManagerLink(ring)
@@ -143,6 +107,10 @@ def run(order: InstanceOrder) -> int:
             return _live(order, link, wakeup)
         finally:
             link.close()
+    finally:
+        signal.set_wakeup_fd(-1)
+        os.close(wake)
+        os.close(wakeup)
 
 
 def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:

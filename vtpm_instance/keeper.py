@@ -1,6 +1,7 @@
-"""The command `vtpm-keeper`: arguments, socket, warm-up, then the keeper's loop."""
+"""The command `vtpm-keeper`: arguments, socket, spawner, then the keeper's loop."""
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -9,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from vtpm_instance.confine import leave_network
-from vtpm_instance.errors import KeeperInUseError
+from vtpm_instance.errors import KeeperInUseError, SpawnerLostError
 from vtpm_instance.journal import note
 from vtpm_instance.keeper_service import Keeper
-from vtpm_instance.libtpms import the_tpm
-from vtpm_instance.warm import warm_up
+from vtpm_instance.spawner_link import Spawner, SpawnSettings
 
+EXIT_FAILURE: Final = 1  # instances did not end in time, or the spawner does not work here
 EXIT_BUSY: Final = 8  # another keeper serves this path (design section 9)
 _BACKLOG: Final = 8
 _SOCKET_MASK: Final = 0o177  # a socket with mode 0600
@@ -64,19 +64,50 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vtpm-keeper", description="Keeps vTPM instances running across restarts of vtpm-manager."
     )
-    parser.add_argument("--socket", required=True, metavar="PATH", help="where the manager connects (made, mode 0600)")
+    parser.add_argument("--socket", metavar="PATH", help="where the manager connects (made, mode 0600)")
+    parser.add_argument("--check", action="store_true", help="print as JSON what shuts instances in here, and end")
     parser.add_argument(
         "--ready-fd", type=int, metavar="N", help="descriptor that gets a line when the keeper is ready"
     )
     parser.add_argument(
         "--linger", type=float, default=600.0, metavar="SECONDS", help="end when unused for so long (default 600)"
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--spawn", choices=("fork", "exec"), default="fork", help="how instances are made (default fork)"
+    )
+    parser.add_argument(
+        "--seccomp",
+        choices=("kill", "errno", "log"),
+        default="kill",
+        help="what a system call does that an instance must not make (default kill)",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.socket is None and not arguments.check:
+        parser.error("--socket PATH is needed, or --check")
+    return arguments
+
+
+def _check(settings: SpawnSettings) -> int:
+    """Start a spawner, print what shuts its instances in, end it."""
+    spawner = Spawner(settings, lambda _old, _new: None)
+    try:
+        found = spawner.wait_ready()
+    except SpawnerLostError as error:
+        note(str(error))
+        return EXIT_FAILURE
+    finally:
+        spawner.close()
+    features = [{"name": each.name, "active": each.active, "why": each.why} for each in found.features]
+    print(json.dumps({"mode": found.mode, "on_violation": found.on_violation, "features": features}))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the keeper. Returns 0 after a stop, 1 when instances did not end in time, 8 when one runs there already."""
+    """Run the keeper. Returns 0 after a stop, 8 when one runs there already, 1 when it cannot work."""
     arguments = _arguments(argv)
+    settings = SpawnSettings(arguments.spawn, arguments.seccomp, arguments.socket or "")
+    if arguments.check:
+        return _check(settings)
     # Before anything else runs: a signal must not be lost between here and the loop.
     wakeup, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake)
@@ -88,15 +119,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeeperInUseError as error:
         note(str(error))
         return EXIT_BUSY
-    if why := leave_network():
-        note(f"instances keep the host's network namespace: {why}")
-    keeper = Keeper(listener, wakeup, arguments.linger)
-    warm_up(the_tpm())
-    if arguments.ready_fd is not None:
-        os.write(arguments.ready_fd, b"ready\n")
-        os.close(arguments.ready_fd)
+    keeper = Keeper(listener, wakeup, arguments.linger, settings)
     try:
+        keeper.prepare()
+        if arguments.ready_fd is not None:
+            os.write(arguments.ready_fd, b"ready\n")
+            os.close(arguments.ready_fd)
         return keeper.run()
+    except SpawnerLostError as error:
+        note(str(error))
+        return EXIT_FAILURE
     finally:
         keeper.close()
         os.unlink(arguments.socket)

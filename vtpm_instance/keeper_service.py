@@ -1,7 +1,7 @@
-"""The keeper: outlives the manager, keeps what the next one needs, and forks instances. Holds no key.
+"""The keeper: outlives the manager, keeps what the next one needs, and is the parent of all instances. Holds no key.
 
-One process, one thread, one poll loop: it is also the spawner, and a fork with other threads or an event loop inside
-would hand their locks to the child. It serves one manager at a time over a SEQPACKET socket (`messages_keeper`).
+One process, one thread, one poll loop. Instances are made by its spawner, another process, which it starts and
+replaces. It serves one manager at a time over a SEQPACKET socket (`messages_keeper`).
 """
 
 import os
@@ -18,6 +18,7 @@ from frontend_backend.descriptors import PeerCredentials, close_all, receive_mes
 from frontend_backend.errors import ChannelClosedError, MessageError
 from frontend_backend.messages_keeper import (
     VERSION,
+    Confinement,
     Fetch,
     Fetched,
     Forget,
@@ -28,7 +29,6 @@ from frontend_backend.messages_keeper import (
     KeeperReply,
     KeeperRequest,
     List,
-    ListReply,
     Spawn,
     Spawned,
     Stop,
@@ -36,21 +36,22 @@ from frontend_backend.messages_keeper import (
     decode_keeper,
     encode_keeper,
 )
-from frontend_backend.tpmhdr import TpmFamily
-from vtpm_instance.control import FrontEnd
-from vtpm_instance.errors import BadRequestError, InstanceError, KeeperStoppingError, WrongDescriptorsError
-from vtpm_instance.instance import InstanceOrder
+from vtpm_instance.errors import (
+    BadRequestError,
+    InstanceError,
+    KeeperStoppingError,
+    SpawnerLostError,
+    WrongDescriptorsError,
+)
 from vtpm_instance.journal import note
 from vtpm_instance.kept import Keeping, KeptInstance
-from vtpm_instance.spawn import spawn
+from vtpm_instance.order import order_of, uuid_of
+from vtpm_instance.reserve import Reserve
+from vtpm_instance.spawner_link import Spawner, SpawnSettings
 
 STOP_TIMEOUT: Final = 30.0  # seconds that instances have for their clean stop
-_LIST_CHUNK: Final = 400  # instances an answer, below 128 KiB
 _MAX_DESCRIPTORS: Final = 16  # of one request
-_BEFORE_LISTENERS: Final = 4  # ring page, instance's doorbell, manager's doorbell, state image
-_LISTENERS: Final = frozenset({"data", "control", "ring"})
-_NO_ID: Final = (1 << 32) - 1  # "leave it as it is" to setresuid(2): never a user
-_UUID_BYTES: Final = 16
+_MANAGERS_DOORBELL: Final = 2  # place among the descriptors of a Spawn: page, instance's doorbell, this, image
 _EXIT_OK: Final = 0
 _EXIT_LEFT: Final = 1  # instances were left behind that did not end in time
 
@@ -58,7 +59,7 @@ _EXIT_LEFT: Final = 1  # instances were left behind that did not end in time
 class Keeper:
     """Serves managers, one after the other, until it is told to stop or nobody needs it any more."""
 
-    def __init__(self, listener: socket.socket, wakeup: int, linger: float) -> None:
+    def __init__(self, listener: socket.socket, wakeup: int, linger: float, settings: SpawnSettings) -> None:
         """Listen on `listener`; stop when `wakeup` is readable, or when unused for `linger` seconds."""
         self._listener, self._wakeup, self._linger = listener, wakeup, linger
         self._keeping = Keeping()
@@ -67,10 +68,27 @@ class Keeper:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._unused_since = 0.0
         self._stop_by: float | None = None
-        self._reserve = _Reserve()
+        self._reserve = Reserve()
         listener.setblocking(False)
         self._watch(listener.fileno(), self._on_connect)
         self._watch(wakeup, self._on_wakeup)
+        self._spawner = Spawner(settings, self._spawner_changed)
+
+    def prepare(self) -> None:
+        """Start the spawner and wait until it can make instances.
+
+        Raises:
+            SpawnerLostError: it cannot.
+            OSError: no more processes or descriptors.
+
+        """
+        self._spawner.wait_ready()
+
+    def _spawner_changed(self, old: int | None, new: int | None) -> None:
+        if old is not None:
+            self._forget_descriptor(old)
+        if new is not None:
+            self._watch(new, self._spawner.on_event)
 
     def _watch(self, descriptor: int, handler: Callable[[], None]) -> None:
         self._handlers[descriptor] = handler
@@ -224,25 +242,29 @@ class Keeper:
     # requests
 
     def _do(self, request: KeeperRequest | KeeperReply, descriptors: list[int], handed_out: list[int]) -> KeeperReply:
+        answer: KeeperReply
         match request:
             case Hello(version):
                 if version != VERSION:
                     raise BadRequestError(f"the manager speaks version {version}, this keeper {VERSION}")
-                return HelloReply(VERSION, os.getpid())
+                answer = HelloReply(VERSION, os.getpid())
             case Spawn():
-                return self._spawn(request, descriptors, handed_out)
+                answer = self._spawn(request, descriptors, handed_out)
             case List(offset):
-                return self._list(offset)
+                answer = self._keeping.listed_from(offset)
             case Fetch(vtpm, lease):
-                kept = self._keeping.get(_uuid(vtpm), lease)
+                kept = self._keeping.get(uuid_of(vtpm), lease)
                 handed_out.extend(kept.descriptors)
-                return Fetched(kept.describe())
+                answer = Fetched(kept.describe())
             case Forget(vtpm, lease):
-                return self._forget(_uuid(vtpm), lease)
+                answer = self._forget(uuid_of(vtpm), lease)
             case Stop():
-                return Stopping()
+                answer = Stopping()
+            case Confinement():
+                answer = self._spawner.wait_ready()
             case _:
                 raise BadRequestError(f"{type(request).__name__} is no request")
+        return answer
 
     def _forget(self, vtpm: UUID, lease: int) -> Forgotten:
         kept = self._keeping.get(vtpm, lease)
@@ -250,23 +272,24 @@ class Keeper:
             self._on_end(kept)  # the manager watches the pidfd too and may have seen the end before this loop did
         return Forgotten(self._keeping.forget(vtpm, lease))
 
-    def _list(self, offset: int) -> ListReply:
-        if offset < 0:
-            raise BadRequestError(f"a list begins at 0, not {offset}")
-        everything = list(self._keeping)
-        chunk = everything[offset : offset + _LIST_CHUNK]
-        return ListReply(tuple(kept.describe() for kept in chunk), len(everything))
-
     def _spawn(self, request: Spawn, descriptors: list[int], handed_out: list[int]) -> Spawned:
         if self._stop_by is not None:
             raise KeeperStoppingError
-        order, doorbell = _order(request, descriptors)
+        if len(descriptors) <= _MANAGERS_DOORBELL:
+            raise WrongDescriptorsError(_MANAGERS_DOORBELL + 2 + len(request.listeners), len(descriptors))
+        for_instance = descriptors[:_MANAGERS_DOORBELL] + descriptors[_MANAGERS_DOORBELL + 1 :]
+        order = order_of(request, for_instance)
         self._keeping.refuse_second(order.vtpm, order.lease)
         if request.uid not in (0, os.geteuid()) and os.geteuid() != 0:
             raise BadRequestError(f"only root can start an instance as user {request.uid}")
-        pid, pidfd = spawn(order, request.uid, request.gid)
+        try:
+            pid, pidfd = self._spawner.spawn(order)
+        except SpawnerLostError:
+            self._keeping.end_strays(self._spawner.pid)
+            raise
         # The instance's own ends: a copy here would keep its lock and its doorbell alive after its death.
         close_all((order.image, order.doorbell))
+        doorbell = descriptors[_MANAGERS_DOORBELL]
         kept = KeptInstance(
             order.vtpm, order.lease, pid, pidfd, request.frontend, order.page, doorbell, dict(order.listeners)
         )
@@ -276,65 +299,8 @@ class Keeper:
         return Spawned(pid)
 
     def close(self) -> None:
-        """Close the manager's connection and the listener."""
+        """Close the manager's connection and the listener, end the spawner."""
+        self._spawner.close()
         self._drop_manager()
         self._listener.close()
         self._reserve.close()
-
-
-class _Reserve:
-    """One descriptor kept back for when there is none left."""
-
-    def __init__(self) -> None:
-        self._descriptor = self._open()
-
-    @staticmethod
-    def _open() -> int:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-    def spend_on(self, listener: socket.socket) -> None:
-        """Take one connection off the queue and close it."""
-        os.close(self._descriptor)
-        try:
-            listener.accept()[0].close()
-        finally:
-            self._descriptor = self._open()
-
-    def close(self) -> None:
-        """Give it up."""
-        os.close(self._descriptor)
-
-
-def _uuid(raw: bytes) -> UUID:
-    if len(raw) != _UUID_BYTES:
-        raise BadRequestError(f"a UUID has {_UUID_BYTES} bytes, not {len(raw)}")
-    return UUID(bytes=raw)
-
-
-def _order(request: Spawn, descriptors: list[int]) -> tuple[InstanceOrder, int]:
-    """Return the instance's order and the manager's doorbell, checked."""
-    wanted = _BEFORE_LISTENERS + len(request.listeners)
-    if len(descriptors) != wanted:
-        raise WrongDescriptorsError(wanted, len(descriptors))
-    if len(set(request.listeners)) != len(request.listeners) or not _LISTENERS.issuperset(request.listeners):
-        raise BadRequestError(f"listeners are of {sorted(_LISTENERS)}, each once, not {list(request.listeners)}")
-    if not all(0 <= number < _NO_ID for number in (request.uid, request.gid)):
-        raise BadRequestError(f"user {request.uid} and group {request.gid} are no identities")
-    try:
-        family, front_end = TpmFamily(request.family), FrontEnd(request.frontend)
-    except ValueError as error:
-        raise BadRequestError(str(error)) from error
-    page, instance_doorbell, manager_doorbell, image, *listeners = descriptors
-    order = InstanceOrder(
-        vtpm=_uuid(request.vtpm),
-        lease=request.lease,
-        family=family,
-        front_end=front_end,
-        owner_uid=request.owner_uid,
-        manager_uid=request.manager_uid,
-        page=page,
-        doorbell=instance_doorbell,
-        image=image,
-        listeners=dict(zip(request.listeners, listeners, strict=True)),
-    )
-    return order, manager_doorbell

@@ -1,17 +1,22 @@
 """What the keeper keeps: for each instance its manager-side ring ends, pidfd and listening sockets.
 
-Descriptors are plain numbers here, not socket objects: a forked child closes them all by number, and an object
-whose number is used again for something else must not close that when it goes away.
+Descriptors are plain numbers here, not socket objects: they are passed on and closed by number.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 from uuid import UUID
 
 from frontend_backend.descriptors import close_all
-from frontend_backend.messages_keeper import Kept
-from vtpm_instance.errors import AlreadyKeptError, NoSuchInstanceError, StillRunningError
+from frontend_backend.messages_keeper import Kept, ListReply
+from vtpm_instance.errors import AlreadyKeptError, BadRequestError, NoSuchInstanceError, StillRunningError
+from vtpm_instance.journal import note
+
+_LIST_CHUNK: Final = 400  # instances an answer, below 128 KiB
+_CORE_DUMPED: Final = 0x80  # the bit of a wait status (waitpid(2), WCOREDUMP)
 
 
 @dataclass(slots=True)
@@ -46,9 +51,21 @@ class KeptInstance:
 
     def reap(self) -> None:
         """Collect the wait status of an instance that has ended."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid:
-            self.status = status
+        ended = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        if ended is not None:
+            self.status = _wait_status(ended)
+            if os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGSYS:
+                note(
+                    f"the instance of {self.vtpm} was ended over a system call that it must not make; the kernel's log "
+                    "(dmesg, type=1326) names it; was it taken over? Its acknowledged state is kept"
+                )
+
+
+def _wait_status(ended: os.waitid_result) -> int:
+    """Return what waitpid(2) would have told."""
+    if ended.si_code == os.CLD_EXITED:
+        return ended.si_status << 8
+    return ended.si_status | (_CORE_DUMPED if ended.si_code == os.CLD_DUMPED else 0)
 
 
 class Keeping:
@@ -79,6 +96,27 @@ class Keeping:
         """Keep one more."""
         self._instances[kept.vtpm, kept.lease] = kept
 
+    def listed_from(self, offset: int) -> ListReply:
+        """Return a part of what is kept, from the `offset`th on.
+
+        Raises:
+            BadRequestError: a list begins at 0.
+
+        """
+        if offset < 0:
+            raise BadRequestError(f"a list begins at 0, not {offset}")
+        chunk = list(self)[offset : offset + _LIST_CHUNK]
+        return ListReply(tuple(kept.describe() for kept in chunk), len(self))
+
+    def end_strays(self, spawner: int) -> None:
+        """End what a lost spawner may have made without telling: nobody could stop it or find it again."""
+        known = {kept.pid for kept in self if kept.alive} | {spawner}
+        for child in _children():
+            if child not in known:
+                note(f"process {child} was made but not announced, so it is ended")
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+
     def get(self, vtpm: UUID, lease: int) -> KeptInstance:
         """Return one.
 
@@ -105,3 +143,9 @@ class Keeping:
         del self._instances[vtpm, lease]
         close_all(kept.descriptors)
         return kept.status
+
+
+def _children() -> list[int]:
+    """Return the children of this process (proc(5)); it has one thread."""
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+        return [int(word) for word in file.read().split()]

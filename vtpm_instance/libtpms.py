@@ -7,6 +7,7 @@ to the guest; that is `statekeeper` and `vtpm`.
 Source: libtpms 0.9.2 tpm_library.h; behaviour as measured in docs/adr/0002-libtpms-in-its-own-process.md.
 """
 
+import os
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Final
@@ -24,6 +25,7 @@ SAVED: Final = "savestate"
 BLOB_NAMES: Final = frozenset({PERMANENT, VOLATILE, SAVED})
 
 _buffer: Final = ffi.buffer
+_READ_AND_EXECUTE: Final = 5  # PROT_READ | PROT_EXEC
 _SUCCESS: Final = 0
 _FAIL: Final = 9  # TPM_FAIL, understood by both families as an answer of a callback
 _RETRY: Final = 0x800  # TPM_RETRY from a load callback: there is no such blob
@@ -70,7 +72,7 @@ class Tpm:
         self._response_size = ffi.new("uint32_t *")
         self._response_room = ffi.new("uint32_t *")
         self._command = ffi.new("unsigned char[]", MAX_COMMAND)
-        self._command_bytes = ffi.buffer(self._command)
+        self.commands: Any = ffi.buffer(self._command)  # writable; where `process_placed` expects its command
         self._process = self._c.TPMLIB_Process
         self._register()
 
@@ -96,6 +98,20 @@ class Tpm:
         at_zero = {name: pointer for name, pointer in self._closures.items() if name != "tpm_io_getlocality"}
         self._at_locality_zero = self._callbacks(at_zero)
         self._check("RegisterCallbacks", self._c.TPMLIB_RegisterCallbacks(self._at_locality_zero))
+
+    def seal_closures(self) -> None:
+        """Take the right to write from the pages with the callbacks' machine code, which cffi leaves writable.
+
+        No callback can be made any more.
+
+        Raises:
+            OSError: the kernel refuses.
+
+        """
+        page = os.sysconf("SC_PAGESIZE")
+        for start in {int(ffi.cast("uintptr_t", pointer)) // page * page for pointer in self._closures.values()}:
+            if self._libc.mprotect(ffi.cast("void *", start), page, _READ_AND_EXECUTE):
+                raise OSError(ffi.errno, "the callbacks' page cannot be protected")
 
     @staticmethod
     def _callbacks(closures: dict[str, Any]) -> Any:
@@ -228,13 +244,20 @@ class Tpm:
 
         """
         size = len(command)
-        if self._running is None:
-            raise LibtpmsMisuseError("no TPM runs in this process")
         if size > MAX_COMMAND:
             raise LibtpmsMisuseError(f"a command of {size} bytes; libtpms takes {MAX_COMMAND}")
+        self.commands[0:size] = command
+        return self.process_placed(size, locality)
+
+    def process_placed(self, size: int, locality: int = 0) -> bytes:
+        """Execute the command that lies in the first `size` bytes of `commands`; the rest is as in `process`.
+
+        Who receives a command straight into `commands` spares a copy.
+        """
+        if self._running is None:
+            raise LibtpmsMisuseError("no TPM runs in this process")
         if locality != self._locality:
             self._set_locality(locality)
-        self._command_bytes[0:size] = command
         code = self._process(self._response, self._response_size, self._response_room, self._command, size)
         if self._raised is not None:
             self._raise_kept()

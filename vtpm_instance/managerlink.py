@@ -42,6 +42,9 @@ class ManagerLink:
         self._surplus = 0  # rings less answers
         self._queued: Report | None = None
         self._wakeup: int | None = None
+        self._told_to_stop = False
+        self._poll = select.poll()
+        self._poll.register(ring.fileno(), select.POLLIN)
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when the manager has rung."""
@@ -50,6 +53,22 @@ class ManagerLink:
     def watch_for_stop(self, wakeup: int) -> None:
         """Shorten every wait to STOP_GRACE once the descriptor `wakeup` is readable (it is not read)."""
         self._wakeup = wakeup
+        self._poll.register(wakeup, select.POLLIN)
+
+    def sleep(self, seconds: float) -> bool:
+        """Wait for a ring, at most `seconds`; returns False once the peer is gone. Counts one ring."""
+        for descriptor, _ in self._poll.poll(seconds * 1000):
+            if descriptor == self._wakeup:
+                self._poll.unregister(descriptor)  # it stays readable
+                self._told_to_stop = True
+            else:
+                return self._count_ring() is not False
+        return True
+
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether SIGTERM was seen while something was waited for."""
+        return self._told_to_stop
 
     def take_orders(self) -> Orders:
         """Return the manager's orders since the last call."""
@@ -67,7 +86,7 @@ class ManagerLink:
 
         """
         verb = type(request).__name__
-        wait = _Wait(self, verb, seconds, self._wakeup)
+        wait = _Wait(self, verb, seconds)
         packet = encode_request(request)
         while True:
             self._settle(wait)
@@ -120,16 +139,22 @@ class ManagerLink:
         An answer is one ring. Those beyond that are the manager's wish to be asked, which must not get lost when
         it rings right after an answer, so this counts where LocalRing.drain only swallows.
         """
-        while True:
-            try:
-                if not os.read(self.fileno(), 1):
-                    return False
-            except BlockingIOError:
-                return True
-            except ConnectionResetError:
+        while heard := self._count_ring():
+            pass
+        return heard is None
+
+    def _count_ring(self) -> bool | None:
+        """Swallow one ring. Returns None when there was none, False when the peer is gone."""
+        try:
+            if not os.read(self.fileno(), 1):
                 return False
-            self._surplus += 1
-            self.news = True
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            return False
+        self._surplus += 1
+        self.news = True
+        return True
 
     def close(self) -> None:
         """Close the ring."""
@@ -205,16 +230,11 @@ class ManagerLink:
 class _Wait:
     """One bounded wait for the manager."""
 
-    def __init__(self, link: ManagerLink, verb: str, seconds: float, wakeup: int | None) -> None:
+    def __init__(self, link: ManagerLink, verb: str, seconds: float) -> None:
         self.verb = verb
         self._link, self._seconds = link, seconds
         self._limit = time.monotonic() + seconds
-        self._gone = False
-        self._poll = select.poll()
-        self._poll.register(link.fileno(), select.POLLIN)
-        self._wakeup = wakeup
-        if wakeup is not None:
-            self._poll.register(wakeup, select.POLLIN)
+        self._hurried = self._gone = False
 
     def for_doorbell(self) -> None:
         """Return after the next doorbell, at the latest after LOOK_AGAIN; the caller then looks at the page.
@@ -226,13 +246,10 @@ class _Wait:
         """
         self.check()
         left = min(self._limit - time.monotonic(), LOOK_AGAIN)
-        ready = [descriptor for descriptor, _ in self._poll.poll(max(left, 0.0) * 1000)]
-        if self._wakeup is not None and self._wakeup in ready:
-            self._poll.unregister(self._wakeup)
-            self._wakeup = None
+        self._gone = not self._link.sleep(max(left, 0.0))
+        if self._link.told_to_stop and not self._hurried:
+            self._hurried = True
             self._limit = min(self._limit, time.monotonic() + STOP_GRACE)
-        if self._link.fileno() in ready:
-            self._gone = not self._link.count_rings()
 
     def check(self) -> None:
         """Raise what `for_doorbell` raises, without waiting."""

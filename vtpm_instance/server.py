@@ -1,9 +1,10 @@
 """The instance's loop: front ends, the manager's doorbell and SIGTERM, one thing at a time.
 
-A plain `epoll` loop without threads or an event library: half the memory and a third of the latency of one
-(reference/performance.md 1, 2). Not `poll`: with the five descriptors of an idle instance that costs 1.5 us more a
-command. Each turn answers at most one request of each connection, so a front end that sends many at once does not
-keep the others waiting.
+A plain `epoll` loop without an event library: half the memory and a third of the latency of one
+(reference/performance.md 1, 2). `epoll` because a ring needs its edges (`ring_port`); `poll` would also cost a few
+tenths of a microsecond more. Each turn answers at most one request of each connection, so a front end that sends many
+at once does not keep the others waiting. While a command takes long, `stand_in` does the control ports' part in a
+second thread.
 """
 
 import select
@@ -17,55 +18,17 @@ from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.messages_instance import Orders
 from storage.errors import StorageError
 from vtpm_instance.connection import Connection, Port
-from vtpm_instance.control import ControlSession, FrontEnd, Role
-from vtpm_instance.errors import FramingError, InstanceError, ManagerConfusedError
-from vtpm_instance.framing import CommandStream, is_whole_command
+from vtpm_instance.control import FrontEnd, Role
+from vtpm_instance.errors import InstanceError, ManagerConfusedError
 from vtpm_instance.journal import note
 from vtpm_instance.managerlink import ManagerLink
-from vtpm_instance.ring_port import RingPort, ServedRing
-from vtpm_instance.vtpm import Vtpm, wrong_size_response
+from vtpm_instance.ring_port import RingPort, ServedRing, rings_anew
+from vtpm_instance.sessions import ControlPortSession, DataSession
+from vtpm_instance.stand_in import StandIn
+from vtpm_instance.vtpm import Vtpm
 
 _DEAF_SECONDS: Final = 1.0  # between attempts to accept while the system has no descriptor or memory left
 _EVENTS: Final = 32  # taken in one turn; without it each turn would allocate room for a thousand
-
-
-class DataSession:
-    """One data connection: raw TPM commands in, raw responses out."""
-
-    def __init__(self, server: "Server") -> None:
-        """Serve `server`'s vTPM at the locality the control channel has set."""
-        self._server = server
-        self._execute = server.vtpm.execute
-        self._stream = CommandStream()
-        self.pending = self.closing = False
-
-    def exchange(self, data: bytes) -> bytes | None:
-        """Add what was received, then do as `next_answer`."""
-        if not self.pending and is_whole_command(data):
-            return self._execute(data, self._server.locality)
-        self._stream.feed(data)
-        return self.next_answer()
-
-    def next_answer(self) -> bytes | None:
-        """Execute the next whole command; one with an impossible size is answered and ends the connection."""
-        try:
-            command = self._stream.next_command()
-        except FramingError:
-            self.closing = True
-            return wrong_size_response(self._server.vtpm.family)
-        self.pending = self._stream.pending
-        return None if command is None else self._execute(command, self._server.locality)
-
-
-class ControlPortSession(ControlSession):
-    """One control connection; it ends when its peer closes it."""
-
-    closing = False
-
-    def exchange(self, data: bytes) -> bytes | None:
-        """Add what was received, then do as `next_answer`."""
-        self.feed(data)
-        return self.next_answer()
 
 
 class Server:
@@ -89,6 +52,9 @@ class Server:
         self.locality = 0
         self._stopping = False
         self._ports: list[Port] = []
+        self.control_ports: list[Port] = []
+        self._stand_in = StandIn(self, vtpm.cancel)
+        vtpm.beside_long = self._stand_in.on_duty
         self._ring_ports: list[RingPort] = []
         self._busy: list[Connection] = []
         self._epoll = select.epoll()
@@ -117,6 +83,15 @@ class Server:
         self.locality = 0
         return True
 
+    def cancel(self) -> bool:
+        """Have the TPM command that runs give up; returns False where libtpms cannot (TPM 1.2)."""
+        return self._stand_in.request_cancel()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a TPM command runs while this is asked: then it is the stand-in that asks."""
+        return self._stand_in.busy
+
     # ports
 
     def add_data_port(self, listener: socket.socket) -> None:
@@ -130,7 +105,7 @@ class Server:
             role = Role.OWNER if peer.uid in self._owners else Role.OTHER
             return ControlPortSession(self._front_end, role, self)
 
-        self._add_port(Port(listener, serve, self))
+        self.control_ports.append(self._add_port(Port(listener, serve, self)))
 
     def add_ring_port(self, listener: socket.socket) -> None:
         """Hand rings out on `listener`."""
@@ -140,19 +115,18 @@ class Server:
 
     def _on_ring_listener(self, port: RingPort, _events: int) -> None:
         try:
-            ring = port.accept()
+            ring = port.accept(partial(self._on_ring_gone, port))
         except OSError:
             self._go_deaf(port)
             return
         if ring is None:
             return
-        self._watch(ring.fileno(), partial(self._on_ring, port, ring))
+        events = select.EPOLLIN | (select.EPOLLET if rings_anew() else 0)
+        self._watch(ring.fileno(), ring.on_doorbell, events)
         if port.full:
             self._epoll.unregister(port.fileno())
 
-    def _on_ring(self, port: RingPort, ring: ServedRing, _events: int) -> None:
-        if ring.on_doorbell():
-            return
+    def _on_ring_gone(self, port: RingPort, ring: ServedRing) -> None:
         if port.full:
             self._epoll.register(port.fileno(), select.EPOLLIN)
         descriptor = ring.fileno()
@@ -160,13 +134,14 @@ class Server:
         self._forget(descriptor)
         ring.close()
 
-    def _add_port(self, port: Port) -> None:
+    def _add_port(self, port: Port) -> Port:
         self._ports.append(port)
         self._watch(port.fileno(), partial(self._on_listener, port))
+        return port
 
-    def _watch(self, descriptor: int, handler: Callable[[int], None]) -> None:
+    def _watch(self, descriptor: int, handler: Callable[[int], None], events: int = select.EPOLLIN) -> None:
         self._handlers[descriptor] = handler
-        self._epoll.register(descriptor, select.EPOLLIN)
+        self._epoll.register(descriptor, events)
 
     def _forget(self, descriptor: int) -> None:
         del self._handlers[descriptor]
@@ -215,6 +190,24 @@ class Server:
                 port.connections.remove(connection)
                 if was_full:
                     self._epoll.register(port.fileno(), select.EPOLLIN)
+
+    # ServerSide: what the stand-in asks for
+
+    def listens_on(self, port: Port) -> bool:
+        """Whether new connections of a port are taken just now."""
+        return not port.full and port not in self._deaf
+
+    def handle(self, descriptor: int, events: int) -> None:
+        """Deal with what happened on a descriptor, unless it was closed meanwhile."""
+        handler = self._handlers.get(descriptor)
+        if handler is not None:
+            handler(events)
+
+    def take_busy(self, ports: list[Port]) -> list[Connection]:
+        """Return the connections of `ports` that wait for their next turn, and forget that they do."""
+        taken = [connection for connection in self._busy if any(connection in port.connections for port in ports)]
+        self._busy = [connection for connection in self._busy if connection not in taken]
+        return taken
 
     # manager and signals
 

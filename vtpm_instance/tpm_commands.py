@@ -32,6 +32,18 @@ _GROWTH_20: Final = {0x12A: MARGIN, 0x120: MARGIN, TPM2_SHUTDOWN: _SHUTDOWN}
 _GROWTH_12: Final = {**dict.fromkeys((0x15, 0x65, 0x46, 0x50, 0x54, 0xF1), _UPDATE), TPM12_SAVE_STATE: _SHUTDOWN}
 
 
+# What may take long: it makes RSA keys (20 to 200 ms, seconds on a slow machine) or tests everything.
+# CreatePrimary, Create, CreateLoaded, SelfTest, IncrementalSelfTest; of TPM 1.2 TakeOwnership, CreateWrapKey,
+# CreateEndorsementKeyPair, MakeIdentity, SelfTestFull.
+_LONG_20: Final = (0x131, 0x153, 0x191, 0x143, 0x142)
+_LONG_12: Final = (0x0D, 0x1F, 0x78, 0x79, 0x50)
+
+
+def long_commands(family: TpmFamily) -> frozenset[bytes]:
+    """Return the codes, as they stand in a packet, of the commands that may take long."""
+    return frozenset(code.to_bytes(4) for code in (_LONG_20 if family is TpmFamily.TPM_2_0 else _LONG_12))
+
+
 def growth(family: TpmFamily, code: int) -> int:
     """Return how many bytes the stored state may grow in a command, at most."""
     if family is TpmFamily.TPM_2_0:

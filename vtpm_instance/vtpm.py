@@ -6,8 +6,9 @@ rings, files. Conditions change by one table; a command is given to libtpms at m
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
-from typing import Final
+from typing import Final, Protocol
 
 from frontend_backend.tpmhdr import ResponseCode, TpmFamily, error_response
 from storage.errors import StorageError
@@ -74,6 +75,18 @@ def _without_frames(error: Exception) -> Exception:
     return error
 
 
+class Cancellable(Protocol):
+    """Where a command came from, if its sender can ask there to give it up."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the sender asks to give the command up that is being executed."""
+
+
+def _nothing_beside(_origin: Cancellable | None) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def wrong_size_response(family: TpmFamily) -> bytes:
     """Return the answer to a command whose size cannot be."""
     return error_response(family, _BAD_SIZES[family])
@@ -92,9 +105,12 @@ class Vtpm:
     ) -> None:
         """Run `emulator` on `keeper`'s state; `after_reset` is CLEAR, or NONE where the guest's firmware starts it."""
         self._tpm, self._keeper, self.family = emulator, keeper, family
+        self.commands, self._process = emulator.commands, emulator.process_placed
         self._after_reset, self._announce = after_reset, announce
         self._failure = error_response(family, _FAILURES[family])
         self._unavailable = error_response(family, _NO_ROOM[family])
+        self._long = tpm.long_commands(family)
+        self.beside_long: Callable[[Cancellable | None], AbstractContextManager[None]] = _nothing_beside
         self._shutdown_code = tpm.shutdown_code(family).to_bytes(4)
         self._condition = Condition.OFF
         self._serving = False
@@ -178,13 +194,26 @@ class Vtpm:
 
     def execute(self, command: bytes, locality: int) -> bytes:
         """Answer one framed command (10 to 4096 bytes). Never raises for what a guest sends or a save meets."""
+        size = len(command)
+        self.commands[0:size] = command
+        return self.execute_placed(size, locality)
+
+    def execute_placed(self, size: int, locality: int, origin: Cancellable | None = None) -> bytes:
+        """Answer the framed command that lies in the first `size` bytes of `commands`, as `execute` does.
+
+        A command that may take long runs within `beside_long`, which is told where it came from.
+        """
         if not self._serving:
             return self._failure
-        code = command[CODE_OFFSET:CODE_END]
+        code = self.commands[CODE_OFFSET:CODE_END]
         try:
             if not self._keeper.roomy and not self._has_room_for(code):
                 return self._unavailable
-            response = self._tpm.process(command, locality)
+            if code in self._long:
+                with self.beside_long(origin):
+                    response = self._process(size, locality)
+            else:
+                response = self._process(size, locality)
             if not self._stirred and self._is_startup(code, response):
                 self._stir()
         except (InstanceError, StorageError) as error:
@@ -192,6 +221,10 @@ class Vtpm:
             return self._failure
         self._guest_shut_down = code == self._shutdown_code and tpm.code_of(response) == 0
         return response
+
+    def cancel(self) -> bool:
+        """Tell a long command that runs in another thread to give up; returns False where libtpms cannot (TPM 1.2)."""
+        return self._tpm.cancel() == 0
 
     def _has_room_for(self, code: bytes) -> bool:
         """Tell whether what a command may store surely fits, growing the state image if that can be."""

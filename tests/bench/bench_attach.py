@@ -190,10 +190,10 @@ def _meaning(samples: dict[str, Sample], requests: Sample, work: dict[str, float
         f"TPM with {work['pcr22_extends']:.1f} background extends of PCR 22 (each reads it first), and wrote "
         f"{work['anchor_writes']:.1f} durable anchors. An attach has five flushes in turn that swtpm does not have "
         "(counted with strace when this benchmark was written): "
-        "the attachment's row, the mark that the stored state is used up, the state after "
-        "TPM2_Startup, its record, the event; an event is a transaction of SQLite and takes "
+        "the attachment's row (while the process is being made), the mark that the stored state is used up, the state "
+        "after TPM2_Startup, its record, the event; an event is a transaction of SQLite and takes "
         f"{samples[EVENT].best / MILLISECONDS:.2f} ms. The request is {requests.best / MILLISECONDS:.2f} ms of the "
-        f"{samples[OURS].best / MILLISECONDS:.2f} ms. The forked instance shares the keeper's memory until it touches "
+        f"{samples[OURS].best / MILLISECONDS:.2f} ms. The forked instance shares the spawner's memory until it touches "
         f"it: {spent.faults:.0f} page faults until its first answer are part of its processor time."
     )
 

@@ -37,6 +37,12 @@ class _Memory:
         private = smaps["Private_Clean"] + smaps["Private_Dirty"] + smaps["Private_Hugetlb"]
         return cls(private, smaps["Pss"], status["VmPTE"])
 
+    def plus(self, other: "_Memory") -> "_Memory":
+        """Return both together."""
+        return _Memory(
+            self.private + other.private, self.proportional + other.proportional, self.page_tables + other.page_tables
+        )
+
 
 def _fields(path: Path) -> dict[str, int]:
     lines = (line.split() for line in path.read_text(encoding="ascii", errors="replace").splitlines())
@@ -77,7 +83,11 @@ def run(options: Options) -> Section:
         our_seconds = time.monotonic() - started
         ours = [_Memory.of(pid) for pid in pids]
         assert subject.manager is not None
-        manager, keeper = _Memory.of(subject.manager.pid), _Memory.of(subject.keeper(pids[0]))
+        keeper_pid = subject.keeper(pids[0])
+        manager, keeper = (
+            _Memory.of(subject.manager.pid),
+            _Memory.of(keeper_pid).plus(_Memory.of(subject.spawner(keeper_pid))),
+        )
         kinds = _private_by_kind(pids[-1]), their_kinds
     return _section(ours, theirs, (manager, keeper), kinds, (our_seconds, swtpm_seconds))
 
@@ -155,8 +165,9 @@ def _meaning(ours: Sequence[_Memory], theirs: Sequence[_Memory], shared: tuple[_
         balance = "so the whole takes more than as many swtpm processes, however many there are"
     return (
         f"*Everything / {len(ours)}* counts page tables and shares out the manager ({manager.private / 1024:.1f} MiB "
-        f"private) and the keeper ({keeper.private / 1024:.1f} MiB), which swtpm has no counterpart of; {balance}. An "
-        "instance is forked from the keeper and shares its pages until it writes to them. Python writes to a page "
+        f"private) and the keeper with its spawner ({keeper.private / 1024:.1f} MiB), which swtpm has no counterpart "
+        f"of; {balance}. An "
+        "instance is forked from the spawner and shares its pages until it writes to them. Python writes to a page "
         "whenever it uses an object on it, because the reference count lies in the object. *Anonymous* and *heap* hold "
         "such copies and libtpms' own tables; the two are not told apart here."
     )

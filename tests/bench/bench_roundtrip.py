@@ -160,8 +160,8 @@ def _work_table(work: dict[str, tuple[float, float]]) -> Table:
     table = Table(
         ("PCR_Read", "client", "server", "together"),
         note="Processor time for a command, pinned, many in a row, microseconds. The socket's clients are the same "
-        "code; on the ring the client is Python that reads and writes the shared page, checks it, and walks the "
-        "table of its states, and so is the server.",
+        "code; on the ring the client is Python that reads, checks and writes the shared page, and so is the server; "
+        "its doorbell is a pair of pipes, two system calls a command on each side.",
     )
     for name, (ours, theirs) in work.items():
         table.add(name, f"{ours:.1f}", f"{theirs:.1f}", f"{ours + theirs:.1f}")

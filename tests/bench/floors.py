@@ -108,6 +108,24 @@ def two_flushes(directory: Path) -> Iterator[Call]:
             os.close(descriptor)
 
 
+@contextmanager
+def one_flush(directory: Path) -> Iterator[Call]:
+    """Yield a call that writes a block to a preallocated file and flushes it."""
+    descriptor = _filled(directory / "floor-one")
+    count = 0
+
+    def write() -> None:
+        nonlocal count
+        count += 1
+        os.pwrite(descriptor, struct.pack(">Q", count) * (BLOCK // 8), count % 2 * BLOCK)
+        os.fdatasync(descriptor)
+
+    try:
+        yield write
+    finally:
+        os.close(descriptor)
+
+
 def _filled(path: Path) -> int:
     """Make a file whose blocks are allocated and written, so that a later flush has no metadata to write."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -16,6 +16,7 @@ import bench_attach
 import bench_hardware
 import bench_many
 import bench_memory
+import bench_rings
 import bench_roundtrip
 import bench_save
 import bench_slowdisk
@@ -35,6 +36,7 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "save": bench_save.run,
     "memory": bench_memory.run,
     "attach": bench_attach.run,
+    "rings": bench_rings.run,
     "hardware": bench_hardware.run,
     "store": bench_store.run,
     "many": bench_many.run,

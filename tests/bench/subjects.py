@@ -157,8 +157,14 @@ class Subject(Installation):
                 return pid
         raise LookupError("the embedded TPM does not run")
 
+    @staticmethod
+    def spawner(keeper: int) -> int:
+        """Return the process id of the keeper's spawner: its only child that is no instance."""
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() != "vtpm-instance")
+
     def keeper(self, instance: int) -> int:
-        """Return the process id of the keeper, which forked `instance`."""
+        """Return the process id of the keeper, whose child `instance` is."""
         return int(Path(f"/proc/{instance}/stat").read_text().rsplit(")", 1)[1].split()[1])
 
 

@@ -146,9 +146,11 @@ def test_an_instance_that_keeps_crashing_is_left_down_and_loses_nothing(vtpms: I
         pid = wait_for(lambda: vtpms.show("web")["pid"], "an instance")
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda old=pid: vtpms.show("web")["pid"] != old, "its end")
-    wait_for(lambda: vtpms.show("web")["state"] == "down", "the manager to give up")
+    wait_for(lambda: "crashed too often" in (vtpms.show("web")["reason"] or ""), "the manager to give up")
+    assert vtpms.show("web")["state"] == "down"
     assert "crashed too often" in vtpms.log.read_text()
     vtpms.command("vtpm-reset-platform", "web")
+    assert vtpms.show("web")["reason"] is None
     assert guest.read(INDEX, 4) == b"kept"
     guest.close()
 

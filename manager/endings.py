@@ -1,0 +1,116 @@
+"""How an instance's process ends, and is forgotten: what the manager asks of the keeper, which has the pidfds."""
+
+import logging
+import os
+import signal
+from contextlib import suppress
+from typing import Final
+from uuid import UUID
+
+import trio
+
+from frontend_backend import messages_keeper as k
+from frontend_backend.descriptors import close_all
+from manager.errors import KeeperError, KeeperRefusedError
+from manager.keeper_client import Keeper
+
+_log = logging.getLogger("vtpm.instance")
+_LAST_BREATH: Final = 1.0  # seconds between the end of an instance's ring and that of its process
+
+
+class Endings:
+    """Ends instances, named by vTPM and lease."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        """Ask `keeper`."""
+        self._keeper = keeper
+
+    async def fetch(self, vtpm: UUID, lease: int) -> tuple[int, int, int]:
+        """Return (page, doorbell, pidfd) of an instance that the keeper has; they are the caller's.
+
+        Raises:
+            KeeperError: the keeper does not hand it over.
+
+        """
+        reply, received = await self._keeper.ask(k.Fetch(vtpm.bytes, lease))
+        expected = 3 + (len(reply.kept.listeners) if isinstance(reply, k.Fetched) else 0)
+        if not isinstance(reply, k.Fetched) or len(received) != expected:
+            close_all(received)
+            raise KeeperError(f"unexpected answer {type(reply).__name__} to Fetch")
+        page, doorbell, pidfd = received[:3]
+        close_all(received[3:])
+        return page, doorbell, pidfd
+
+    async def end(self, vtpm: UUID, lease: int) -> None:
+        """End an instance at once, unheard, and have the keeper forget it.
+
+        Raises:
+            KeeperError: the keeper does not hand it over.
+
+        """
+        pidfd = await self._pidfd(vtpm, lease)
+        try:
+            _kill(pidfd)
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        await self.forget(vtpm, lease)
+
+    async def kill(self, vtpm: UUID, lease: int) -> None:
+        """Send SIGKILL to an instance; whoever serves its ring sees it end."""
+        try:
+            pidfd = await self._pidfd(vtpm, lease)
+        except KeeperError as error:
+            _log.warning("vTPM %s: %s", vtpm, error)  # what its keeper does not keep has ended, or ends
+            return
+        _kill(pidfd)
+        os.close(pidfd)
+
+    async def after_hang_up(self, vtpm: UUID, lease: int) -> int | None:
+        """Have an instance forgotten that has closed its ring: it has ended, or is made to. Returns its exit status.
+
+        The status is that of os.waitstatus_to_exitcode, None where it is not known.
+        """
+        try:
+            return await self._forget(vtpm, lease)
+        except KeeperRefusedError:
+            pass  # it lives: it is about to end, or it is not as it should be
+        except KeeperError as error:
+            _log.warning("vTPM %s: %s", vtpm, error)
+            return None
+        try:
+            pidfd = await self._pidfd(vtpm, lease)
+        except KeeperError:
+            return None  # a keeper that does not know it is a new one: the instance ended with the old one
+        try:
+            with trio.move_on_after(_LAST_BREATH) as waiting:
+                await trio.lowlevel.wait_readable(pidfd)
+            if waiting.cancelled_caught:
+                _log.error("vTPM %s: its instance closed its ring but lives; killing it", vtpm)
+                _kill(pidfd)
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        return await self.forget(vtpm, lease)
+
+    async def forget(self, vtpm: UUID, lease: int) -> int | None:
+        """Let the keeper drop what it keeps of an ended instance; returns its exit status where known."""
+        try:
+            return await self._forget(vtpm, lease)
+        except KeeperError as error:
+            _log.warning("vTPM %s: %s", vtpm, error)
+            return None
+
+    async def _forget(self, vtpm: UUID, lease: int) -> int | None:
+        reply, _ = await self._keeper.ask(k.Forget(vtpm.bytes, lease))
+        return reply.status if isinstance(reply, k.Forgotten) else None
+
+    async def _pidfd(self, vtpm: UUID, lease: int) -> int:
+        page, doorbell, pidfd = await self.fetch(vtpm, lease)
+        close_all((page, doorbell))
+        return pidfd
+
+
+def _kill(pidfd: int) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)

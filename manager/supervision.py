@@ -1,0 +1,131 @@
+"""What happens to attached vTPMs without being asked: a crash, the end of a keeper, the start of a manager."""
+
+import logging
+from typing import Final
+from uuid import UUID
+
+import trio
+
+from frontend_backend.messages_keeper import Kept
+from manager.attachments import Attachments, after_reset
+from manager.errors import KeeperError, ManagerError, QuarantinedError
+from manager.instances import Instances
+from manager.registry import Registry
+from manager.running import Running, Stage
+from storage.catalogue import AttachmentRow, VtpmRow
+from storage.errors import StorageError
+from storage.store_records import RecordFlags
+
+_log = logging.getLogger("vtpm.life")
+_PARALLEL_STARTS: Final = 8  # instances started at once when the manager starts
+
+
+class Supervision:
+    """Starts attached vTPMs again, within their budgets. Whatever goes wrong with one is logged and shown with it."""
+
+    def __init__(
+        self, registry: Registry, attachments: Attachments, instances: Instances, nursery: trio.Nursery
+    ) -> None:
+        """Look after `attachments`; waits between two starts are tasks of `nursery`."""
+        self._registry, self._attachments, self._instances = registry, attachments, instances
+        self._catalogue, self._nursery = registry.catalogue, nursery
+
+    async def ended(self, running: Running, status: int | None) -> None:
+        """Deal with an ended process: it comes back, from its clean stop or in failure until a platform reset.
+
+        Whatever goes wrong is logged: one vTPM's end must not be the manager's.
+        """
+        if running.awaited or not running.came_up or self._attachments.stopping:
+            return  # whoever stopped or started it deals with its end
+        try:
+            await self._ended(running, status)
+        except (ManagerError, StorageError, OSError) as error:
+            self._give_up(running.vtpm, f"its instance ended and was not started again: {error}")
+
+    async def _ended(self, running: Running, status: int | None) -> None:
+        if running.stage is Stage.FAILED:
+            return
+        row = self._catalogue.find_vtpm(running.vtpm)
+        attachment = self._catalogue.find_attachment(running.vtpm)
+        if row is None or attachment is None or attachment.lease != running.lease:
+            return
+        if running.stage is Stage.ENDED:
+            _log.error("vTPM %s: its instance ended unexpectedly (status %s)", running.vtpm, status)
+            self._catalogue.log("crashed", running.vtpm, f"instance {running.pid} ended with status {status}")
+        await self._later(row, f"its instance ended with status {status}")
+
+    async def _later(self, row: VtpmRow, why: str) -> None:
+        """Start a vTPM that should run after as long a wait as its crashes ask for, until it runs or may not."""
+        while (delay := self._attachments.crashed(row.uuid)) is not None:
+            self._attachments.note_down(row.uuid, f"{why}; it is started again in {delay:g} s")
+            await trio.sleep(delay)
+            failure = await self._try(row)
+            if failure is None:
+                return
+            why = failure
+        self._give_up(row.uuid, f"crashed too often ({why}); left down until vtpm-reset-platform or detach")
+        self._catalogue.log("left-down", row.uuid, why)
+
+    async def _try(self, row: VtpmRow) -> str | None:
+        """Start a vTPM if it should run and does not. Returns why it failed where another try may help."""
+        async with self._attachments.lock(row.uuid):
+            attachment = self._catalogue.find_attachment(row.uuid)
+            if attachment is None or self._attachments.running(row.uuid) is not None or self._attachments.stopping:
+                return None
+            try:
+                await self._start(row, attachment)
+            except (KeeperError, OSError) as error:
+                _log.warning("vTPM %s did not start: %s", row.uuid, error)
+                return str(error)
+            except (ManagerError, StorageError) as error:
+                self._give_up(row.uuid, f"it does not start: {error}")
+            return None
+
+    async def _start(self, row: VtpmRow, attachment: AttachmentRow) -> None:
+        flags = self._registry.record(row.uuid).flags
+        if flags & RecordFlags.QUARANTINED:
+            raise QuarantinedError("it is quarantined: its state could not be loaded")
+        if flags & RecordFlags.FRESH:
+            startup = attachment.startup
+        else:
+            startup = "state" if flags & RecordFlags.RESUMABLE else "failed"
+        await self._attachments.start_again(row, attachment, startup)
+
+    def _give_up(self, vtpm: UUID, why: str) -> None:
+        _log.error("vTPM %s: %s", vtpm, why)
+        self._attachments.note_down(vtpm, why)
+
+    async def take_over(self, kept: list[Kept]) -> None:
+        """Adopt the instances that outlived the last manager, and start the attached ones that did not."""
+        with self._instances.held():
+            for instance in kept:
+                try:
+                    await self._take_over_one(instance)
+                except KeeperError as error:
+                    _log.error(
+                        "vTPM %s: instance %d was not taken over: %s", UUID(bytes=instance.vtpm), instance.pid, error
+                    )
+        limit = trio.CapacityLimiter(_PARALLEL_STARTS)
+        async with trio.open_nursery() as nursery:
+            for attachment in self._catalogue.each_attachment():
+                row = self._catalogue.find_vtpm(attachment.vtpm)
+                if row is not None and self._attachments.running(attachment.vtpm) is None:
+                    nursery.start_soon(self._first_start, row, limit)
+
+    async def _first_start(self, row: VtpmRow, limit: trio.CapacityLimiter) -> None:
+        async with limit:
+            failure = await self._try(row)
+        if failure is not None:
+            self._nursery.start_soon(self._later, row, failure)  # nobody who administers waits for it
+
+    async def _take_over_one(self, instance: Kept) -> None:
+        vtpm = UUID(bytes=instance.vtpm)
+        attachment = self._catalogue.find_attachment(vtpm)
+        if not instance.alive:
+            await self._instances.endings.forget(vtpm, instance.lease)
+        elif attachment is None or attachment.lease != instance.lease:
+            _log.error("vTPM %s: instance %d holds no lease; ending it", vtpm, instance.pid)
+            await self._instances.endings.end(vtpm, instance.lease)
+        else:
+            await self._instances.adopt(instance, after_reset(attachment), attachment.epoch)
+            _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)

@@ -1,0 +1,143 @@
+"""What an instance is started with, made from the manager's Spawn request by both keeper and spawner.
+
+What lives here: the order and its checks. What must not: libtpms or anything else the keeper has no need of.
+"""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final, Self
+from uuid import UUID
+
+from frontend_backend.messages_keeper import Spawn
+from frontend_backend.tpmhdr import TpmFamily
+from vtpm_instance.control import FrontEnd
+from vtpm_instance.errors import BadRequestError, WrongDescriptorsError
+
+# The spawner's answer to an order: the process id, or 0 and then a text in UTF-8. Not a message of the protocol with
+# the manager: making one writes to pages that the spawner shares with its children.
+STARTED: Final = struct.Struct("=I")
+LISTENERS: Final = ("data", "control", "ring")
+_FAMILIES: Final = tuple(TpmFamily)
+_FRONT_ENDS: Final = tuple(FrontEnd)
+_BEFORE_LISTENERS: Final = 3  # ring page, instance's doorbell, state image
+_NO_ID: Final = (1 << 32) - 1  # "leave it as it is" to setresuid(2): never a user
+_UUID_BYTES: Final = 16
+
+
+@dataclass(slots=True)
+class InstanceOrder:
+    """Everything an instance is handed. Descriptors belong to the instance; `listeners` by name.
+
+    Names are "data", "control" and "ring". `uid` and `gid` 0 keep those of the keeper. Not frozen: that would touch a
+    page for each field in each instance.
+    """
+
+    vtpm: UUID
+    lease: int
+    family: TpmFamily
+    front_end: FrontEnd
+    owner_uid: int
+    manager_uid: int
+    page: int
+    doorbell: int
+    image: int
+    listeners: Mapping[str, int]
+    uid: int = 0
+    gid: int = 0
+
+    CODEC: ClassVar[struct.Struct] = struct.Struct("=16sQIIIIBBB")
+
+    def pack(self) -> bytes:
+        """Return what the spawner is sent, beside `descriptors`. Keeper and spawner are always of one version."""
+        listeners = sum(1 << LISTENERS.index(name) for name in self.listeners)
+        return self.CODEC.pack(
+            self.vtpm.bytes,
+            self.lease,
+            self.owner_uid,
+            self.manager_uid,
+            self.uid,
+            self.gid,
+            _FAMILIES.index(self.family),
+            _FRONT_ENDS.index(self.front_end),
+            listeners,
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes, descriptors: list[int]) -> Self:
+        """Return the order that `pack` made of a checked one.
+
+        Raises:
+            struct.error, ValueError: it is none.
+
+        """
+        vtpm, lease, owner_uid, manager_uid, uid, gid, family, front_end, mask = cls.CODEC.unpack(data)
+        page, doorbell, image, *handed = descriptors
+        names = [name for bit, name in enumerate(LISTENERS) if mask >> bit & 1]
+        return cls(
+            UUID(bytes=vtpm),
+            lease,
+            _FAMILIES[family],
+            _FRONT_ENDS[front_end],
+            owner_uid,
+            manager_uid,
+            page,
+            doorbell,
+            image,
+            dict(zip(names, handed, strict=True)),
+            uid,
+            gid,
+        )
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All descriptors of the order, listeners in the order of LISTENERS."""
+        return (self.page, self.doorbell, self.image, *self.listeners.values())
+
+
+def uuid_of(raw: bytes) -> UUID:
+    """Return the UUID in a message.
+
+    Raises:
+        BadRequestError: not 16 bytes.
+
+    """
+    if len(raw) != _UUID_BYTES:
+        raise BadRequestError(f"a UUID has {_UUID_BYTES} bytes, not {len(raw)}")
+    return UUID(bytes=raw)
+
+
+def order_of(request: Spawn, descriptors: list[int]) -> InstanceOrder:
+    """Return the order that a request with its descriptors (page, doorbell, image, listeners) makes, checked.
+
+    Raises:
+        WrongDescriptorsError, BadRequestError: it makes none.
+
+    """
+    wanted = _BEFORE_LISTENERS + len(request.listeners)
+    if len(descriptors) != wanted:
+        raise WrongDescriptorsError(wanted, len(descriptors))
+    if len(set(request.listeners)) != len(request.listeners) or not set(LISTENERS).issuperset(request.listeners):
+        raise BadRequestError(f"listeners are of {sorted(LISTENERS)}, each once, not {list(request.listeners)}")
+    if not all(0 <= number < _NO_ID for number in (request.uid, request.gid)):
+        raise BadRequestError(f"user {request.uid} and group {request.gid} are no identities")
+    try:
+        family, front_end = TpmFamily(request.family), FrontEnd(request.frontend)
+    except ValueError as error:
+        raise BadRequestError(str(error)) from error
+    page, doorbell, image, *listeners = descriptors
+    named = dict(zip(request.listeners, listeners, strict=True))
+    return InstanceOrder(
+        vtpm=uuid_of(request.vtpm),
+        lease=request.lease,
+        family=family,
+        front_end=front_end,
+        owner_uid=request.owner_uid,
+        manager_uid=request.manager_uid,
+        page=page,
+        doorbell=doorbell,
+        image=image,
+        listeners={name: named[name] for name in LISTENERS if name in named},
+        uid=request.uid,
+        gid=request.gid,
+    )
