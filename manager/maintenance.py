@@ -1,5 +1,6 @@
 """`vtpm-manager reseal` and `check`: what an administrator does while no manager runs."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -8,11 +9,13 @@ from frontend_backend.messages_admin import ExitCode
 from manager import confinement
 from manager.anchor import clean_stop
 from manager.anchoring import note_present
+from manager.catalogue_place import place_of
 from manager.config import Config, Layout
 from manager.errors import BusyError, DeniedError, IntegrityError, ManagerError, UsageError
+from manager.group_rows import follow_seals
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_setting import TctiKind, TctiSetting
-from manager.keys import BootArea, GroupSeal
+from manager.keys import BootArea, GroupSeal, catalogue_key
 from manager.opening import (
     Opened,
     Unsealer,
@@ -26,8 +29,11 @@ from manager.opening import (
 from manager.policy import SealPolicy, parse_pcrs
 from manager.provision import PCRS_NONE, group_reference, platform_reference, policy_for
 from manager.recovery_key import RecoveryPrivate, RecoveryPublic
+from storage.catalogue import Catalogue
 from storage.secrets import GroupKey
 from storage.store_records import GroupRecord, PutGroup
+
+_log = logging.getLogger("vtpm.maintenance")
 
 _PCR_DIGEST_SIZE = 32
 
@@ -91,10 +97,21 @@ def reseal(
                 raise DeniedError(f"not resealed: {'; '.join(opened.closed.values())}")
             digest = clean_stop(opened.store.digest())
             tpm.anchor_write(boot.anchor, opened.secret.anchor_auth, digest)
+            _tell_catalogue(layout, config, opened)
         finally:
             opened.store.close()
             opened.secret.wipe()
     return done, replace(config, tpm=replace(config.tpm, pcrs=selection))
+
+
+def _tell_catalogue(layout: Layout, config: Config, opened: Opened) -> None:
+    """Have the catalogue's groups say what their keys are sealed to now; without a catalogue the reseal is done too."""
+    key = catalogue_key(opened.secret.store_key, opened.store.uuid)
+    try:
+        with integrity(), Catalogue.open(place_of(layout, config), key, opened.store.uuid) as catalogue:
+            follow_seals(catalogue, opened.store)
+    except ManagerError as error:
+        _log.warning("resealed, but the catalogue does not say so ('vtpm-verify' will): %s", error)
 
 
 def _unsealer(tpm: HardwareTpm, recovery: RecoveryPrivate | None) -> Unsealer:

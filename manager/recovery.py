@@ -15,6 +15,7 @@ from manager.catalogue_place import place_of
 from manager.config import Config, Layout
 from manager.errors import ConflictError, IntegrityError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
+from manager.group_rows import follow_seals
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import AnchorDenied, AnchorMissing, SrkChanged, TpmCleared
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
@@ -73,14 +74,15 @@ def recover(
             srk_name = tpm.provision_srk()
             _provision(tpm, config, store, boot, secret, keys, key)
             done = Recovered(uuid, len(keys), len(store), store.sequence)
+            if old_anchor:
+                tpm.anchor_undefine(boot.anchor)
+            place = place_of(layout, config)
+            with integrity(), Catalogue.open(place, catalogue_key(secret.store_key, uuid), uuid) as catalogue:
+                follow_seals(catalogue, store)
+                how = "the operator accepted an older store" if old_anchor else "new hardware TPM"
+                catalogue.log("recovered", None, f"{how}; store sequence {done.sequence}, rollback not checked")
         finally:
             store.close()
-        if old_anchor:
-            tpm.anchor_undefine(boot.anchor)
-        place = place_of(layout, config)
-        with integrity(), Catalogue.open(place, catalogue_key(secret.store_key, uuid), uuid) as catalogue:
-            how = "the operator accepted an older store" if old_anchor else "new hardware TPM"
-            catalogue.log("recovered", None, f"{how}; store sequence {done.sequence}, rollback not checked")
         secret.wipe()
     return done, replace(config, tpm=replace(config.tpm, srk_name=srk_name.hex()))
 

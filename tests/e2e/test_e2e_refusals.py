@@ -455,6 +455,8 @@ def test_a_configuration_elsewhere_is_the_one_that_is_kept_up_to_date(bare: Inst
         config.with_suffix(".old").write_text(config.read_text())
         bare.vtpm_manager("reseal", "--config", str(config), "--pcrs", "sha256:1,3")
         assert 'pcrs = "sha256:1,3"' in config.read_text()
+        verified = bare.command("vtpm-verify", "--state-dir", str(bare.state), "--config", str(config))
+        assert verified.code == 0, "the catalogue says to which PCRs the group is sealed"
         assert not (bare.state / "config.toml").exists()
         chip.tool("tpm2_clear")
         bare.vtpm_manager("recover", "--config", str(config), "--key", str(bare.recovery))
