@@ -68,7 +68,7 @@ def _documents(services: Services, tombstones: list[Tombstone]) -> Iterator[Docu
             "group": groups.get(found.group, str(found.group)),
             "tpm": "1.2" if found.flags & RecordFlags.TPM12 else "2.0",
             "state": "removed",
-            **dict.fromkeys(("guest", "frontend", "endpoint", "tcti", "control", "pid", "startup")),
+            **dict.fromkeys(("guest", "frontend", "endpoint", "tcti", "control", "pid", "reason", "startup")),
             "generation": found.generation,
             **dict.fromkeys(("state_image", "created", "labels")),
             "removed": iso(found.removed),

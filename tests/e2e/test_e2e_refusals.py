@@ -256,9 +256,13 @@ def test_a_named_state_image_is_used_and_not_shared(vtpms: Installation) -> None
 
 def test_a_file_that_never_was_a_state_image_outlives_the_vtpm_it_was_named_for(vtpms: Installation) -> None:
     thesis = vtpms.base / "thesis.txt"
-    thesis.write_bytes(b"the administrator named the wrong file" * 500)
+    content = b"the administrator named the wrong file" * 500
+    thesis.write_bytes(content)
     good = fingerprint(thesis)
+    assert vtpms.command("vtpm-add", "--name", "web", "--state-image", str(thesis), check=False).code == 4
+    thesis.write_bytes(b"")
     vtpms.add("web", "--state-image", str(thesis))
+    thesis.write_bytes(content)
     attach_refused(vtpms, 4)
     vtpms.command("vtpm-reset", "web", "--yes")
     vtpms.command("vtpm-remove", "web", "--yes")
