@@ -34,6 +34,7 @@ class Keeper:
         """Use a connected, non-blocking socket; see `connect`."""
         self._path, self._sock, self._options = path, sock, options
         self._turn = trio.Lock()
+        self._children: list[int] = []  # keepers that this process has started, and not seen end
         self.pid = 0
 
     @classmethod
@@ -44,7 +45,9 @@ class Keeper:
             BusyError: the keeper serves another manager. KeeperError: it cannot be started.
 
         """
-        keeper = cls(path, await _reach(path, options), options)
+        children: list[int] = []
+        keeper = cls(path, await _reach(path, options, children), options)
+        keeper._children = children
         try:
             async with keeper._turn:
                 await keeper._greet()
@@ -74,12 +77,17 @@ class Keeper:
             except (OSError, ChannelClosedError):
                 _log.error("the keeper is gone (its instances end with it); starting another")
                 self._sock.close()
-                self._sock = await _reach(self._path, self._options)
+                self._sock = await _reach(self._path, self._options, self._children)
                 await self._greet()
+                self._reap()
             try:
                 return await self._ask_once(message, descriptors, meanwhile)
             except (OSError, ChannelClosedError) as error:
                 raise KeeperError(f"the keeper does not answer: {error}") from error
+
+    def _reap(self) -> None:
+        """Collect keepers of ours that have ended: they would stay zombies as long as this process lives."""
+        self._children = [pid for pid in self._children if not _has_ended(pid)]
 
     async def _greet(self) -> None:
         try:
@@ -134,11 +142,14 @@ class Keeper:
         self._sock.close()
 
 
-async def _reach(path: Path, options: tuple[str, ...]) -> socket.socket:
-    """Return a connection to the keeper at `path`, starting one if nobody listens there; raises KeeperError."""
+async def _reach(path: Path, options: tuple[str, ...], children: list[int]) -> socket.socket:
+    """Return a connection to the keeper at `path`; raises KeeperError.
+
+    If nobody listens there one is started, and its process id added to `children`.
+    """
     sock = _try_connect(path)
     if sock is None:
-        _start(path, options)
+        children.append(_start(path, options))
         with trio.move_on_after(_START_SECONDS):
             while (sock := _try_connect(path)) is None:  # noqa: ASYNC110 - another process makes it
                 await trio.sleep(_RETRY_SECONDS)
@@ -161,11 +172,19 @@ def _try_connect(path: Path) -> socket.socket | None:
     return sock
 
 
-def _start(path: Path, options: tuple[str, ...]) -> None:
-    """Start a keeper in a session of its own, so that it outlives us."""
+def _has_ended(pid: int) -> bool:
+    """Tell whether a child has ended, and collect it if so."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True  # collected already: SIGCHLD may be ignored since before we were started
+
+
+def _start(path: Path, options: tuple[str, ...]) -> int:
+    """Start a keeper in a session of its own, so that it outlives us; returns its process id."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-    os.posix_spawn(
+    return os.posix_spawn(
         sys.executable,
         [sys.executable, "-I", "-m", "vtpm_instance.keeper", "--socket", str(path), *options],
         {key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "LC_ALL", "TZ")},

@@ -68,11 +68,15 @@ class Installation:
             options = ("--recovery", f"{self.recovery}.pub", *options)
         return self.vtpm_manager("init", "--tcti", tcti, *options, check=check)
 
-    def start(self) -> None:
+    def spawn(self) -> None:
+        """Start a manager without waiting for it."""
         assert self.manager is None
         places = ("--state-dir", str(self.state), "--runtime-dir", str(self.runtime), "--log-level", "debug")
         with self.log.open("ab") as log:
             self.manager = subprocess.Popen([str(BIN / "vtpm-manager"), "run", *places], stderr=log)
+
+    def start(self) -> None:
+        self.spawn()
         wait_for(self._ready, f"the manager; its log:\n{self.log.read_text()[-3000:]}")
 
     def _ready(self) -> bool:

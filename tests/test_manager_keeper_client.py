@@ -1,3 +1,5 @@
+import os
+import signal
 import socket
 import tempfile
 import threading
@@ -103,3 +105,20 @@ async def test_what_cannot_be_connected_to_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(KeeperError, match="cannot connect"):
         await Keeper.connect(tmp_path / "f" / "k")
+
+
+async def test_a_keeper_that_was_killed_is_replaced_and_leaves_no_zombie() -> None:
+    with tempfile.TemporaryDirectory(prefix="vt") as folder:
+        made = await Keeper.connect(Path(folder) / "k")
+        first = made.pid
+        try:
+            os.kill(first, signal.SIGKILL)
+            # it has ended, and is this process's to reap
+            await trio.to_thread.run_sync(os.waitid, os.P_PID, first, os.WEXITED | os.WNOWAIT)
+            assert await made.list() == []
+            assert made.pid != first
+            assert str(first) not in os.listdir("/proc")
+        finally:
+            made.close()
+            os.kill(made.pid, signal.SIGTERM)
+            await trio.to_thread.run_sync(os.waitpid, made.pid, 0)

@@ -125,6 +125,9 @@ def header_step(chance: random.Random) -> None:
     assert header.pack() == data[:10]
 
 
+SECRET: Final = b"an answer of before"
+
+
 def random_head(chance: random.Random) -> bytes:
     """Return 8 bytes that are often nearly right."""
     if chance.random() < 0.3:
@@ -157,11 +160,12 @@ def back_step(chance: random.Random) -> None:
         taken = back.take()
         if isinstance(taken, Request):
             assert 0 < len(taken.packet) <= MAX_PACKET
-            back.finish(bytes(chance.randrange(64)))
-    memory[:] = SharedPage(6, RingState.SUBMIT, 0, 0).pack().ljust(PAGE_SIZE, b"\xee")
+            back.finish(SECRET * chance.randrange(200))
+    memory[:14] = SharedPage(6, RingState.SUBMIT, 0, 0).pack() + b"\xee" * 6
     assert back.take() == Request(b"\xee" * 6, 0)
     assert back.finish(b"ok")
-    assert memory[8:] == b"ok".ljust(MAX_PACKET, b"\0"), "nothing of the page before may stay"
+    assert memory[8:14] == b"ok".ljust(6, b"\0"), "nothing of the request may stay"
+    assert SECRET not in memory, "nothing of an earlier answer may stay"
 
 
 def front_step(chance: random.Random) -> None:

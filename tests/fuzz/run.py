@@ -1,4 +1,8 @@
-"""`./dev fuzz [TARGET] [--seconds N]`: runs every fuzz target beside this file, or one of them, for N seconds each."""
+"""`./dev fuzz [TARGET] [OPTIONS]`: runs every fuzz target beside this file, or one of them with its own options.
+
+Targets: frontend_backend (parsers and pages), instance (hostile commands in real instances), kill (kill -9 under load).
+All take --seconds N and --seed S; instance and kill --minutes M; instance --replay FILE.
+"""
 
 import argparse
 import subprocess
@@ -10,13 +14,13 @@ TARGETS = {path.stem.removeprefix("fuzz_"): path for path in sorted(HERE.glob("f
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", choices=sorted(TARGETS), help="default: all")
-    parser.add_argument("--seconds", type=int, default=60)
-    options = parser.parse_args()
+    options, rest = parser.parse_known_args()
     for name in [options.target] if options.target else sorted(TARGETS):
-        sys.stderr.write(f"fuzz {name} for {options.seconds} s\n")
-        done = subprocess.run([sys.executable, str(TARGETS[name]), "--seconds", str(options.seconds)], check=False)
+        sys.stderr.write(f"fuzz {name}\n")
+        words = rest or ["--seconds", "60"]
+        done = subprocess.run([sys.executable, str(TARGETS[name]), *words], check=False)
         if done.returncode:
             return done.returncode
     sys.stdout.write("fuzz: nothing broke\n")
