@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -27,7 +28,7 @@ from manager.registry import Registry, check_name
 from manager.running import Running, Stage
 from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
 from storage.catalogue import AttachmentRow, Happened, VtpmRow
-from storage.errors import StorageError
+from storage.errors import CatalogueError, StorageError
 from storage.store_records import RecordFlags, next_epoch
 
 _log = logging.getLogger("vtpm.life")
@@ -53,7 +54,7 @@ class Attachments:
         self._registry, self._instances = registry, instances
         self._catalogue, self._marks = registry.catalogue, Marks(registry)
         self._layout, self._config, self._store = layout, config, store
-        self._changing: dict[UUID, trio.Lock] = {}
+        self._changing = WeakValueDictionary[UUID, trio.Lock]()  # of those that somebody holds or waits for
         self._budgets: dict[UUID, CrashBudget] = {}
         self.stopping = False
 
@@ -108,10 +109,17 @@ class Attachments:
         self._catalogue.attach(attachment, Happened("attached", text))
 
     async def _undo_attach(self, row: VtpmRow) -> None:
-        """Leave no instance and no mark behind; what cannot be unmarked is shown by vtpm-verify."""
+        """Leave no instance, row and mark behind; what cannot be unmarked is shown by vtpm-verify."""
         running = self.running(row.uuid)
         if running is not None:
             await self._instances.stop(running)
+        try:
+            if self._catalogue.find_attachment(row.uuid) is not None:  # committed, and the answer was lost
+                self._catalogue.detach(row.uuid)
+        except CatalogueError as error:
+            # a row without the mark would be taken for one that was put back: the manager would not start
+            _log.error("vTPM %s: whether it is attached now is not known, 'vtpm-show' tells: %s", row.uuid, error)
+            return
         await self._marks.take_away(row.uuid)
 
     async def _start(self, row: VtpmRow, attachment: AttachmentRow, startup: str) -> Running:
@@ -287,8 +295,10 @@ class Attachments:
         limit = trio.CapacityLimiter(_PARALLEL_STARTS)
         async with trio.open_nursery() as nursery:
             for attachment in self._catalogue.each_attachment():
+                if self.running(attachment.vtpm) is not None:
+                    continue  # first of all: thousands were adopted, and their saves wait for this loop
                 row = self._catalogue.find_vtpm(attachment.vtpm)
-                if row is not None and self.running(attachment.vtpm) is None:
+                if row is not None:
                     nursery.start_soon(self._restart, row, attachment, limit)
 
     async def _take_over_one(self, instance: Kept) -> None:
