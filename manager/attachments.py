@@ -1,10 +1,12 @@
 """Which vTPM runs for which guest: attach, detach, platform reset. What happens without being asked: supervision."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -27,7 +29,10 @@ from manager.registry import Registry, check_name
 from manager.running import Running, Stage
 from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
 from storage.catalogue import AttachmentRow, Happened, VtpmRow
+from storage.errors import CatalogueError
 from storage.store_records import RecordFlags, next_epoch
+
+_log = logging.getLogger("vtpm.life")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class Attachments:
         self._layout, self._config, self._store = layout, config, store
         self.capacity = capacity
         self._starting = 0
-        self._changing: dict[UUID, trio.Lock] = {}
+        self._changing = WeakValueDictionary[UUID, trio.Lock]()  # of those that somebody holds or waits for
         self._budgets: dict[UUID, CrashBudget] = {}
         self._reasons: dict[UUID, str] = {}
         self.stopping = False
@@ -139,10 +144,17 @@ class Attachments:
         self._catalogue.attach(attachment, Happened("attached", text))
 
     async def _undo_attach(self, row: VtpmRow) -> None:
-        """Leave no instance and no mark behind; what cannot be unmarked is shown by vtpm-verify."""
+        """Leave no instance, row and mark behind; what cannot be unmarked is shown by vtpm-verify."""
         running = self.running(row.uuid)
         if running is not None:
             await self._instances.stop(running)
+        try:
+            if self._catalogue.find_attachment(row.uuid) is not None:  # committed, and the answer was lost
+                self._catalogue.detach(row.uuid)
+        except CatalogueError as error:
+            # a row without the mark would be taken for one that was put back: the manager would not start
+            _log.error("vTPM %s: whether it is attached now is not known, 'vtpm-show' tells: %s", row.uuid, error)
+            return
         await self._marks.take_away(row.uuid)
 
     async def start(

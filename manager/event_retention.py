@@ -14,6 +14,7 @@ _log = logging.getLogger("vtpm.events")
 _EVERY_SECONDS: Final = 3600.0
 _PAUSE_SECONDS: Final = 0.02  # between batches of about 5 ms: others get their turn
 _ALL: Final = 2**62  # rows: more than there can be
+_LONGEST_DAYS: Final = 36_500  # more is for ever: there may be no such date
 
 
 async def keep_events(catalogue: Catalogue, config: CatalogueConfig) -> None:
@@ -31,8 +32,8 @@ async def keep_events(catalogue: Catalogue, config: CatalogueConfig) -> None:
 
 async def prune(catalogue: Catalogue, config: CatalogueConfig) -> int:
     """Drop what is too old or too many; returns how many. Raises CatalogueError."""
-    keep = config.events_kept if config.events_kept > 0 else _ALL
-    days = timedelta(days=config.events_days) if config.events_days > 0 else None
+    keep = min(config.events_kept, _ALL) if config.events_kept > 0 else _ALL
+    days = timedelta(days=config.events_days) if 0 < config.events_days <= _LONGEST_DAYS else None
     before = "" if days is None else (datetime.now(UTC) - days).isoformat(timespec="seconds")
     total = 0
     while dropped := catalogue.prune_events(keep, before):

@@ -8,6 +8,11 @@ what they lead to (`/dev/dm-3`) is another device after the next boot.
 import os
 import stat
 from pathlib import Path
+from typing import Final
+
+# bytes at the beginning of a place that say whether something is in it: partition tables, LVM, LUKS and file systems
+# have their marks there, btrfs 64 KiB behind the beginning and ISO 9660 32 KiB (libblkid/src/superblocks)
+UNUSED_BYTES: Final = 1024 * 1024
 
 
 def is_device(path: str | Path) -> bool:
@@ -39,3 +44,15 @@ def open_named(path: Path, flags: int, *, claim: bool = False) -> int:
         return descriptor
     os.close(descriptor)
     raise FileNotFoundError(f"{path} is not the block device any more that it was a moment ago")
+
+
+def is_unused(descriptor: int) -> bool:
+    """Tell whether a file or device may be written to: its beginning is zero, or it is empty. Raises OSError."""
+    return not any(os.pread(descriptor, UNUSED_BYTES, 0))
+
+
+def clear_device(descriptor: int) -> None:
+    """Have a device count as unused again, durably. Raises OSError."""
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    os.pwrite(descriptor, bytes(min(size, UNUSED_BYTES)), 0)
+    os.fsync(descriptor)

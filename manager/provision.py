@@ -26,7 +26,7 @@ from manager.opening import read_boot_area
 from manager.policy import SealPolicy, parse_pcrs
 from manager.recovery_key import RecoveryPublic
 from manager.restoring import refuse_unfinished
-from manager.store_place import begin_store, remove_unfinished, unfinished_store
+from manager.store_place import begin_store, finish_store, is_ours, remove_unfinished, unfinished_store
 from storage.catalogue import Catalogue, Happened, Place, now
 from storage.errors import CatalogueError, CommitRefused, NameTaken, StorageFull
 from storage.secrets import GroupKey
@@ -121,8 +121,8 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
     srk_name = tpm.provision_srk()
     place = catalogue_place(layout, options.catalogue)
     clean_up_interrupted(layout, tpm, place)
-    made = _Made(unfinished_store(layout), uuid4(), uuid4(), PlatformSecret.new())
-    # The index is defined last: from then on the unfinished store tells the next init which one it is, and whose.
+    made = _Made(uuid4(), uuid4(), PlatformSecret.new())
+    # The index is defined last: from then on the unfinished store tells the next init which one it is.
     anchor = tpm.anchor_plan(tpm.anchor_free_index())
     try:
         boot = BootArea(
@@ -132,20 +132,19 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
             recovery=recovery.to_pem().decode("ascii") if recovery else "",
         )
         group = _default_group(tpm, options, recovery, made.store, made.group)
-        digest = _make_store(begin_store(layout, options.store), made, boot, group, options.store_size)
+        digest = _make_store(begin_store(layout, options.store, made.store), made, boot, group, options.store_size)
         sync_directory(layout.state_dir)
         tpm.anchor_define(anchor.index, made.secret.anchor_auth)
         tpm.anchor_write(anchor, made.secret.anchor_auth, clean_stop(digest), first=True)
         _make_catalogue(place, made, group)
         write_config(layout.config, _config(options, srk_name, made))
-        made.path.rename(layout.store)
+        finish_store(layout)
     except BaseException:
         try:
             clean_up_interrupted(layout, tpm, place)
         except (TpmError, CatalogueError) as error:
             _log.warning("what init has made so far is left to the next init to take away: %s", error)
         raise
-    sync_directory(layout.state_dir)
     made.secret.wipe()
     return made.store
 
@@ -154,7 +153,6 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
 class _Made:
     """A new installation that is not in place yet."""
 
-    path: Path
     store: UUID
     group: UUID
     secret: PlatformSecret
@@ -188,9 +186,10 @@ def clean_up_interrupted(layout: Layout, tpm: HardwareTpm, place: Place | None =
     unfinished = unfinished_store(layout)
     if not os.path.lexists(unfinished):
         return
-    _undefine_unfinished(unfinished, tpm)
-    if isinstance(place, str):
-        _drop_unfinished(unfinished, place)
+    if is_ours(layout):  # a link may lead to what is another's by now
+        _undefine_unfinished(unfinished, tpm)
+        if isinstance(place, str):
+            _drop_unfinished(unfinished, place)
     for tail in _SQLITE_TAILS:
         layout.catalogue.with_name(layout.catalogue.name + tail).unlink(missing_ok=True)
     remove_unfinished(layout)

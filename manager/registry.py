@@ -227,7 +227,7 @@ class Registry:
         if not self._removed_before(row.uuid):
             await self._committer.commit(self.tombstones.burial(row.uuid))
             self.tombstones.buried()
-            await self._anchoring.write_durable()
+        await self._anchoring.write_durable()  # the removal that was cut short may not have come to it
         state_files.discard(self.image_path(row), row.uuid, ours=not row.state_image)
         self.catalogue.remove_vtpm(row.uuid, Happened("removed", event))
 

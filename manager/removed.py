@@ -1,6 +1,7 @@
 """Documents of removed vTPMs: what their tombstones say, and, where an event still tells, their name and by whom."""
 
 from collections.abc import AsyncGenerator, Iterator
+from operator import attrgetter
 from typing import Final
 
 import trio
@@ -42,7 +43,8 @@ async def list_removed(services: Services, arguments: Arguments) -> AsyncGenerat
                 f"--removed goes with --group and --tpm, not with --{name}: nothing is known of it any more"
             )
     registry = services.registry
-    chosen = sorted(registry.committer.store.tombstones(), key=lambda found: (found.removed, found.uuid))
+    everything = await trio.to_thread.run_sync(registry.committer.store.tombstones)
+    chosen = sorted(everything, key=attrgetter("removed", "uuid.int"))
     if arguments["group"] is not None:
         group = registry.catalogue.find_group_by_name(arguments["group"])
         if group is None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from manager import restoring
 from manager.backup import CATALOGUE, CONFIG
 from manager.catalogue_place import place_of
 from manager.config import Config, Layout
@@ -49,5 +50,6 @@ def catalogue_in_place(state_dir: Path, wanted: str | None) -> Iterator[None]:
         (state_dir / CATALOGUE).unlink()
         yield
     except BaseException:
-        Catalogue.drop(place)
+        if restoring.is_unfinished(state_dir):  # else all of it is in place, only not yet known to be durable
+            Catalogue.drop(place)
         raise

@@ -10,13 +10,13 @@ from typing import Final
 from uuid import UUID
 
 from manager.errors import ConflictError, IntegrityError, ManagerError
-from manager.named_path import open_named
+from manager.named_path import clear_device, open_named
 from storage.errors import ImageExists, StorageError
 from storage.state_format import Family, image_bytes
 from storage.state_image import StateImage
 
 _log = logging.getLogger("vtpm.files")
-SMALLEST_IMAGE: Final = image_bytes(1)  # all of it must be zero where a state image is made
+_SMALLEST_IMAGE: Final = image_bytes(1)
 
 
 def image_path(directory: Path, vtpm: UUID, named: str) -> Path:
@@ -105,9 +105,11 @@ def _empty(path: Path, vtpm: UUID) -> None:
         except StorageError as error:
             _log.warning("%s is left as it is: it holds no state image of vTPM %s (%s)", path, vtpm, error)
             return
-        os.pwrite(descriptor, bytes(SMALLEST_IMAGE), 0)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.ftruncate(descriptor, 0)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            clear_device(descriptor)
+            return
+        os.pwrite(descriptor, bytes(_SMALLEST_IMAGE), 0)
+        os.ftruncate(descriptor, 0)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

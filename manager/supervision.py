@@ -108,8 +108,10 @@ class Supervision:
         limit = trio.CapacityLimiter(_PARALLEL_STARTS)
         async with trio.open_nursery() as nursery:
             for attachment in self._catalogue.each_attachment():
+                if self._attachments.running(attachment.vtpm) is not None:
+                    continue  # first of all: thousands were adopted, and their saves wait for this loop
                 row = self._catalogue.find_vtpm(attachment.vtpm)
-                if row is not None and self._attachments.running(attachment.vtpm) is None:
+                if row is not None:
                     nursery.start_soon(self._first_start, row, limit)
 
     async def _first_start(self, row: VtpmRow, limit: trio.CapacityLimiter) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID
 import trio
 
 from manager.committer import Committer
-from manager.errors import ConfigurationError, ConflictError, DeniedError
+from manager.errors import ConfigurationError, ConflictError, DeniedError, ManagerError
 from storage.errors import GroupClosed, NoSuchVtpm, StorageError, VtpmRemoved
 from storage.store_records import BuryVtpm, Change, ForgetVtpm, RemoveVtpm, Tombstone
 
@@ -100,11 +100,11 @@ class Tombstones:
         """Take away the tombstones whose time is over, some with each commit; returns how many.
 
         Raises:
-            StorageError: the store took no commit; those that are left are kept.
+            StorageError, ManagerError: the store or, in strict mode, the anchor took no commit; the others are kept.
 
         """
         async with self._dropping:
-            expired = [found.uuid for found in self._committer.store.tombstones() if self._ends(found) <= time.time()]
+            expired = self._committer.store.removed_by(time.time() - self._seconds)
             for start in range(0, len(expired), _AT_ONCE):
                 await self._committer.commit(*map(ForgetVtpm, expired[start : start + _AT_ONCE]))
         return len(expired)
@@ -117,19 +117,16 @@ class Tombstones:
             self._buried = trio.Event()
             try:
                 dropped = await self.drop_expired()
-            except StorageError as error:
+            except (ManagerError, StorageError) as error:  # in strict mode the hardware TPM may fail a commit, too
                 _log.warning("tombstones whose time is over are still there: %s", error)
                 await trio.sleep(_COALESCE_SECONDS)
                 continue
             if dropped:
                 _log.info("%d tombstones of removed vTPMs were taken away", dropped)
 
-    def _ends(self, tombstone: Tombstone) -> float:
-        return tombstone.removed + self._seconds
-
     def _until_next(self) -> float:
         """Return the seconds until there is something to do."""
-        first = min((found.removed for found in self._committer.store.tombstones()), default=None)
+        first = self._committer.store.first_removal()
         self._idle = first is None
         if first is None:
             return math.inf

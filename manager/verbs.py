@@ -11,9 +11,9 @@ from manager.bulk import add_many
 from manager.errors import ConflictError, UsageError
 from manager.labels import parse_labels
 from manager.listing import describe, list_vtpms
+from manager.named_path import UNUSED_BYTES, is_unused
 from manager.removed import describe_removed, event_text
 from manager.services import Answer, Arguments, Caller, Document, Handler, Services
-from manager.state_files import SMALLEST_IMAGE
 from manager.verb_table import SCHEMA_VERSION
 from manager.verbs_backup import backup
 from manager.verbs_catalogue import events, label
@@ -53,10 +53,10 @@ def _check_state_image(caller: Caller, path: str) -> None:
         raise UsageError(f"the state image {path[:200]!r} is no regular file and no block device")
     if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
         raise UsageError(f"{path} is not the file that was opened for it")
-    if any(os.pread(caller.descriptors[0], SMALLEST_IMAGE, 0)):
+    if not is_unused(caller.descriptors[0]):
         raise ConflictError(
             f"{path} holds something already. Nothing was made or changed: a state image needs an empty file, or a "
-            f"device whose first {SMALLEST_IMAGE} bytes are zero"
+            f"device whose first {UNUSED_BYTES} bytes are zero"
         )
 
 

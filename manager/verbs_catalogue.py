@@ -10,7 +10,7 @@ import trio
 
 from manager.errors import UsageError
 from manager.labels import check_count, check_key, parse_labels
-from manager.listing import describe
+from manager.listing import READERS, describe
 from manager.services import Arguments, Caller, Document, Services
 from manager.verb_table import SCHEMA_VERSION
 from storage.catalogue_rows import Happened
@@ -53,8 +53,10 @@ async def events(services: Services, _caller: Caller, arguments: Arguments) -> A
     limit = arguments["limit"]
     if limit is not None and limit < 1:
         raise UsageError("--limit is 1 or more")
-    after = 0 if limit is None else catalogue.before_newest_events(limit, vtpm, since)
-    while page := catalogue.events_after(after, vtpm, since, _AT_ONCE):
+    after = 0
+    if limit is not None:
+        after = await trio.to_thread.run_sync(catalogue.before_newest_events, limit, vtpm, since, limiter=READERS)
+    while page := await trio.to_thread.run_sync(catalogue.events_after, after, vtpm, since, _AT_ONCE, limiter=READERS):
         for _, row in page:
             yield {
                 "schema": SCHEMA_VERSION,
@@ -64,7 +66,6 @@ async def events(services: Services, _caller: Caller, arguments: Arguments) -> A
                 "text": row.text,
             }
         after = page[-1][0]
-        await trio.lowlevel.checkpoint()
 
 
 def _whose(services: Services, text: str) -> UUID:

@@ -64,13 +64,28 @@ class StoreReading:
             return unpack_tombstone(group.table.row(vtpm.bytes), group.record.uuid)
 
     def tombstones(self, group: UUID | None = None) -> list[Tombstone]:
-        """List the tombstones of a group, or of all groups that are open. Raises NoSuchGroup, GroupClosed."""
+        """List the tombstones of a group, or of all groups that are open. Raises NoSuchGroup, GroupClosed.
+
+        Takes 3 us for each; commits and other readers get their turn between two of them.
+        """
+        found = []
+        for owner, table in self._tables(group):
+            for uuid in list(table.tombstones):
+                with self._applying:
+                    if uuid in table.tombstones:  # some were taken away meanwhile
+                        found.append(unpack_tombstone(table.row(uuid), owner))
+        return found
+
+    def removed_by(self, moment: float) -> list[UUID]:
+        """List the tombstones, of groups that are open, of vTPMs that were removed until then (seconds since 1970)."""
         with self._applying:
-            return [
-                unpack_tombstone(table.row(uuid), owner)
-                for owner, table in self._tables(group)
-                for uuid in table.tombstones
-            ]
+            removals = [removal for _, table in self._tables(None) for removal in table.removals()]
+        return [UUID(bytes=uuid) for uuid, removed in removals if removed <= moment]
+
+    def first_removal(self) -> int | None:
+        """Return when the one was removed whose tombstone is the oldest (seconds since 1970), None for none."""
+        with self._applying:
+            return min((removed for _, table in self._tables(None) for _, removed in table.removals()), default=None)
 
     def vtpms(self, group: UUID | None = None) -> Iterator[VtpmRecord]:
         """Iterate over the vTPMs of a group, or of all groups that are open. Raises NoSuchGroup, GroupClosed."""

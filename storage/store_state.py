@@ -135,7 +135,8 @@ def replay(state: State, frame: Frame) -> None:
         group.pending[frame.sequence] = sealed
     drop_groups(state, [change for change in frame.groups if isinstance(change, GroupDrop)])
     state.sequence = max(state.sequence, frame.sequence)
-    state.carried = frame.carried
+    if frame.sequence > state.root.sequence:  # a root of a checkpoint that had not ended is newer than its log
+        state.carried = frame.carried
 
 
 def put_groups(state: State, puts: list[GroupPut], keys: dict[UUID, GroupKey]) -> None:

@@ -17,6 +17,7 @@ from manager.errors import StaleAttachmentError
 from manager.keys import catalogue_key
 from manager.opening import locked_store, open_store
 from storage.catalogue import Catalogue
+from storage.errors import CatalogueUnreachable
 from storage.store import Store
 from storage.store_records import EPOCHS, GroupFlags, PutGroup, PutVtpm, RecordFlags, next_epoch
 
@@ -227,6 +228,37 @@ async def test_an_attach_that_fails_half_way_leaves_no_instance_and_no_mark(
         assert rows_of(place) == []
         assert await verdicts(running) == []
         await attached(running, "g")
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["answers-again", "stays-away"])
+async def test_a_row_whose_commit_was_not_acknowledged_is_no_old_row(
+    model: ModelTpm, place: Any, away: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection to PostgreSQL ends between its commit and its answer: the row is there, and the attach fails."""
+    real = Catalogue.attach
+
+    def gone(*_: Any) -> Any:
+        raise CatalogueUnreachable("postgresql+psycopg://", "the connection ended")
+
+    def unanswered(*arguments: Any) -> Any:
+        real(*arguments)
+        if away:
+            for name in ("find_attachment", "detach"):
+                patched.setattr(Catalogue, name, gone)
+        gone()
+
+    async with running_daemon(model, place) as running:
+        await running.ask("add", name="web")
+        with monkeypatch.context() as patched:
+            patched.setattr(Catalogue, "attach", unanswered)
+            await refused(running, 1, "attach", vtpm="web", guest="g")
+        assert running.attachments.running(running.registry.find("web").uuid) is None
+        assert len(rows_of(place)) == away
+    async with running_daemon(model, place) as running:
+        assert await verdicts(running) == []
+        if away:
+            await running.ask("detach", vtpm="web")
+        await attached(running, "other")
 
 
 async def test_a_manager_that_dies_between_mark_and_row_ends_the_instance(

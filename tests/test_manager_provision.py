@@ -498,3 +498,78 @@ def test_clean_up_says_what_it_took_away(
         again_works(layout, model)
     assert "interrupted init" in caplog.text
     assert SRK_NAME not in os.fsencode(caplog.text)
+
+
+def test_what_became_another_installations_store_is_no_leftover(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut `init --store PLACE`, done again from another state directory: the first one's link leads to its store."""
+    model, place = ModelTpm(), tmp_path / "volume.img"
+    options = replace(OPTIONS, store=place)
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "create", lost_power)
+        patched.setattr(provision, "clean_up_interrupted", lambda *_: None)
+        with pytest.raises(PowerCutError):
+            initialise(layout, options, as_tpm(model))
+    other = Layout(tmp_path / "other", tmp_path / "run")
+    other.state_dir.mkdir(mode=0o700)
+    initialise(other, options, as_tpm(model))
+    before = place.read_bytes()
+    initialise(layout, OPTIONS, as_tpm(model))
+    assert place.read_bytes() == before
+    assert opens(other, model) is Standing.CLEAN
+    assert opens(layout, model) is Standing.CLEAN
+    assert len(model.indices) == 2
+
+
+def test_what_became_a_file_system_is_no_leftover(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, place = ModelTpm(), tmp_path / "volume.img"
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "create", lost_power)
+        patched.setattr(provision, "clean_up_interrupted", lambda *_: None)
+        with pytest.raises(PowerCutError):
+            initialise(layout, replace(OPTIONS, store=place), as_tpm(model))
+    content = bytes(64 * 1024) + b"_BHRfS_M" + bytes(4096)
+    place.write_bytes(content)
+    initialise(layout, OPTIONS, as_tpm(model))
+    assert place.read_bytes() == content
+
+
+def lost_power(*_: object) -> None:
+    raise PowerCutError
+
+
+@pytest.mark.parametrize("step", ["store", "group", "catalogue", "rename"])
+def test_a_cut_init_at_a_named_place_can_be_done_again_there(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    model, options = ModelTpm(), replace(OPTIONS, store=tmp_path / "volume.img")
+    owner, name = DISK_STEPS[step]
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        if name == "rename" and "store" not in str(arguments[0]):
+            return original(*arguments, **named)
+        raise PowerCutError
+
+    with monkeypatch.context() as dying:
+        dying.setattr(provision, "clean_up_interrupted", lambda *_: None)
+        dying.setattr(owner, name, failing)
+        with pytest.raises(PowerCutError):
+            initialise(layout, options, as_tpm(model))
+    initialise(layout, options, as_tpm(model))
+    assert opens(layout, model) is Standing.CLEAN
+    assert len(model.indices) == 1
+    assert sorted(path.name for path in layout.state_dir.iterdir()) == ["catalogue.sqlite", "config.toml", "store.img"]
+
+
+@pytest.mark.parametrize("at", [0, 4096, 32 * 1024, 64 * 1024], ids=["any", "bcache", "iso", "btrfs"])
+def test_a_named_place_that_holds_a_file_system_is_refused(layout: Layout, tmp_path: Path, at: int) -> None:
+    place = tmp_path / "volume.img"
+    content = bytes(at) + b"superblock" + bytes(4096)
+    place.write_bytes(content)
+    with pytest.raises(ConflictError, match="holds something already"):
+        initialise(layout, replace(OPTIONS, store=place), as_tpm(ModelTpm()))
+    assert place.read_bytes() == content

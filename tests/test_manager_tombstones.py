@@ -10,10 +10,11 @@ from uuid import UUID
 import pytest
 import trio
 import trio.testing
-from manager_rig import ModelTpm, installation, running_daemon
+from manager_rig import ModelTpm, installation, lost_answer, running_daemon
 from storage_disks import MemoryDisk
 from storage_histories import group_key, new_store, record_of, reopen, uuid_of
 
+from manager.client import RemoteError
 from manager.committer import Committer
 from manager.errors import ConfigurationError, ConflictError, DeniedError
 from manager.tombstones import Tombstones
@@ -99,6 +100,25 @@ async def gone(store: Store) -> None:
             await trio.sleep(0.01)
 
 
+async def test_an_anchor_that_cannot_be_written_ends_the_task_of_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Strict mode: a commit also fails when the hardware TPM does. The manager must not end for a tombstone's sake."""
+
+    async def no_tpm() -> None:
+        raise lost_answer()
+
+    with store_with(V1) as store:
+        store.commit([BuryVtpm(V1, 1)])
+        committer = Committer(store, lambda: None)
+        committer.before_acknowledge = no_tpm
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(committer.run)
+            nursery.start_soon(Tombstones(committer, 0.1 / DAY).run)
+            await gone(store)
+            await trio.testing.wait_all_tasks_blocked()
+            assert "still there" in caplog.text
+            nursery.cancel_scope.cancel()
+
+
 async def test_without_tombstones_the_task_sleeps_and_writes_nothing() -> None:
     with store_with(V1) as store:
         async with committing(store, 1, task=True) as tombstones:
@@ -147,3 +167,25 @@ async def test_compact_drops_those_whose_time_is_over(place: tuple[ModelTpm, Any
 
 def test_only_an_administrator_may() -> None:
     assert {BY_NAME[name].role for name in ("scrub", "compact", "remove")} == {Role.ADMINISTRATOR}
+
+
+async def test_a_removal_that_the_anchor_did_not_follow_is_anchored_when_it_is_done_again(
+    place: tuple[ModelTpm, Any],
+) -> None:
+    model, _ = place
+    async with running_daemon(*place) as running:
+        await running.ask("add", name="web")
+        model.fail["anchor_write"] = "before", lost_answer()
+        with pytest.raises(RemoteError, match="not available"):
+            await running.ask("remove", vtpm="web", yes=True)
+        before = model.nv_writes
+        await running.ask("remove", vtpm="web", yes=True)
+        assert model.nv_writes == before + 1
+
+
+async def test_a_scrub_of_state_images_keeps_nothing_in_memory_of_each(place: tuple[ModelTpm, Any]) -> None:
+    async with running_daemon(*place) as running:
+        for _ in range(5):
+            await running.ask("add")
+        await running.ask("scrub", state_images=True)
+        assert len(running.attachments._changing) == 0

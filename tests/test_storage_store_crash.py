@@ -212,6 +212,18 @@ def test_a_damaged_sector_of_an_unfinished_checkpoint_loses_nothing_while_its_pr
             assert store.sequence == state.sequence
 
 
+def test_what_was_noted_after_the_last_frame_stands_in_the_roots_of_a_cut_checkpoint(full_image: bytes) -> None:
+    history = all_leaves_dirty(full_image)
+    before = len(history.disk.steps)
+    anchored = history.store.digest()
+    history.store.note_anchored(anchored)
+    history.store.checkpoint()
+    for cut in history.disk.all_cuts(random.Random(11), subsets=1, window=0):
+        if cut.steps > before and cut.whole:
+            with reopen(MemoryDisk(cut.image())) as store:
+                assert anchored in (store.digest(), store.anchored), f"cut after step {cut.steps}"
+
+
 def test_a_root_of_another_time_is_not_taken_for_the_one_before(full_image: bytes) -> None:
     history = all_leaves_dirty(full_image)
     before = len(history.disk.steps)

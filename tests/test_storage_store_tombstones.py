@@ -66,6 +66,7 @@ def test_a_buried_vtpm_leaves_uuid_time_and_generation_and_nothing_else(
     for opened in (store, reopen(disk)):
         assert opened.tombstones() == [Tombstone(V1, A, TIME, 3, RecordFlags.TOMBSTONE | RecordFlags.TPM12)]
         assert opened.tombstone(V1) == opened.tombstones()[0]
+        assert (opened.first_removal(), opened.removed_by(TIME - 1), opened.removed_by(TIME)) == (TIME, [], [V1])
         assert opened.tombstone(V3) is None
         assert {record.uuid for record in opened.vtpms()} == {V2, V3}
         figures = opened.statistics()

@@ -8,6 +8,8 @@ import pytest
 from block_devices import loop_device
 from e2e_rig import Installation
 
+from storage.store import Store
+
 MIB = 1 << 20
 
 
@@ -89,6 +91,9 @@ def test_an_interrupted_init_on_a_device_is_taken_away_by_the_next(bare: Install
     """Its link and half a store are there, as after a power cut before the last rename."""
     bare.init("--store", str(store_device))
     (bare.state / "store.img").rename(bare.state / "store.new")
+    descriptor = os.open(store_device, os.O_RDONLY)
+    (bare.state / "store.begun").write_text(str(Store.read_boot_area(descriptor)[0]))
+    os.close(descriptor)
     bare.init("--store", str(store_device))
     bare.start()
     assert bare.stop() == 0
@@ -122,3 +127,14 @@ def test_a_state_image_that_holds_something_is_refused_when_it_is_named(
     assert os.path.exists("/proc/version")
     assert bare.command("vtpm-add", "--state-image", "/proc/version", check=False).code != 0
     assert bare.stop() == 0
+
+
+def test_a_place_for_a_state_image_with_a_file_system_far_behind_its_beginning_is_refused(vtpms: Installation) -> None:
+    """Where btrfs has its mark, the first 64 KiB are zero."""
+    place = vtpms.base / "volume"
+    content = bytes(64 * 1024) + b"_BHRfS_M" + bytes(4096)
+    place.write_bytes(content)
+    refused = vtpms.command("vtpm-add", "--name", "web", "--state-image", str(place), check=False)
+    assert refused.code == 4, refused.err
+    assert place.read_bytes() == content
+    assert vtpms.command("vtpm-show", "web", check=False).code == 3
