@@ -222,7 +222,7 @@ class Attachments:
             raise
         if running.stage in (Stage.RUNNING, Stage.NEEDS_RESET):
             return
-        await running.ended.wait()
+        await self._instances.see_off(running)
         report = running.report
         if running.stage is Stage.FAILED and report is not None:
             await self._registry.flag(row.uuid, add=RecordFlags.QUARANTINED)

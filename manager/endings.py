@@ -15,7 +15,7 @@ from manager.errors import KeeperError, KeeperRefusedError
 from manager.keeper_client import Keeper
 
 _log = logging.getLogger("vtpm.instance")
-_LAST_BREATH: Final = 1.0  # seconds between the end of an instance's ring and that of its process
+LAST_BREATH: Final = 1.0  # seconds between the end of an instance's ring and that of its process
 
 
 class Endings:
@@ -56,15 +56,19 @@ class Endings:
             os.close(pidfd)
         await self.forget(vtpm, lease)
 
-    async def kill(self, vtpm: UUID, lease: int) -> None:
-        """Send SIGKILL to an instance; whoever serves its ring sees it end."""
+    async def kill(self, vtpm: UUID, lease: int) -> bool:
+        """End an instance at once (SIGKILL). Returns True when its process has ended, False when no keeper has it."""
         try:
             pidfd = await self._pidfd(vtpm, lease)
         except KeeperError as error:
-            _log.warning("vTPM %s: %s", vtpm, error)  # what its keeper does not keep has ended, or ends
-            return
-        _kill(pidfd)
-        os.close(pidfd)
+            _log.warning("vTPM %s: %s", vtpm, error)
+            return False
+        try:
+            _kill(pidfd)
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+        return True
 
     async def after_hang_up(self, vtpm: UUID, lease: int) -> int | None:
         """Have an instance forgotten that has closed its ring: it has ended, or is made to. Returns its exit status.
@@ -83,7 +87,7 @@ class Endings:
         except KeeperError:
             return None  # a keeper that does not know it is a new one: the instance ended with the old one
         try:
-            with trio.move_on_after(_LAST_BREATH) as waiting:
+            with trio.move_on_after(LAST_BREATH) as waiting:
                 await trio.lowlevel.wait_readable(pidfd)
             if waiting.cancelled_caught:
                 _log.error("vTPM %s: its instance closed its ring but lives; killing it", vtpm)

@@ -18,8 +18,9 @@ from frontend_backend.descriptors import close_all
 from frontend_backend.errors import RingError
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import Orders
+from manager import orphans
 from manager.config import InstanceConfig
-from manager.endings import Endings
+from manager.endings import LAST_BREATH, Endings
 from manager.errors import BusyError, KeeperError, ManagerError
 from manager.keeper_client import Keeper
 from manager.ring_server import RingServer
@@ -106,7 +107,7 @@ class Instances:
             front.close()
         back.forget_page_descriptor()
         running = Running(launch.vtpm, launch.lease, pid, back, launch.startup, launch.after_reset, uid or None)
-        running.epoch = launch.epoch
+        running.epoch, running.start = launch.epoch, orphans.start_of(pid)
         self._take_on(running)
         return running
 
@@ -137,7 +138,7 @@ class Instances:
         # an instance that waits in Load is told what a reset would be told: it never resumes twice
         uid = _uid_of(kept.pid)
         running = Running(vtpm, kept.lease, kept.pid, ring, "failed", after_reset, uid)
-        running.epoch = epoch
+        running.epoch, running.start = epoch, orphans.start_of(kept.pid)
         running.came_up = True  # if it was still starting, nobody waits for that any more
         self._take_on(running)
         running.ring.ring()  # "ask me": it reports how it is
@@ -205,10 +206,34 @@ class Instances:
         return running.stage is Stage.STOPPED
 
     async def kill(self, running: Running) -> None:
-        """End an instance at once (SIGKILL) and wait until it has been cleaned up after."""
+        """End an instance at once (SIGKILL) and wait until it has been cleaned up after.
+
+        Its end of the ring may outlive it: one that was taken over can have handed it to an accomplice.
+        """
         if not running.ended.is_set():
-            await self.endings.kill(running.vtpm, running.lease)
+            await self._end_for_certain(running)
+            if self._rings.remove(running):
+                self._hung_up(running)
         await running.ended.wait()
+
+    async def see_off(self, running: Running) -> None:
+        """Wait for the end of an instance that has said its last word; one that lives on is killed."""
+        if not await self._ends(running):
+            _log.error("vTPM %s: its instance said that it ends, but lives; killing it", running.vtpm)
+        await self.kill(running)
+
+    @staticmethod
+    async def _ends(running: Running) -> bool:
+        with trio.move_on_after(LAST_BREATH):
+            await running.ended.wait()
+        return running.ended.is_set()
+
+    async def _end_for_certain(self, running: Running) -> None:
+        if await self.endings.kill(running.vtpm, running.lease):
+            return
+        # It outlived its keeper, whose death it has not heeded; a process that has ended does nothing any more.
+        if not await self._ends(running):
+            await orphans.end(running.pid, running.start)
 
     def _free_uid(self) -> int:
         """Return a user id that no running instance has, and none had lately; 0 (the keeper's) where we may not choose.

@@ -58,10 +58,13 @@ class RingServer:
             self._look_at(running)
             self._committer.proceed()
 
-    def remove(self, running: Running) -> None:
-        """Serve it no longer (its process is gone)."""
-        if self._by_fileno.pop(running.ring.fileno(), None) is not None:
-            self._epoll.unregister(running.ring.fileno())
+    def remove(self, running: Running) -> bool:
+        """Serve it no longer (its process is gone). Returns whether it was served until now."""
+        if self._by_fileno.get(running.ring.fileno()) is not running:
+            return False  # a closed ring's number is -1, or another's by now
+        del self._by_fileno[running.ring.fileno()]
+        self._epoll.unregister(running.ring.fileno())
+        return True
 
     async def quiesce(self, running: Running) -> None:
         """Serve it no longer, and wait until what it asked for last is done: its record then says what counts."""

@@ -58,6 +58,7 @@ class Running:
     after_reset: str
     uid: int | None = None  # its own user id, None for the keeper's
     epoch: int = 0  # of the attachment it runs for: each of its commits says so in the record
+    start: int | None = None  # when its process began (orphans.start_of)
     stage: Stage = Stage.STARTING
     came_up: bool = False  # it has been running, or in failure; before that its end is its starter's affair
     awaited: bool = False  # somebody stops it, and deals with its end

@@ -8,7 +8,7 @@ import trio
 
 from frontend_backend.messages_keeper import Kept
 from manager.attachments import Attachments, after_reset
-from manager.errors import KeeperError, ManagerError, QuarantinedError
+from manager.errors import BusyError, ConflictError, KeeperError, ManagerError, QuarantinedError
 from manager.instances import Instances
 from manager.registry import Registry
 from manager.running import Running, Stage
@@ -44,6 +44,8 @@ class Supervision:
 
     async def _ended(self, running: Running, status: int | None) -> None:
         if running.stage is Stage.FAILED:
+            said = running.report.text if running.report is not None else ""
+            self._give_up(running.vtpm, f"its state could not be loaded ({said}); vtpm-reset-platform tries again")
             return
         row = self._catalogue.find_vtpm(running.vtpm)
         attachment = self._catalogue.find_attachment(running.vtpm)
@@ -74,7 +76,8 @@ class Supervision:
                 return None
             try:
                 await self._start(row, attachment)
-            except (KeeperError, OSError) as error:
+            except (KeeperError, BusyError, ConflictError, OSError) as error:
+                # busy: slow just now; conflict: the last instance has closed its ring, but not yet its state image
                 _log.warning("vTPM %s did not start: %s", row.uuid, error)
                 return str(error)
             except (ManagerError, StorageError) as error:

@@ -120,6 +120,12 @@ def _sigio(targets: Targets) -> None:
     _call("fcntl", ours.fileno(), 8, targets.keeper)
 
 
+def _take_from_accomplice(targets: Targets) -> None:
+    ours, theirs = socket.socketpair()
+    socket.send_fds(theirs, [b"here"], [targets.handed])
+    socket.recv_fds(ours, 8, 1)
+
+
 ATTEMPTS: dict[str, dict[str, Attempt]] = {
     "files": {
         "read a file that everybody may read": lambda t: os.open(t.readable, os.O_RDONLY),
@@ -152,6 +158,7 @@ ATTEMPTS: dict[str, dict[str, Attempt]] = {
         "limit the neighbour": lambda t: resource.prlimit(t.neighbour, resource.RLIMIT_AS, (4096, 4096)),
         "have the kernel signal the keeper": _sigio,
         "use a descriptor of another ring": _open_every_descriptor,
+        "take a descriptor that an accomplice sends": _take_from_accomplice,
     },
     "rights": {
         "become root": lambda _: os.setresuid(0, 0, 0),
@@ -193,6 +200,7 @@ FILTER_ALONE = frozenset(
         "execute from memory",
         "enter a user namespace",
         "have the kernel signal the keeper",
+        "take a descriptor that an accomplice sends",
         "make a vsock",
         "show its memory again",
         "talk to the kernel by netlink",

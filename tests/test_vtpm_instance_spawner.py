@@ -16,6 +16,7 @@ from vtpm_instance_manager import DEADLINE, until
 from vtpm_instance_rig import Bench, KeeperProcess, running_keeper
 
 from frontend_backend.messages_keeper import Confinement, ConfinementReply, KeeperRefusal, Spawn
+from vtpm_instance.spawner_link import Spawner, SpawnSettings
 
 
 @pytest.fixture(params=["fork", "exec"])
@@ -182,3 +183,21 @@ os.kill(spawner, signal.SIGKILL)
 def test_what_a_lost_spawner_made_without_telling_is_ended() -> None:
     run = subprocess.run([sys.executable, "-c", _STRAYS], capture_output=True, text=True, check=True)
     assert run.stdout == "True False\n", run.stderr
+
+
+def test_an_event_that_was_dealt_with_already_costs_no_spawner() -> None:
+    """The keeper polls, then serves what was readable one after the other: a spawn may take the greeting first."""
+    spawner = Spawner(SpawnSettings(), lambda _old, _new: None)
+    try:
+        spawner.wait_ready()
+        pid = spawner.pid
+        spawner.on_event()
+        assert spawner.pid == pid
+        assert Path(f"/proc/{pid}/comm").exists()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z", "its end")
+        spawner.on_event()
+        assert spawner.wait_ready()
+        assert spawner.pid != pid
+    finally:
+        spawner.close()

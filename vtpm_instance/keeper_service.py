@@ -117,7 +117,7 @@ class Keeper:
         try:
             handler()
         except Exception:  # noqa: BLE001 - every instance dies with this process: a bug may cost a manager its connection
-            traceback.print_exc()
+            note(f"a bug, its manager is turned away: {traceback.format_exc()}")  # print_exc can raise itself
             self._drop_manager()
 
     def _seconds_left(self) -> float:

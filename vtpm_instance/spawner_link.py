@@ -145,6 +145,8 @@ class Spawner:
     def on_event(self) -> None:
         """Take a greeting, or notice the end; a spawner that had worked is replaced at once."""
         was_ready = self._ready
+        if self._sock is None or not _readable(self._sock, 0.0):
+            return  # told late: `spawn` has taken it since, or this is another spawner under the same number
         try:
             data, received = self._receive(0.0)
             close_all(received)
@@ -158,9 +160,7 @@ class Spawner:
 
     def _receive(self, seconds: float) -> tuple[bytes, list[int]]:
         assert self._sock is not None
-        poll = select.poll()
-        poll.register(self._sock.fileno(), select.POLLIN)
-        if not poll.poll(seconds * 1000):
+        if not _readable(self._sock, seconds):
             self._lose(f"it did not answer within {seconds:g} s")
         try:
             return receive_message(self._sock, max_descriptors=1)
@@ -187,6 +187,12 @@ class Spawner:
         os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status)
+
+
+def _readable(sock: socket.socket, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def _places() -> list[str]:
