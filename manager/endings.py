@@ -15,6 +15,11 @@ from manager.errors import KeeperError, KeeperRefusedError
 from manager.keeper_client import Keeper
 
 _log = logging.getLogger("vtpm.instance")
+_STRAY_PAUSES: Final = (
+    0.2,
+    1.0,
+    0.0,
+)  # seconds; a keeper first deals with what it was asked before, and with its answer
 LAST_BREATH: Final = 1.0  # seconds between the end of an instance's ring and that of its process
 
 
@@ -55,6 +60,20 @@ class Endings:
         finally:
             os.close(pidfd)
         await self.forget(vtpm, lease)
+
+    async def end_stray(self, vtpm: UUID, lease: int) -> None:
+        """End an instance that may have been made though nobody waited for it any more; there may be none."""
+        with trio.CancelScope(shield=True):
+            for pause in _STRAY_PAUSES:
+                try:
+                    await self.end(vtpm, lease)
+                except KeeperRefusedError:
+                    _log.debug("vTPM %s: no instance was made so far", vtpm)
+                except KeeperError as error:
+                    _log.warning("vTPM %s: an instance may have been left behind: %s", vtpm, error)
+                else:
+                    return
+                await trio.sleep(pause)
 
     async def kill(self, vtpm: UUID, lease: int) -> bool:
         """End an instance at once (SIGKILL). Returns True when its process has ended, False when no keeper has it."""

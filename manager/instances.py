@@ -21,7 +21,7 @@ from frontend_backend.messages_instance import Orders
 from manager import orphans
 from manager.config import InstanceConfig
 from manager.endings import LAST_BREATH, Endings
-from manager.errors import BusyError, KeeperError, ManagerError
+from manager.errors import BusyError, KeeperError, KeeperRefusedError, ManagerError
 from manager.keeper_client import Keeper
 from manager.ring_server import RingServer
 from manager.running import Running, Stage
@@ -99,9 +99,11 @@ class Instances:
             if done.error is not None:
                 await self.endings.end(launch.vtpm, launch.lease)
                 raise done.error
-        except BaseException:
+        except BaseException as error:
             back.close()
             self._uids.discard(uid)
+            if not isinstance(error, KeeperRefusedError):
+                await self.endings.end_stray(launch.vtpm, launch.lease)
             raise
         finally:
             front.close()

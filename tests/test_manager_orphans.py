@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from uuid import UUID
 
 import pytest
 import trio
@@ -15,7 +16,7 @@ from e2e_rig import alive
 from manager_rig import ModelTpm, RunningDaemon, installation, running_daemon
 
 from frontend_backend import messages_instance as m
-from manager import orphans
+from manager import keeper_client, orphans
 from manager.client import RemoteError
 from manager.running import Running
 from vtpm_instance.syscalls import call, number_of
@@ -118,3 +119,31 @@ async def test_another_process_under_the_same_number_is_left_alone() -> None:
     assert start is not None
     await orphans.end(os.getpid(), start - 1)
     await orphans.end(os.getpid(), None)
+
+
+async def test_one_that_was_made_too_late_is_ended(
+    model: ModelTpm, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper was stopped while it was asked, and answers when nobody waits any more."""
+    async with running_daemon(model, place) as running:
+        await running.ask("add", name="web")
+        await running.ask("add", name="other")
+        await running.ask("attach", vtpm="other", guest="g")  # keeper and spawner are up
+        keeper = running.attachments._instances.endings._keeper
+        monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 2.0)
+
+        async def let_it_go_on() -> None:
+            await trio.sleep(2.5)
+            os.kill(keeper.pid, signal.SIGCONT)
+
+        with trio.fail_after(SECONDS):
+            async with trio.open_nursery() as nursery:
+                os.kill(keeper.pid, signal.SIGSTOP)
+                nursery.start_soon(let_it_go_on)
+                with pytest.raises(RemoteError, match="does not answer"):
+                    await running.ask("attach", vtpm="web", guest="g")
+            monkeypatch.undo()
+            await running.ask("attach", vtpm="web", guest="g")
+            web = running.registry.find("web").uuid
+            kept = await keeper.list()
+        assert [UUID(bytes=one.vtpm) for one in kept].count(web) == 1, "nothing of the late one is left"
