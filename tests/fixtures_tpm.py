@@ -17,6 +17,8 @@ from manager.hwtpm_setting import TctiSetting
 
 READY_SECONDS = 10.0
 FLAGS = "not-need-init,startup-clear"
+CMD_GET_CAPABILITY = (1).to_bytes(4, "big")  # swtpm_ioctls(3), as the answer's size
+CAPABILITY_BYTES = 8
 
 
 @dataclass
@@ -56,11 +58,13 @@ class SwtpmProcess:
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(READY_SECONDS)
             try:
                 client.connect(self.socket + ".ctrl")
+                client.sendall(CMD_GET_CAPABILITY)  # it binds this socket before the other: only an answer says both
+                return len(client.recv(CAPABILITY_BYTES)) == CAPABILITY_BYTES
             except OSError:
                 return False
-            return True
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self.process is not None:

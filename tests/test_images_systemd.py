@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from own_root import needs_own_root
 
 UNITS = Path(__file__).resolve().parent.parent / "images" / "systemd"
 MANAGER, INSTANCES = UNITS / "vtpm-manager.service", UNITS / "vtpm-instances.service"
@@ -88,6 +89,7 @@ def test_the_spawner_may_do_what_shuts_instances_in() -> None:
     assert {"mount", "umount2", "pivot_root", "unshare", "seccomp", "landlock_restrict_self"} <= allowed
 
 
+@needs_own_root
 @pytest.mark.skipif(os.geteuid() != 0, reason="capabilities are taken from root")
 def test_with_the_units_capabilities_instances_have_every_measure() -> None:
     (capabilities,) = settings(MANAGER)["CapabilityBoundingSet"]

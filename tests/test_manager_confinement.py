@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from manager_rig import ModelTpm, installation, running_daemon
+from own_root import needs_own_root
 
 from frontend_backend.messages_admin import ExitCode
 from frontend_backend.messages_keeper import ConfinementReply, Feature
@@ -56,6 +57,7 @@ def test_what_is_required_must_be_active() -> None:
     confinement.insist(InstanceConfig(), None)
 
 
+@needs_own_root
 async def test_status_shows_what_is_active_and_a_manager_whose_requirement_is_not_met_does_not_start(
     model: ModelTpm, place: Any
 ) -> None:

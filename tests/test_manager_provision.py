@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fixtures_tpm import running_swtpm
 from manager_rig import SRK_NAME, ModelTpm, PowerCutError, as_tpm, initialised, lost_answer
+from own_root import needs_own_root
 
 from frontend_backend.messages_admin import ExitCode
 from manager import maintenance, provision
@@ -407,6 +408,7 @@ def test_a_prediction_that_is_none_is_refused(pair: str) -> None:
     assert parse_predicted(["7=" + "ab" * 32]) == {7: b"\xab" * 32}
 
 
+@needs_own_root
 def test_check_finds_nothing_but_the_weak_settings(layout: Layout, standing_tpm: ModelTpm) -> None:
     findings = maintenance.check(layout, Config.load(layout.config))
     bad = {finding.what: finding.verdict for finding in findings if finding.verdict is not Verdict.OK}

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from evil_attempts import ATTEMPTS, FILTER_ALONE
 from generated_docs import check_generated
+from own_root import needs_own_root
 from vtpm_instance_commands import get_random, rc
 from vtpm_instance_rig import Bench, KeeperProcess, running_keeper, short_directory
 
 from vtpm_instance.confine import FEATURES
+
+pytestmark = needs_own_root
 
 NAMES = [name for group in ATTEMPTS.values() for name in group]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="an instance gets a user of its own from root only")
