@@ -19,6 +19,7 @@ _KEEPERS_OWN: Final = 64
 _MAPPINGS_OWN: Final = 2000  # of memory in the manager: libraries, arenas, threads; a ring's page is one
 _MANAGERS_SHARE: Final = 1
 _KEEPERS_SHARE: Final = 5
+_DEFAULT_MAPPINGS: Final = 65_530  # the kernel's vm.max_map_count, for a /proc without sys (systemd's ProcSubset=pid)
 
 
 def raise_descriptor_limit() -> int:
@@ -52,7 +53,10 @@ class Capacity:
     def found(cls, configured: int, manager_limit: int, keeper: int) -> "Capacity":
         """Find out what this machine and `keeper`, a process id, allow; one that does not tell has our limit."""
         theirs = descriptor_limit_of(keeper)
-        mappings = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+        try:
+            mappings = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+        except FileNotFoundError:
+            mappings = _DEFAULT_MAPPINGS
         return cls(configured, manager_limit, manager_limit if theirs is None else theirs, mappings)
 
     @property

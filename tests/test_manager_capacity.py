@@ -40,6 +40,24 @@ def test_what_is_found_is_this_processes() -> None:
     assert Capacity.found(0, 20_000, 2**22 + 1).keeper_limit == 20_000, "a keeper that is gone"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a /proc of its own")
+def test_capacity_is_found_where_proc_shows_processes_only() -> None:
+    """systemd's ProcSubset=pid hides /proc/sys."""
+    find = "import os; from manager.capacity import Capacity; print(Capacity.found(0, 20_000, os.getpid()).mappings)"
+    script = 'mount -t proc -o subset=pid proc /proc || exit 77; test ! -e /proc/sys && exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, sys.executable, find],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+        timeout=60,
+    )
+    if done.returncode == 77:
+        pytest.skip(f"mounting is not allowed here: {done.stderr}")
+    assert (done.returncode, done.stdout) == (0, "65530\n"), done.stderr
+
+
 def test_no_room_is_said_before_anything_is_spent() -> None:
     Capacity(3, 20_000, 20_000, 65_530).check(2)
     with pytest.raises(BusyError, match=r"quota\.running"):
