@@ -166,3 +166,17 @@ def test_an_instance_ended_by_its_filter_is_reported_with_the_reason() -> None:
         # SIGSYS is how the kernel ends what makes a system call that its filter does not know (seccomp(2))
         assert bench.kill(signal.SIGSYS) == -signal.SIGSYS
         assert "a system call that it must not make" in keeper.log.read_text()
+
+
+@needs_root
+def test_without_user_namespace_and_setpcap_an_instance_still_gives_up_every_capability() -> None:
+    """What a unit without namespaces leaves: only a user namespace would bring CAP_SETPCAP."""
+    become = (
+        "import os; from vtpm_instance import confine; confine.gain_nothing(); confine.keep_spawner_capabilities(); "
+        "assert confine.lock_down(confine.confinement(None, None, 'x'), 12345, 12345, (), os.getppid()); "
+        "print(os.getuid(), confine.capabilities())"
+    )
+    held = ["setpriv", "--bounding-set=-all,+setuid,+setgid", "--inh-caps=-all", sys.executable, "-c", become]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(held, capture_output=True, text=True, check=False, cwd=root, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "12345 0\n"), done.stderr

@@ -76,7 +76,7 @@ def confinement(landlock_rules: int | None, program: Any | None, name: str) -> C
     before: list[tuple[int, ...]] = []
     if landlock_rules is not None:
         before.append(landlock.call_to_enter(landlock_rules))
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and capabilities() >> _CAP_SETPCAP & 1:  # without it an empty permitted set has to do
         before += [(prctl, _PR_CAPBSET_DROP, capability) for capability in sorted(_SPAWNERS)]
     after = (
         (capset, syscalls.address_of(header), syscalls.address_of(sets)),
