@@ -18,7 +18,7 @@ from frontend_backend.errors import ChannelClosedError, MessageError
 from manager.errors import BusyError, KeeperError, KeeperRefusedError
 
 _log = logging.getLogger("vtpm.keeper")
-_START_SECONDS: Final = 15.0  # importing and warming libtpms takes about 0.3 s; a loaded machine more
+_START_SECONDS: Final = 30.0  # importing and rehearsing takes about 0.6 s; a machine that boots much more
 _ANSWER_SECONDS: Final = 30.0
 _RETRY_SECONDS: Final = 0.01
 
