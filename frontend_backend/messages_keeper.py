@@ -10,6 +10,20 @@ from typing import Final
 from frontend_backend.messages import Protocol
 
 VERSION: Final = 1
+# what shuts an instance in; the names that reports, `instance.require` and `check` use (docs/threat-model.md)
+FEATURES: Final = (
+    "user",
+    "network",
+    "mounts",
+    "ipc",
+    "capabilities",
+    "no-new-privileges",
+    "not-dumpable",
+    "limits",
+    "landlock",
+    "seccomp",
+    "no-writable-code",
+)
 
 
 @dataclass(frozen=True, slots=True)

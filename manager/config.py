@@ -63,7 +63,7 @@ class InstanceConfig:
     restart_seconds: float = 60.0
     spawn: str = "fork"  # "exec": each instance has an address layout of its own
     seccomp: str = "kill"  # what a system call does that an instance must not make: "kill", "errno", "log"
-    require: tuple[str, ...] = ()  # what must shut instances in (manager.confinement.FEATURES), or nothing starts
+    require: tuple[str, ...] = ()  # what must shut instances in (messages_keeper.FEATURES), or nothing starts
 
 
 @dataclass(frozen=True, slots=True)

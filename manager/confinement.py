@@ -9,25 +9,13 @@ from typing import Final
 import trio
 
 from frontend_backend import messages_keeper as m
+from frontend_backend.messages_keeper import FEATURES
 from manager.config import InstanceConfig
 from manager.errors import ConfigurationError, DeniedError, KeeperError, KeeperRefusedError, ManagerError
 from manager.keeper_client import Keeper
 
 MODES: Final = ("fork", "exec")
 ON_VIOLATION: Final = ("kill", "errno", "log")
-FEATURES: Final = (
-    "user",
-    "network",
-    "mounts",
-    "ipc",
-    "capabilities",
-    "no-new-privileges",
-    "not-dumpable",
-    "limits",
-    "landlock",
-    "seccomp",
-    "no-writable-code",
-)
 _END_SECONDS: Final = 10.0  # a keeper without instances ends within milliseconds
 _PROBE_SECONDS: Final = 60.0  # a spawner is warm after half a second; a loaded machine takes more
 

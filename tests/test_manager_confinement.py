@@ -9,12 +9,11 @@ from manager_rig import ModelTpm, installation, running_daemon
 from own_root import needs_own_root
 
 from frontend_backend.messages_admin import ExitCode
-from frontend_backend.messages_keeper import ConfinementReply, Feature
+from frontend_backend.messages_keeper import FEATURES, ConfinementReply, Feature
 from manager import confinement
 from manager.config import Config, InstanceConfig
 from manager.errors import ConfigurationError, DeniedError
 from manager.maintenance import Verdict, check
-from vtpm_instance.confine import FEATURES
 
 FOUND = ConfinementReply(
     "fork", "kill", (Feature("landlock", False, "the kernel has none"), Feature("seccomp", True, ""))
@@ -34,10 +33,6 @@ def place(model: ModelTpm) -> Iterator[Any]:
 
 def with_instance(config: Config, **changes: Any) -> Config:
     return replace(config, instance=replace(config.instance, **changes))
-
-
-def test_both_sides_name_the_same_features() -> None:
-    assert confinement.FEATURES == FEATURES
 
 
 @pytest.mark.parametrize("changes", [{"spawn": "clone"}, {"seccomp": "allow"}, {"require": ("selinux",)}])

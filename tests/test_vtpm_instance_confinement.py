@@ -15,7 +15,7 @@ from own_root import needs_own_root
 from vtpm_instance_commands import get_random, rc
 from vtpm_instance_rig import Bench, KeeperProcess, running_keeper, short_directory
 
-from vtpm_instance.confine import FEATURES
+from frontend_backend.messages_keeper import FEATURES
 
 pytestmark = needs_own_root
 

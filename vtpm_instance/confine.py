@@ -35,20 +35,6 @@ MAX_MEMORY_BYTES: Final = 1 << 30  # address space beyond what the spawner has; 
 _STANDARD: Final = 3
 _ALL_DESCRIPTORS: Final = 1 << 30  # the kernel's own limit where there is no other (fs.nr_open)
 
-FEATURES: Final = (
-    "user",
-    "network",
-    "mounts",
-    "ipc",
-    "capabilities",
-    "no-new-privileges",
-    "not-dumpable",
-    "limits",
-    "landlock",
-    "seccomp",
-    "no-writable-code",
-)
-
 
 Calls = tuple[tuple[int, ...], ...]  # system calls to be made: number and arguments each
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from frontend_backend.descriptors import close_all, receive_message, send_message
 from frontend_backend.errors import ChannelClosedError
-from frontend_backend.messages_keeper import ConfinementReply, Feature, encode_keeper
+from frontend_backend.messages_keeper import FEATURES, ConfinementReply, Feature, encode_keeper
 from vtpm_instance import confine, landlock, namespaces, seccomp, syscalls
 from vtpm_instance.confine import Confinement
 from vtpm_instance.errors import InstanceError
@@ -44,7 +44,7 @@ def prepare(on_violation: seccomp.OnViolation, *, shared: bool = True) -> tuple[
     heed_sigterm()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     warm_up(shared=shared)
-    missing: dict[str, str | None] = dict.fromkeys(confine.FEATURES)
+    missing: dict[str, str | None] = dict.fromkeys(FEATURES)
     if os.geteuid() != 0:
         missing["user"] = "only root can give each instance a user of its own"
     the_tpm().write_messages_to(_NULL)
