@@ -14,7 +14,7 @@ from manager.cli_output import print_answer
 from manager.client import RemoteError, open_for_verb, socket_path, stream
 from manager.errors import ManagerError, UsageError
 from manager.named_path import place_of
-from manager.verb_table import BY_NAME, REMOVED_COLUMNS, VERBS, Argument, Verb
+from manager.verb_table import BY_NAME, REMOVED_COLUMNS, VERBS, Argument, Verb, command_of
 from storage.errors import StorageError
 
 EXIT_CODES: Final = (
@@ -97,12 +97,12 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             columns = REMOVED_COLUMNS if arguments.get("removed") else verb.columns
             return print_answer(replace(verb, many=many, columns=columns), answer, options.form, paged=paged)
     except ManagerError as error:
-        return report(error, options.form, f"vtpm-{verb.name}")
+        return report(error, options.form, command_of(verb))
     except BrokenPipeError:
         return _reader_gone()
     except OSError as error:
         return report(
-            ManagerError(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, f"vtpm-{verb.name}"
+            ManagerError(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, command_of(verb)
         )
     finally:
         for descriptor in descriptors:
@@ -123,9 +123,9 @@ def _run_offline(verb: Verb, options: argparse.Namespace) -> int:
     except BrokenPipeError:
         return _reader_gone()
     except ManagerError as error:
-        return report(error, options.form, f"vtpm-{verb.name}")
+        return report(error, options.form, command_of(verb))
     except (StorageError, OSError) as error:
-        return report(ManagerError(str(error)), options.form, f"vtpm-{verb.name}")
+        return report(ManagerError(str(error)), options.form, command_of(verb))
 
 
 def _reader_gone() -> int:

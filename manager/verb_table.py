@@ -203,3 +203,8 @@ DAEMON_VERBS: Final[tuple[Verb, ...]] = (
 )
 
 BY_NAME: Final = {verb.name: verb for verb in VERBS + DAEMON_VERBS}
+
+
+def command_of(verb: Verb) -> str:
+    """Return the command that a verb is given as, for messages."""
+    return f"vtpm-manager {verb.name}" if verb in DAEMON_VERBS else f"vtpm-{verb.name}"

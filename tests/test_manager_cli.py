@@ -158,3 +158,13 @@ def test_tables_are_aligned_and_empty_ones_have_a_head() -> None:
 def test_every_command_of_the_table_is_installed() -> None:
     scripts = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert all(f"vtpm-{verb.name} = " in scripts for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("main", "verb", "command"), [(cli.main, "list", "vtpm-list"), (manager_main, "scrub", "vtpm-manager scrub")]
+)
+def test_an_error_names_the_command_that_was_given(
+    main: Callable[[list[str]], int], verb: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "--socket", str(tmp_path / "admin.sock")]) == 3
+    assert capsys.readouterr().err.startswith(f"{command}: no manager answers")
