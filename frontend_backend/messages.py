@@ -7,6 +7,7 @@ What lives here: the codec. What each pair of processes says: `messages_instance
 
 import dataclasses
 import enum
+import functools
 import math
 import types
 import typing
@@ -19,6 +20,14 @@ from frontend_backend.errors import MessageError, MessageVersionError
 
 _SCALARS: Final = frozenset({str, int, bool, bytes, type(None)})  # float is none of them: it may be no number
 _MAX_DEPTH: Final = 32  # lists and maps inside a document; far below what msgpack, json or a stack can bear
+
+
+def later(default: Any) -> Any:
+    """Declare a field that was added when peers without it were already running: it is sent only if it says something.
+
+    A peer that does not know it refuses the message; so use it for what only newer peers can have been asked for.
+    """
+    return dataclasses.field(default=default, metadata={"later": True})
 
 
 class Protocol:
@@ -195,4 +204,13 @@ def _plain(value: Any) -> Any:
 
 def _plain_fields(message: Any) -> dict[str, Any]:
     values = {name: getattr(message, name) for name in message.__dataclass_fields__}
+    for name, default in _later_fields(type(message)):  # type: ignore[arg-type] # a class is hashable
+        if values[name] == default:
+            del values[name]  # a peer of an earlier release does not know it
     return {name: value if type(value) in _SCALARS else _plain(value) for name, value in values.items()}
+
+
+@functools.cache
+def _later_fields(kind: Any) -> tuple[tuple[str, Any], ...]:
+    """Return the fields that were added with `later`, and their defaults."""
+    return tuple((field.name, field.default) for field in dataclasses.fields(kind) if "later" in field.metadata)

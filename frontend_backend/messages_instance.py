@@ -12,7 +12,7 @@ from enum import IntFlag, StrEnum
 from typing import Final
 
 from frontend_backend.errors import MessageError
-from frontend_backend.messages import Protocol
+from frontend_backend.messages import Protocol, later
 from frontend_backend.tpmhdr import HEADER_SIZE, CommandHeader
 from frontend_backend.tpmif import MAX_PACKET
 
@@ -36,6 +36,7 @@ class Orders(IntFlag):
     NONE = 0
     STOP = 1  # clean stop: TPM2_Shutdown(STATE), final commit, exit
     RESET = 2  # platform reset: load again, start up again
+    QUOTE = 8  # ask by QuoteTask what is to be quoted; given only to instances whose reports say `quotes`
 
 
 class RefusalCode(StrEnum):
@@ -48,6 +49,7 @@ class RefusalCode(StrEnum):
     STORE_FAILED = "store-failed"  # nothing was committed
     UNAVAILABLE = "unavailable"  # not now, or not offered by this manager
     LIMIT = "limit"
+    DENIED = "denied"  # not for this vTPM, or not with this hardware TPM; asking again does not help
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class LoadReply:
     generation: int
     startup: str
     commit_timeout: float
+    hw_pcrs: int = later(0)  # hardware PCRs to put into the vTPM after each Startup(CLEAR), bit 0 for PCR 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ class RandomReply:
 
 @dataclass(frozen=True, slots=True)
 class PcrRead:
-    """Ask for hardware PCR values: `bank` as "sha256", indices 0 to 23."""
+    """Ask for hardware PCR values that this vTPM's attachment asks for: `bank` is "sha256", indices 0 to 23."""
 
     bank: str
     pcrs: tuple[int, ...]
@@ -126,31 +129,58 @@ class PcrReadReply:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """Ask for a hardware quote over `nonce` (at most 64 bytes)."""
+    """Ask, for the guest, for a deep quote over `nonce` (1 to 64 bytes); `evidence` is the vTPM's part of it."""
 
     nonce: bytes
+    evidence: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class QuoteReply:
-    """Answer to Quote: TPMS_ATTEST and TPMT_SIGNATURE as the hardware TPM marshalled them."""
+    """Answer to Quote: the bundle of docs/attestation.md."""
 
-    attest: bytes
-    signature: bytes
+    bundle: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class QuoteTask:
+    """Ask what the order QUOTE was for."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuoteTaskReply:
+    """Answer to QuoteTask: evidence over `nonce` of the PCRs in the bit map; ticket 0 when none is wanted any more."""
+
+    ticket: int
+    nonce: bytes = b""
+    selection: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QuoteMade:
+    """The evidence that a task wanted, or why there is none; answered by ReportReply."""
+
+    ticket: int
+    evidence: bytes
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The instance's own state. `reason` is a word for programs, `text` a sentence for people."""
+    """The instance's own state. `reason` is a word for programs, `text` a sentence for people.
+
+    `quotes` says that it knows the order QUOTE.
+    """
 
     state: InstanceState
     reason: str = ""
     text: str = ""
+    quotes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReportReply:
-    """Answer to Report; what matters are the orders that travel with it."""
+    """Answer to Report and QuoteMade; what matters are the orders that travel with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +191,17 @@ class Refusal:
     text: str
 
 
-Request = Load | Commit | Random | PcrRead | Quote | Report
-Reply = LoadReply | CommitReply | RandomReply | PcrReadReply | QuoteReply | ReportReply | Refusal
+Request = Load | Commit | Random | PcrRead | Quote | QuoteTask | QuoteMade | Report
+Reply = LoadReply | CommitReply | RandomReply | PcrReadReply | QuoteReply | QuoteTaskReply | ReportReply | Refusal
 
-_NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET)
+_NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET | Orders.QUOTE)
 _HEADER: Final = CommandHeader.CODEC
 
-_REQUESTS = Protocol(VERSION, (Load, Commit, Random, PcrRead, Quote, Report))
-_REPLIES = Protocol(VERSION, (LoadReply, CommitReply, RandomReply, PcrReadReply, QuoteReply, ReportReply, Refusal))
+_REQUESTS = Protocol(VERSION, (Load, Commit, Random, PcrRead, Quote, QuoteTask, QuoteMade, Report))
+_REPLIES = Protocol(
+    VERSION,
+    (LoadReply, CommitReply, RandomReply, PcrReadReply, QuoteReply, QuoteTaskReply, ReportReply, Refusal),
+)
 
 
 def encode_request(message: Request) -> bytes:

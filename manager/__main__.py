@@ -5,12 +5,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn
 
 from frontend_backend.messages_admin import ExitCode
+from manager import cli_approvals, cli_hierarchies, cli_rollback, cli_tpm
 from manager.cli import EXIT_CODES, add_verb_arguments, report, run_verb
 from manager.cli_store import add_verbs
 from manager.config import (
@@ -63,8 +64,10 @@ def _prepare_state_dir(path: Path) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from manager.catalogue_place import shown_place  # noqa: PLC0415 - --help should not load SQLAlchemy
-    from manager.opening import open_tpm  # noqa: PLC0415 - nor the TPM's libraries
+    from manager.approval_files import TARGETS  # noqa: PLC0415 - --help should not load what it does not need
+    from manager.catalogue_place import shown_place  # noqa: PLC0415 - SQLAlchemy
+    from manager.hwtpm_hierarchies import Hierarchy  # noqa: PLC0415 - nor the TPM's libraries
+    from manager.opening import open_tpm  # noqa: PLC0415
     from manager.provision import InitOptions, check_options, initialise, refuse_existing  # noqa: PLC0415
 
     layout = _layout(options)
@@ -76,9 +79,12 @@ def _init(options: argparse.Namespace) -> int:
         locality=locality,
         pcrs=options.pcrs,
         recovery=Path(options.recovery) if options.recovery else None,
+        saa=Path(options.saa) if options.saa else None,
         store_size=options.store_size,
         store=Path(options.store) if options.store else None,
         catalogue=options.catalogue,
+        set_hierarchy_auth=options.set_hierarchy_auth,
+        hierarchy_auths={Hierarchy(name): auth for name, auth in cli_hierarchies.given_auths(options).items()},
     )
     if chosen.recovery is None and not options.no_recovery:
         raise UsageError(
@@ -99,10 +105,17 @@ def _init(options: argparse.Namespace) -> int:
         "locality": locality,
         "pcrs": options.pcrs,
         "recovery_key": bool(options.recovery),
+        "saa": str(layout.state_dir / TARGETS) if options.saa else None,
         "catalogue": shown_place(layout, Config(catalogue=CatalogueConfig(url=options.catalogue))),
     }
     if options.form == "json":
         print(json.dumps(document, indent=2))
+    elif options.saa:
+        print(
+            f"made store {store} in {layout.state_dir}. It is closed until its approver has signed: take "
+            f"{layout.state_dir / TARGETS}/*.json to 'vtpm-approve sign', install what comes back with 'vtpm-manager "
+            f"approve APPROVAL...', then 'vtpm-manager run'"
+        )
     else:
         print(
             f"made store {store} in {layout.state_dir}; start it with 'vtpm-manager run --state-dir {layout.state_dir}'"
@@ -141,9 +154,10 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _reseal(options: argparse.Namespace) -> int:
-    from manager.maintenance import parse_predicted, reseal  # noqa: PLC0415 - as above
-    from manager.provision import write_config  # noqa: PLC0415
+    from manager.predicted import parse_predicted  # noqa: PLC0415
+    from manager.provision import write_config  # noqa: PLC0415 - as above
     from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
+    from manager.reseal import reseal  # noqa: PLC0415
 
     layout = _layout(options)
     config = _config(options, layout)
@@ -151,16 +165,23 @@ def _reseal(options: argparse.Namespace) -> int:
     if options.recovery_key:
         passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
         recovery = RecoveryPrivate.load(options.recovery_key, passphrase)
-    done, resealed = reseal(layout, config, recovery, parse_predicted(options.predict), options.pcrs)
-    write_config(_config_path(options, layout), resealed)
-    for what in done:
+    resealed = reseal(layout, config, recovery, parse_predicted(options.predict), options.pcrs)
+    write_config(_config_path(options, layout), resealed.config)
+    for what in resealed.done:
         print(f"resealed {what}")
-    return int(ExitCode.OK)
+    return _left_closed(resealed.left)
+
+
+def _left_closed(left: Mapping[str, str]) -> int:
+    """Say which groups stay closed; returns the exit code."""
+    for name, reason in left.items():
+        print(f"group {name} stays closed: {reason}", file=sys.stderr)
+    return int(ExitCode.DENIED if left else ExitCode.OK)
 
 
 def _recover(options: argparse.Namespace) -> int:
     from manager.provision import write_config  # noqa: PLC0415 - as above
-    from manager.recovery import recover  # noqa: PLC0415
+    from manager.recovery import recover, recover_group  # noqa: PLC0415
     from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
 
     layout = _layout(options)
@@ -169,11 +190,15 @@ def _recover(options: argparse.Namespace) -> int:
         config = replace(config, tpm=replace(config.tpm, tcti=options.tcti))
     passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
     key = RecoveryPrivate.load(options.key, passphrase)
-    done, recovered = recover(layout, config, key, accept_older_store=options.accept_older_store)
+    if options.group:
+        vtpms = recover_group(layout, config, options.group, key)
+        print(f"recovered group {options.group}: {vtpms} vTPMs; its key is sealed to the hardware TPM as it is now")
+        return int(ExitCode.OK)
+    done, recovered = recover(layout, config, key)
     write_config(_config_path(options, layout), recovered)
-    print(f"recovered store {done.store}: {done.groups} groups, {done.vtpms} vTPMs, sequence {done.sequence}")
+    print(f"recovered store {done.store}: {len(done.groups)} groups, {done.vtpms} vTPMs, sequence {done.sequence}")
     print("rollback protection starts anew: that this is the newest store could not be checked", file=sys.stderr)
-    return int(ExitCode.OK)
+    return _left_closed(done.left)
 
 
 def _verb(options: argparse.Namespace) -> int:
@@ -201,12 +226,17 @@ def _parser() -> argparse.ArgumentParser:
 
     init = verb("init", _init, "make a new installation: keys sealed to the hardware TPM, an empty store")
     init.add_argument(
-        "--tcti", default=_DEFAULTS.tcti, help="embedded | swtpm:path=P | device:/dev/tpmrm0 (default: %(default)s)"
+        "--tcti",
+        default=_DEFAULTS.tcti,
+        help="embedded | swtpm:path=P | tis:locality=2 | device:/dev/tpmrm0 (default: %(default)s)",
     )
     init.add_argument(
         "--pcrs", default=_DEFAULTS.pcrs, help="PCRs that the keys are bound to, or none (default: %(default)s)"
     )
     init.add_argument("--recovery", metavar="PUB.pem", help="recovery public key, made by vtpm-recovery-key")
+    init.add_argument(
+        "--saa", metavar="PUB.pem", help="the approver's public key (vtpm-approve): it says what PCRs must be"
+    )
     init.add_argument("--no-recovery", action="store_true", help="no escrow: a lost TPM loses everything")
     init.add_argument("--allow-locality", type=int, choices=(0,), help="use the weaker locality 0")
     init.add_argument("--store-size", type=int, default=2 * 1024 * 1024, metavar="BYTES", help="default: %(default)s")
@@ -219,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="a PostgreSQL database for the catalogue (default: a file in the state directory)",
     )
+    cli_hierarchies.add_init_options(init)
     init.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
     verb("run", _run, "serve until SIGTERM")
     check = verb("check", _check, "check configuration, permissions, TPM and store; fails on weak settings")
@@ -230,17 +261,19 @@ def _parser() -> argparse.ArgumentParser:
     reseal.add_argument("--predict", action="append", default=[], metavar="PCR=HEX", help="also seal to this value")
     reseal.add_argument("--pcrs", help="bind to another selection from now on")
     recover = verb("recover", _recover, "the TPM was cleared, replaced or lost: provision the new one from the escrow")
+    recover.add_argument(
+        "--group", metavar="NAME", help="open this group only, by its own recovery key, on a TPM that was recovered"
+    )
     recover.add_argument("--key", required=True, metavar="FILE", help="the recovery key")
     recover.add_argument("--passphrase-file", metavar="FILE", help="passphrase of the recovery key")
-    recover.add_argument(
-        "--accept-older-store",
-        action="store_true",
-        help="the TPM is the old one, but the newest store is lost: go back to this one (kept in the event log)",
-    )
     recover.add_argument("--tcti", help="the new hardware TPM, if it is reached in another way")
     for name in ("status", "stop", "backup", "scrub", "compact"):
         add_verb_arguments(verb(name, _verb, BY_NAME[name].help), BY_NAME[name])
     add_verbs(verb, _layout, _config)
+    cli_approvals.add_verbs(verb, _layout, _config)
+    cli_hierarchies.add_verb(verb, _layout, _config)
+    cli_rollback.add_verb(verb, _layout, _config)
+    cli_tpm.add_verb(verb, _layout, _config, _verb)
     return parser
 
 

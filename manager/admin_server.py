@@ -39,7 +39,12 @@ _REQUEST_SECONDS: Final = 10.0  # a client that says nothing for longer is dropp
 _REPLY_SECONDS: Final = 30.0  # and one that does not read
 _MAX_CLIENTS: Final = 64
 _MAX_DESCRIPTORS: Final = 4
-_KINDS: Final[Mapping[str, type]] = {"str": str, "path": str, "int": int, "flag": bool, "list": tuple}
+_KINDS: Final[Mapping[str, type]] = {
+    **dict.fromkeys(("str", "path", "text", "bytes"), str),
+    "int": int,
+    "flag": bool,
+    "list": tuple,
+}
 
 
 class _ReaderGoneError(Exception):
@@ -226,6 +231,6 @@ class AdminServer:
                 f"([admin] in the configuration gives roles)"
             )
         arguments = check_arguments(verb, request.arguments)
-        what = str(arguments.get("vtpm") or arguments.get("name") or "")
+        what = str(arguments.get("vtpm") or arguments.get("group") or arguments.get("name") or "")
         _log.info("%s %.80r by user %d", verb.name, what, peer.uid)  # repr: no line of the log is the caller's
         return HANDLERS[verb.name](self._services, Caller(peer.uid, descriptors), arguments)

@@ -32,17 +32,28 @@ class Standing(Enum):
 class Notes:
     """What a store carries of the anchors beside the digest that the index holds; 32 bytes each, zeros for none.
 
-    `pending` was about to be written to the index when the store was written. PCR 22 held `pcr_before`, and holds
-    `pcr_after` once the extend in progress is done.
+    `pending` was about to be written to the index when the store was written. PCR 22 held `pcr_before`, and was about
+    to be extended by `extending`. (Earlier managers noted there what it was going to hold; `judge` takes that too.)
     """
 
     pending: bytes = bytes(DIGEST_SIZE)
     pcr_before: bytes = bytes(DIGEST_SIZE)
-    pcr_after: bytes = bytes(DIGEST_SIZE)
+    extending: bytes = bytes(DIGEST_SIZE)
 
     def pack(self) -> bytes:
         """Return the 96 bytes that the store keeps."""
-        return self.pending + self.pcr_before + self.pcr_after
+        return self.pending + self.pcr_before + self.extending
+
+    def pcr22_values(self) -> tuple[bytes, ...]:
+        """Return what PCR 22 may hold beside a store with these notes, but for its values after a reset of the TPM.
+
+        Before the extend; after it; after it where the TPM was reset between the note and the extend, so that it
+        began at another value; and what a note of an earlier manager names as the value after it.
+        """
+        if self.extending == _NONE:
+            return (self.pcr_before,)
+        begins = (self.pcr_before, *PCR22_AFTER_RESET)
+        return self.pcr_before, self.extending, *(extended(value, self.extending) for value in begins)
 
     @classmethod
     def unpack(cls, kept: bytes) -> "Notes":
@@ -114,4 +125,4 @@ def judge(position: StorePosition, durable: bytes, pcr22: bytes | None) -> Stand
 def _agrees(position: StorePosition, pcr22: bytes | None) -> bool:
     if pcr22 is None or pcr22 in PCR22_AFTER_RESET:
         return True
-    return pcr22 in (position.notes.pcr_before, position.notes.pcr_after)
+    return pcr22 in position.notes.pcr22_values()

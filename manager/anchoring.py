@@ -2,6 +2,7 @@
 
 import hmac
 import logging
+import math
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,6 @@ from manager import anchor
 from manager.committer import Committer
 from manager.errors import ManagerError, RolledBackError
 from manager.hardware import Hardware
-from manager.hwtpm_errors import TpmError
 from manager.hwtpm_records import AnchorInfo
 from storage.errors import StorageError, StorageFull
 from storage.store import Store
@@ -21,15 +21,20 @@ from storage.store import Store
 _log = logging.getLogger("vtpm.anchor")
 _RETRY_SECONDS: Final = 5.0
 _COALESCE_SECONDS: Final = 0.05  # saves within this time share one extend of PCR 22
+_WATCH_SECONDS: Final = 60.0  # without saves: how long a TPM that was reset meanwhile goes unnoticed
 
 
 @dataclass(frozen=True, slots=True)
 class AnchorStatistics:
-    """Writes of the durable anchor, extends of the volatile one, and when the durable one was last written (UTC)."""
+    """Writes of the durable anchor, extends of the volatile one, and when the durable one was last written (UTC).
+
+    All since this manager started; `resets` counts how often it found PCR 22 with another value than it had left there.
+    """
 
     durable_writes: int
     volatile_extends: int
     last_durable: float
+    resets: int
 
 
 class Anchoring:
@@ -56,6 +61,20 @@ class Anchoring:
         self._durable_writes = self._volatile_extends = 0
         self._last_durable = 0.0
         self._notes = anchor.Notes.unpack(committer.store.volatile_expected)
+        self._pcr22: bytes | None = None  # what PCR 22 must hold; None where the last extend may or may not be done
+        self._resets = 0
+        self._unprotected = False  # PCR 22 was reset, and no durable anchor has been written since
+        self._renewed = -math.inf  # when it was; no more often than we look, whoever else extends PCR 22
+
+    @property
+    def hardware(self) -> Hardware:
+        """The hardware TPM that holds the anchors."""
+        return self._hardware
+
+    @property
+    def index(self) -> int:
+        """The durable anchor's NV index."""
+        return self._info.index
 
     def group_committed(self) -> None:
         """Tell that the store has changed (called by the committer)."""
@@ -152,12 +171,16 @@ class Anchoring:
         if not self._volatile:
             return
         while True:
-            await self._group_done.wait()
-            await trio.sleep(_COALESCE_SECONDS)
-            self._group_done = trio.Event()
+            with trio.move_on_after(_WATCH_SECONDS):
+                await self._group_done.wait()
             try:
-                await self.extend_volatile()
-            except (TpmError, StorageError) as error:
+                if self._group_done.is_set():
+                    await trio.sleep(_COALESCE_SECONDS)
+                    self._group_done = trio.Event()
+                    await self.extend_volatile()
+                else:
+                    await self._look_for_a_reset()
+            except (ManagerError, StorageError) as error:
                 _log.warning("PCR 22 was not extended, will be retried: %s", error)
                 self._group_done.set()
                 await trio.sleep(_RETRY_SECONDS)
@@ -168,18 +191,45 @@ class Anchoring:
         The PCR is read each time: a machine that was suspended comes back with it reset, and a note that starts from
         a remembered value would lock the newest store out.
 
+        A value that we did not leave there means that the TPM was reset: then only the durable anchor stands, for
+        what may be an hour old, so it is written too.
+
         Raises:
             TpmError: the hardware TPM did not do it. StorageError: the store did not take the note.
 
         """
         store = self._committer.store
         before = await self._hardware.lane.run(self._hardware.tpm.pcr22_read)
+        self._compare(before)
         async with self._committer.lock:
             digest = store.digest()
-            self._note(pcr_before=before, pcr_after=anchor.extended(before, digest))
+            self._note(pcr_before=before, extending=digest)
             await trio.to_thread.run_sync(partial(store.commit, (), notes=True))
+        self._pcr22 = None
         await self._hardware.lane.run(self._hardware.tpm.pcr22_extend, digest)
+        self._pcr22 = anchor.extended(before, digest)
         self._volatile_extends += 1
+        if self._unprotected and trio.current_time() >= self._renewed + _WATCH_SECONDS:
+            await self.write_durable()
+            self._unprotected, self._renewed = False, trio.current_time()
+
+    async def _look_for_a_reset(self) -> None:
+        """Have both anchors stand again if the TPM was reset; nothing is written otherwise."""
+        if not self._compare(await self._hardware.lane.run(self._hardware.tpm.pcr22_read)):
+            await self.extend_volatile()
+
+    def _compare(self, present: bytes) -> bool:
+        """Return whether PCR 22 holds what we left there; where it does not, both anchors have to be renewed."""
+        if self._pcr22 in (None, present):
+            return not self._unprotected
+        self._pcr22 = None
+        self._resets += 1
+        self._unprotected = True
+        _log.warning(
+            "PCR 22 holds another value than we left there: the hardware TPM was reset while this manager ran, as by a "
+            "suspend, or somebody else extends it; both anchors are written anew"
+        )
+        return False
 
     def _note(self, **changes: bytes) -> None:
         """Change what the store carries of the anchors, from its next frame on."""
@@ -188,7 +238,7 @@ class Anchoring:
 
     def statistics(self) -> AnchorStatistics:
         """Return the counters."""
-        return AnchorStatistics(self._durable_writes, self._volatile_extends, self._last_durable)
+        return AnchorStatistics(self._durable_writes, self._volatile_extends, self._last_durable, self._resets)
 
 
 def note_present(store: Store, pcr22: bytes | None) -> None:
@@ -198,7 +248,7 @@ def note_present(store: Store, pcr22: bytes | None) -> None:
     """
     if pcr22 is not None:
         notes = anchor.Notes.unpack(store.volatile_expected)
-        store.note_volatile(replace(notes, pcr_before=pcr22, pcr_after=pcr22).pack())
+        store.note_volatile(replace(notes, pcr_before=pcr22, extending=bytes(anchor.DIGEST_SIZE)).pack())
 
 
 def position_of(store: Store) -> anchor.StorePosition:

@@ -23,7 +23,9 @@ from manager.errors import (
     KeeperError,
     ManagerError,
     QuarantinedError,
+    UsageError,
 )
+from manager.hardware_pcrs import bit_map, parse_hw_pcrs
 from manager.instances import Instances, Launch
 from manager.registry import Registry, check_name
 from manager.running import Running, Stage
@@ -44,6 +46,7 @@ class AttachOptions:
     owner: str | None = None
     mode: str = "0660"
     startup: str = "clear"
+    hwinitpcrs: str | None = None
 
 
 def _nothing() -> None:
@@ -108,6 +111,9 @@ class Attachments:
         check_name(options.guest, "guest's name")
         owner = Owner.parse(options.owner, caller_uid)
         parse_mode(options.mode)
+        hw_pcrs = parse_hw_pcrs(options.hwinitpcrs)
+        if hw_pcrs and options.startup == "none":
+            raise UsageError("--hwinitpcrs needs a start that the host does: not --startup none. Nothing was done")
         async with self.lock(row.uuid):
             attached = self._catalogue.find_attachment(row.uuid)
             if attached is not None:
@@ -123,6 +129,7 @@ class Attachments:
                 startup=options.startup,
                 lease=new_lease(),
                 epoch=next_epoch(record.epoch),
+                hw_pcrs=hw_pcrs,
             )
             try:
                 await self._attach(row, attachment)
@@ -205,6 +212,7 @@ class Attachments:
                 after_reset=after_reset(attachment),
                 listeners=LISTENERS_OF[attachment.frontend],
                 epoch=attachment.epoch,
+                hw_pcrs=bit_map(attachment.hw_pcrs),
             )
             return await self._instances.start(launch, image, sockets, record)
         finally:

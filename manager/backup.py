@@ -126,8 +126,7 @@ def copy_image(writer: BackupWriter, member: str, record: VtpmRecord, path: Path
         FileNotFoundError: there is none. OSError: it cannot be read.
 
     """
-    content = _read(path)
-    writer.add(member, content)
+    content = add_image(writer, member, path)
     scratch = os.memfd_create("vtpm-backup", os.MFD_CLOEXEC)
     try:
         with open(scratch, "wb", closefd=False) as file:
@@ -137,6 +136,13 @@ def copy_image(writer: BackupWriter, member: str, record: VtpmRecord, path: Path
         return False
     finally:
         os.close(scratch)
+
+
+def add_image(writer: BackupWriter, member: str, path: Path) -> bytes:
+    """Copy a state image as it is; returns its content. Raises as `copy_image`."""
+    content = _read(path)
+    writer.add(member, content)
+    return content
 
 
 def _read(path: Path) -> bytes:

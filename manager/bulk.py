@@ -9,7 +9,8 @@ from uuid import uuid4
 import trio
 
 from frontend_backend.messages_admin import Note
-from manager.errors import ConflictError, DeniedError, ManagerError, NotFoundError, UsageError
+from manager.errors import ConflictError, ManagerError, UsageError
+from manager.group_rows import find_group
 from manager.labels import parse_labels
 from manager.listing import describer
 from manager.registry import Registry, check_name, new_record
@@ -48,9 +49,7 @@ def _plan(registry: Registry, arguments: Arguments) -> tuple[GroupRow, list[Vtpm
         raise UsageError(f"--count is 1 to {MAX_COUNT}, --first 0 to 1000000000")
     if arguments["uuid"] is not None or arguments["state_image"] is not None:
         raise UsageError("--uuid and --state-image are for one vTPM, not for --count")
-    group = registry.catalogue.find_group_by_name(arguments["group"])
-    if group is None:
-        raise NotFoundError(f"there is no group '{arguments['group'][:80]}'")
+    group = find_group(registry.catalogue, arguments["group"])
     uuids = [uuid4() for _ in range(count)]
     template = arguments["name"]
     names = names_from(template, first, count) if template else [f"vtpm-{vtpm.hex[:12]}" for vtpm in uuids]
@@ -92,7 +91,7 @@ async def add_many(services: Services, arguments: Arguments) -> AsyncGenerator[D
                 if len(made) < len(rows) and len(made) * _NOTES // len(rows) > told:
                     yield Note(f"{len(made)} of {len(rows)} vTPMs made")
         except GroupClosed as error:
-            raise DeniedError(str(error)) from error
+            raise registry.closed_group(group.uuid) from error
         except StorageError as error:
             raise ManagerError(_partly(made, len(rows), error) + await _anchored_all_the_same(registry)) from error
         except BaseException:  # nobody waits for the rest any more

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Final, NoReturn
 
 from frontend_backend.messages_admin import ExitCode
-from manager.cli_output import print_answer
-from manager.client import RemoteError, open_for_verb, socket_path, stream
+from manager.cli_output import print_answer, saved
+from manager.client import RemoteError, content_for_verb, open_for_verb, socket_path, stream
 from manager.errors import ManagerError, UsageError
 from manager.named_path import place_of
 from manager.verb_table import BY_NAME, REMOVED_COLUMNS, VERBS, Argument, Verb, command_of
@@ -57,9 +57,12 @@ def add_verb_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
                 dest=argument.name,
                 type=int if argument.kind == "int" else str,
                 default=argument.default,
+                required=argument.required,
                 choices=argument.choices or None,
                 help=_help(argument),
             )
+    if verb.saves:
+        parser.add_argument("-o", "--output", metavar="FILE", help="write it to a new file")
     if verb.many:
         parser.add_argument("--no-pager", action="store_true", help="print at once, also on a terminal")
     add_output_options(parser)
@@ -80,6 +83,8 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             if argument.local:
                 continue
             value = getattr(options, argument.name)
+            if argument.kind in ("text", "bytes") and value is not None:
+                value = content_for_verb(value, argument.kind)
             if argument.kind == "path" and value is not None:
                 descriptors.append(open_for_verb(value))
                 value = place_of(value)
@@ -95,7 +100,10 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             many = verb.many or arguments.get("count") is not None
             paged = not getattr(options, "no_pager", False)
             columns = REMOVED_COLUMNS if arguments.get("removed") else verb.columns
-            return print_answer(replace(verb, many=many, columns=columns), answer, options.form, paged=paged)
+            shown = replace(verb, many=many, columns=columns)
+            if getattr(options, "output", None) is not None:
+                return print_answer(replace(shown, terse=False), saved(verb, options.output, answer), options.form)
+            return print_answer(shown, answer, options.form, paged=paged)
     except ManagerError as error:
         return report(error, options.form, command_of(verb))
     except BrokenPipeError:

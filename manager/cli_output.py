@@ -6,11 +6,12 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 
 from frontend_backend.messages_admin import ExitCode
+from manager.new_file import write_new
 from manager.output import Document, as_table, render
 from manager.verb_table import Verb
 
@@ -40,6 +41,19 @@ def print_answer(verb: Verb, documents: Iterable[Document], form: str, *, paged:
     if text:
         show(text, paged=paged and verb.many and form == "people")
     return _worst(_code(verb, document) for document in answer)
+
+
+def saved(verb: Verb, path: str, documents: Iterable[Document]) -> Iterator[Document]:
+    """Write what `verb` saves to a new file, and let the documents pass with its name in `output` instead.
+
+    Raises:
+        ConflictError: the file is there already. ManagerError: it cannot be written.
+
+    """
+    for document in documents:
+        content = str(document[verb.saves])
+        write_new(path, bytes.fromhex(content) if verb.saves_as == "bytes" else content.encode())
+        yield {name: value for name, value in document.items() if name != verb.saves} | {"output": path}
 
 
 def _print_line(verb: Verb, text: str | None, document: Document) -> int:

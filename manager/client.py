@@ -19,8 +19,9 @@ from frontend_backend.messages_admin import (
     decode_admin,
     encode_admin,
 )
-from manager.errors import BusyError, DeniedError, ManagerError, NotFoundError
+from manager.errors import BusyError, DeniedError, ManagerError, NotFoundError, UsageError
 from manager.named_path import open_named
+from manager.verb_form import MAX_CONTENT
 
 SOCKET_VARIABLE: Final = "VTPM_MANAGER_SOCKET"
 DEFAULT_SOCKET: Final = "/run/vtpm-manager/admin.sock"
@@ -129,3 +130,22 @@ def open_for_verb(path: str) -> int:
 
     """
     return open_named(Path(path), os.O_RDWR | os.O_CREAT)
+
+
+def content_for_verb(path: str, kind: str) -> str:
+    """Read a file named on the command line: its text, or for `kind` "bytes" its content in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read. UsageError: it is longer than anything that is sent so, or no text.
+
+    """
+    with open(path, "rb") as file:
+        content = file.read(MAX_CONTENT + 1)
+    if len(content) > MAX_CONTENT:
+        raise UsageError(f"{path} is longer than {MAX_CONTENT} bytes: it is not what it should be. Nothing was sent")
+    if kind == "bytes":
+        return content.hex()
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is no text: it is not what it should be. Nothing was sent") from None

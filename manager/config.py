@@ -85,6 +85,13 @@ class AdminConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AttestationConfig:
+    """Quotes: which PCRs of the hardware TPM stand in them."""
+
+    pcrs: str = "sha256:0-7"
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogueConfig:
     """Names, labels, attachments and events: in which database, and how long events are kept."""
 
@@ -104,6 +111,7 @@ class Config:
     admin: AdminConfig = field(default_factory=AdminConfig)
     catalogue: CatalogueConfig = field(default_factory=CatalogueConfig)
     quota: QuotaConfig = field(default_factory=QuotaConfig)
+    attestation: AttestationConfig = field(default_factory=AttestationConfig)
 
     @classmethod
     def load(cls, path: Path) -> "Config":

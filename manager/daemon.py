@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
+from uuid import UUID
 
 import trio
 
@@ -19,20 +20,25 @@ from manager import admin_server, confinement
 from manager.admin_server import AdminServer
 from manager.anchor import Standing
 from manager.anchoring import Anchoring
+from manager.approvals import Approvals
 from manager.attachment_epochs import adopt_older_rows, refuse_any_stale
 from manager.attachments import Attachments
+from manager.attestation import Attestation
 from manager.capacity import Capacity, descriptors_in_use, raise_descriptor_limit
 from manager.catalogue_place import place_of, shown_place
 from manager.committer import Committer
 from manager.config import Config, Layout
 from manager.errors import ConfigurationError, KeeperError
 from manager.event_retention import keep_events
+from manager.group_rows import follow_store
+from manager.groups import Groups
 from manager.hardware import Hardware
 from manager.instances import Instances
 from manager.keeper_client import Keeper
 from manager.keys import catalogue_key
 from manager.notify import notify
 from manager.opening import Opened, integrity, locked_store, open_store, open_tpm
+from manager.quoting import Quotes
 from manager.registry import Registry
 from manager.ring_server import RingServer
 from manager.running import Running
@@ -75,6 +81,8 @@ class Daemon:
             failed.callback(self._catalogue.close)
             refuse_any_stale(opened.store, self._catalogue)
             self._catalogue.take_possession(store_uuid)
+            for done in follow_store(self._catalogue, opened.store):
+                _log.warning("the catalogue did not agree with the store: %s", done)
             failed.pop_all()
         self._tombstones = Tombstones(self._committer, config.store.tombstone_days)
         self._registry = Registry(
@@ -84,7 +92,16 @@ class Daemon:
             layout.state_images,
             self._tombstones,
             config.quota.vtpms_per_group,
+            opened.closed,
         )
+        self._approvals = Approvals(
+            opened, self._committer, self._catalogue, self._anchoring, hardware, config.tpm.pcrs
+        )
+        self._groups = Groups(
+            opened, self._committer, self._catalogue, self._anchoring, hardware, config.tpm.pcrs, self._approvals
+        )
+        self._attestation = Attestation(self._groups, hardware, store_uuid)
+        self._quotes = Quotes(self._registry, self._groups, hardware, config.attestation.pcrs)
         self._attachments: Attachments
         self._supervision: Supervision
         self._descriptor_limit = raise_descriptor_limit()  # before a keeper is started, which inherits it
@@ -115,6 +132,7 @@ class Daemon:
         config = self._config
         rings = RingServer(self._committer, self._hardware, nursery, config.instance.commit_timeout)
         self._closing.callback(rings.close)
+        rings.on_quote = self._quotes.for_guest
         instances = Instances(keeper, rings, nursery, config.instance, self._ended)
         self._closing.callback(instances.close)
         capacity = Capacity.found(config.quota.running, self._descriptor_limit, keeper.pid)
@@ -139,7 +157,13 @@ class Daemon:
             self._stop_requested.set,
             self._layout,
             config,
+            self._groups,
+            self._start_group,
+            self._approvals,
+            self._attestation,
+            self._quotes,
         )
+        await self._approvals.raise_used()  # from here on the platform has come up: what is older is revoked
         with admin_server.listen(self._layout.admin_socket, config.admin) as listener:
             nursery.start_soon(AdminServer(services, config.admin).run, listener)
             _log.info(READY)
@@ -149,6 +173,10 @@ class Daemon:
             notify("STOPPING=1")
             self._layout.admin_socket.unlink(missing_ok=True)
         await self._wind_up(keeper)
+
+    async def _start_group(self, group: UUID) -> int:
+        await adopt_older_rows(self._committer, self._catalogue)
+        return await self._supervision.start_group(group)
 
     async def _ended(self, running: Running, status: int | None) -> None:
         await self._supervision.ended(running, status)
@@ -206,7 +234,9 @@ class Daemon:
             else f"every {self._config.anchor.interval_seconds:g} s",
             "anchor_written": timestamp(anchors.last_durable),
             "anchor_writes": anchors.durable_writes,
+            "anchor_index": f"0x{self._opened.boot.anchor.index:08x}",
             "pcr22_extends": anchors.volatile_extends,
+            "tpm_resets": anchors.resets,
             "group_commits": commits.groups,
             "commits": commits.entries,
             **{f"store_{name}": value for name, value in asdict(store.statistics()).items() if name != "vtpms"},

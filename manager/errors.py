@@ -42,6 +42,18 @@ class DeniedError(ManagerError):
     code = ExitCode.DENIED
 
 
+class GroupClosedError(DeniedError):
+    """The key of a group could not be had, so its vTPMs cannot be read or changed."""
+
+    def __init__(self, name: str, reason: str | None) -> None:
+        why = reason or "Its key was not given."
+        super().__init__(
+            f"group {name} is closed, so nothing of its vTPMs can be read or changed; all of it is kept. {why} "
+            f"Once the cause is gone 'vtpm-group-open {name}' opens it, without a restart; if it stays, 'vtpm-manager "
+            f"recover --group {name}' does, with the recovery key. Other groups are not concerned"
+        )
+
+
 class IntegrityError(ManagerError):
     """An image is not what the manager or the hardware TPM vouches for. Nothing was changed."""
 

@@ -27,6 +27,7 @@ class EscrowPurpose(IntEnum):
 
     STORE_KEY = 1
     GROUP_KEY = 2
+    HIERARCHIES = 3
 
 
 class _Suite(IntEnum):

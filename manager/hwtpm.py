@@ -11,12 +11,17 @@ from types import TracebackType
 from typing import Final, Self
 
 from manager import hwtpm_pcr
+from manager.hwtpm_hierarchies import Hierarchy, change_auth, without_tail
 from manager.hwtpm_link import LOADED_SESSION_FIRST, TRANSIENT_FIRST, TpmLink
 from manager.hwtpm_nv import Anchors
+from manager.hwtpm_quote import Attester
 from manager.hwtpm_records import AnchorInfo, ClockState, LocalityReport, SealedBlob, TpmProperties
+from manager.hwtpm_revocation import Revocations
 from manager.hwtpm_seal import Sealer, SignStatement
 from manager.hwtpm_setting import TctiSetting
 from manager.hwtpm_srk import Srk
+from manager.hwtpm_status import TpmStatus
+from manager.hwtpm_status import status as read_status
 from manager.policy import SealPolicy, check_pcrs
 
 OPEN_SECONDS: Final = 10.0  # a busy TPM at start: another user's command takes at most a few seconds
@@ -31,6 +36,8 @@ class HardwareTpm:
         self._srk = Srk(link)
         self._sealer = Sealer(link, self._srk)
         self._anchors = Anchors(link, self._srk)
+        self.revocations = Revocations(link, self._srk)
+        self.attester = Attester(link, self._srk)
 
     @classmethod
     def open(
@@ -173,6 +180,10 @@ class HardwareTpm:
         with self._link.operation("read PCRs") as esapi:
             return hwtpm_pcr.read_pcrs(esapi, selection)
 
+    def pcr_read_together(self, selection: Iterable[int]) -> dict[int, bytes]:
+        """Return values that these PCRs had at one time. Raises PcrsMoving."""
+        return hwtpm_pcr.read_pcrs_together(self._link, selection)
+
     def pcr_values_to_seal(self, selection: Iterable[int]) -> dict[int, bytes]:
         """Return the present values of a selection fit for sealing. Raises BadSetting for PCR 16, 20, 22, 23."""
         return self.pcr_read(check_pcrs(selection))
@@ -190,9 +201,21 @@ class HardwareTpm:
                         gathered += bytes(esapi.get_random(count - len(gathered), session1=session))
         return bytes(gathered)
 
+    def use_hierarchy_auths(self, owner: bytes, endorsement: bytes) -> None:
+        """Use these passwords of the hierarchies from now on, also after connecting anew; sends nothing."""
+        self._link.use_auth(owner=without_tail(owner), endorsement=without_tail(endorsement))
+
+    def change_hierarchy_auth(self, hierarchy: Hierarchy, old: bytes, new: bytes) -> None:
+        """Change a hierarchy's password (32 bytes at most, empty: none). Raises HierarchyAuthRefused."""
+        change_auth(self._link, self._srk, hierarchy, old, new)
+
     def properties(self) -> TpmProperties:
         """Return manufacturer, firmware, lockout state, which hierarchies have a password."""
         return hwtpm_pcr.properties(self._link)
+
+    def status(self) -> TpmStatus:
+        """Return everything the TPM says of itself; see hwtpm_status."""
+        return read_status(self._link)
 
     def transient_handles(self) -> tuple[int, ...]:
         """Return the loaded objects and sessions in the TPM now; between operations there are none of ours."""

@@ -108,6 +108,17 @@ class TpmTransport(TpmUnavailable):
         )
 
 
+class TpmWasReset(TpmUnavailable):
+    """TPM_RC_REFERENCE_*: a session or object of ours is gone, in the middle of its use."""
+
+    def __init__(self, doing: str) -> None:
+        super().__init__(
+            f"it lost what we had loaded (to {doing}): it was reset, or somebody else empties it",
+            "Try again. If it comes back without a suspend or reset of this machine, find who else uses the TPM.",
+            KEPT_UNKNOWN,
+        )
+
+
 class TpmLockout(TpmUnavailable):
     """TPM_RC_LOCKOUT: the dictionary-attack guard refuses protected objects for a while."""
 
@@ -127,7 +138,20 @@ class OwnerAuthWanted(TpmError):
         super().__init__(
             f"The hardware TPM refused the owner password needed to {doing}",
             KEPT_ALL,
-            "Give the owner password of this TPM, or take the ownership away with `tpm2_changeauth`.",
+            "Give its owner password (`init --owner-auth-file FILE`), or take it away with `tpm2_changeauth -c o`.",
+        )
+
+
+class HierarchyAuthRefused(TpmError):
+    """A hierarchy's password is another one than was given."""
+
+    code = ExitCode.DENIED
+
+    def __init__(self, hierarchy: str) -> None:
+        super().__init__(
+            f"The hardware TPM refused the {hierarchy} password",
+            KEPT_ALL,
+            f"Give its {hierarchy} password, or take it away with `tpm2_changeauth`.",
         )
 
 
@@ -140,7 +164,7 @@ class WrongLocality(TpmError):
         super().__init__(
             f"The hardware TPM does not serve us at locality {wanted}: {detail}",
             KEPT_ALL,
-            "Use a transport that can reach the locality (swtpm's control channel, TIS page 0xfed42000), "
+            "Use a transport that can reach it (swtpm's control channel, `tis:` or `crb:` with `locality=2`), "
             "or choose the weaker mode explicitly with `--allow-locality 0`.",
         )
         self.wanted = wanted
@@ -208,9 +232,9 @@ class PolicyMismatch(TpmError):
 class PcrsMoving(TpmBusy):
     """TPM_RC_PCR_CHANGED again and again: something extends PCRs faster than we can unseal."""
 
-    def __init__(self, tries: int) -> None:
+    def __init__(self, tries: int, doing: str = "unseal (TPM_RC_PCR_CHANGED)") -> None:
         super(TpmBusy, self).__init__(
-            f"something extended PCRs during each of {tries} tries to unseal (TPM_RC_PCR_CHANGED)",
+            f"something extended PCRs during each of {tries} tries to {doing}",
             "Try again when the machine is quieter; a measuring service (IMA) may be extending PCRs.",
         )
 

@@ -19,9 +19,10 @@ from manager.hwtpm_errors import (
     TpmFailureMode,
     TpmTransport,
     TpmUnavailable,
+    TpmWasReset,
     WrongLocality,
 )
-from manager.hwtpm_rc import RC_NEEDS_TEST, context_survives, translate
+from manager.hwtpm_rc import RC_HANDLE, RC_NEEDS_TEST, RC_TESTING, context_survives, meaning, translate
 from manager.hwtpm_setting import TctiKind, TctiSetting
 from manager.hwtpm_tcti import Tcti, open_transport
 from manager.hwtpm_transport import HEADER, Transport
@@ -63,7 +64,7 @@ class TpmLink:
         self.connections = 0
         self._open_seconds = open_seconds
         self._command_seconds = command_seconds
-        self._owner_auth = owner_auth
+        self._owner_auth, self._endorsement_auth = owner_auth, b""
         self._busy = threading.Lock()
         self._closed = False
         self._sent_before = 0
@@ -129,7 +130,7 @@ class TpmLink:
             self._check_health()
             if self._transport.owns_handles:
                 self._flush_strays()
-            self._esapi.tr_set_auth(ESYS_TR.OWNER, self._owner_auth)
+            self._set_auths()
             self._tcti.command_seconds = self._command_seconds
         except BaseException as error:
             failure = None if self._tcti is None else self._tcti.failure
@@ -137,6 +138,18 @@ class TpmLink:
             if failure is not None:
                 raise failure from error
             raise
+
+    def use_auth(self, *, owner: bytes | None = None, endorsement: bytes | None = None) -> None:
+        """Use these passwords of the hierarchies from the next operation on; None leaves one as it is."""
+        with self._busy:
+            self._owner_auth = self._owner_auth if owner is None else owner
+            self._endorsement_auth = self._endorsement_auth if endorsement is None else endorsement
+            if self._esapi is not None:
+                self._set_auths()
+
+    def _set_auths(self) -> None:
+        self._esapi.tr_set_auth(ESYS_TR.OWNER, self._owner_auth)
+        self._esapi.tr_set_auth(ESYS_TR.ENDORSEMENT, self._endorsement_auth)
 
     def _open_transport(self, deadline: float) -> Transport:
         pause = _FIRST_PAUSE_SECONDS
@@ -173,14 +186,26 @@ class TpmLink:
         """Refuse a TPM in failure mode; let one that has not tested itself yet do so. Part 3, 10.4."""
         doing = "check its self-test"
         try:
-            _, result = self._esapi.get_test_result()
-            if int(result) == RC_NEEDS_TEST:
+            result = self._test_result()
+            if result == RC_NEEDS_TEST:
                 self._esapi.self_test(False)
-                _, result = self._esapi.get_test_result()
+                result = self._test_result()
         except TSS2_Exception as error:
             raise translate(error, doing) from error
-        if int(result) not in {0, RC_NEEDS_TEST}:
-            raise TpmFailureMode(doing, f"test result 0x{int(result):x}")
+        if result == RC_TESTING:
+            raise TpmBusy(doing, self._open_seconds, "it still tests itself")
+        if result not in {0, RC_NEEDS_TEST}:
+            raise TpmFailureMode(doing, f"test result 0x{result:x}")
+
+    def _test_result(self) -> int:
+        """Return how the self-test stands; one that runs is waited for. Part 3, 10.4."""
+        deadline, pause = time.monotonic() + self._open_seconds, _FIRST_PAUSE_SECONDS
+        while True:
+            _, result = self._esapi.get_test_result()
+            if int(result) != RC_TESTING or time.monotonic() + pause > deadline:
+                return int(result)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _flush_strays(self) -> None:
         """Free what an owner left behind that died: three objects or sessions are all a chip has."""
@@ -238,9 +263,14 @@ def flushed(esapi: Any, handle: Any) -> Iterator[Any]:
         yield handle
     except TSS2_Exception as error:
         if context_survives(error):
-            esapi.flush_context(handle)
+            _flush(esapi, handle)
         raise
     except BaseException:
-        esapi.flush_context(handle)
+        _flush(esapi, handle)
         raise
-    esapi.flush_context(handle)
+    _flush(esapi, handle)
+
+
+def _flush(esapi: Any, handle: Any) -> None:
+    with meaning({RC_HANDLE: lambda: TpmWasReset("go on with it")}):
+        esapi.flush_context(handle)

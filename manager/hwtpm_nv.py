@@ -20,7 +20,7 @@ from manager.hwtpm_errors import AnchorDenied, AnchorExists, AnchorMissing, TpmE
 from manager.hwtpm_link import TpmLink
 from manager.hwtpm_records import AnchorInfo
 from manager.hwtpm_srk import Srk
-from manager.policy import anchor_write_policy, nv_index_name
+from manager.policy_digests import anchor_write_policy, nv_index_name
 
 # Registry of reserved TPM 2.0 handles: 0x01800000..0x01BFFFFF are the owner's to use.
 DEFAULT_INDEX: Final = 0x01800100

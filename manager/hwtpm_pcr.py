@@ -17,13 +17,14 @@ from tpm2_pytss import (
     TSS2_Exception,
 )
 
-from manager.hwtpm_errors import BadSetting, TpmTransport, VolatileAnchorUnavailable, WrongLocality
+from manager.hwtpm_errors import BadSetting, PcrsMoving, TpmTransport, VolatileAnchorUnavailable, WrongLocality
 from manager.hwtpm_link import TpmLink
 from manager.hwtpm_rc import RC_LOCALITY, tpm_code
 from manager.hwtpm_records import ClockState, LocalityReport, TpmProperties
 
 VOLATILE_ANCHOR_PCR: Final = 22
 DIGEST_BYTES: Final = 32
+_READ_TRIES: Final = 16
 _READ_PER_COMMAND: Final = 8  # TPML_DIGEST holds 8, Part 2, 10.9.9
 # Part 2, 8.6 TPMA_PERMANENT.
 _OWNER_AUTH_SET, _ENDORSEMENT_AUTH_SET, _LOCKOUT_AUTH_SET, _IN_LOCKOUT = 1, 2, 4, 1 << 9
@@ -68,6 +69,23 @@ def read_pcrs(esapi: Any, selection: Iterable[int]) -> dict[int, bytes]:
             )
         values.update(zip(part, (bytes(digest) for digest in digests), strict=True))
     return values
+
+
+def read_pcrs_together(link: TpmLink, selection: Iterable[int]) -> dict[int, bytes]:
+    """Read values that were there at one time: read twice, until both agree. Raises PcrsMoving.
+
+    The TPM's update counter would tell for some PCRs only (16 and 21 to 23 do not move it in libtpms), and eight PCRs
+    go into one answer.
+    """
+    wanted = frozenset(selection)
+    with link.operation("read PCRs") as esapi:
+        before = read_pcrs(esapi, wanted)
+        for _ in range(_READ_TRIES):
+            again = read_pcrs(esapi, wanted)
+            if again == before:
+                return again
+            before = again
+    raise PcrsMoving(_READ_TRIES, "read them together")
 
 
 def check_locality(link: TpmLink) -> LocalityReport:

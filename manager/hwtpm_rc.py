@@ -17,6 +17,7 @@ from manager.hwtpm_errors import (
     TpmLockout,
     TpmNotStarted,
     TpmTransport,
+    TpmWasReset,
     UnknownTpmCode,
     WrongLocality,
 )
@@ -31,6 +32,7 @@ RC_NV_SPACE: Final = 0x14B
 RC_NV_DEFINED: Final = 0x14C
 RC_NEEDS_TEST: Final = 0x153
 RC_LOCALITY: Final = 0x907
+RC_TESTING: Final = 0x90A
 RC_LOCKOUT: Final = 0x921
 # Format-one codes, without the number of the handle, session or parameter they are about.
 RC_VALUE: Final = 0x84
@@ -60,6 +62,8 @@ _GENERAL: Final[Mapping[int, Callable[[str], TpmError]]] = {
     0x903: lambda doing: TpmFull(doing, "a loaded session"),
     0x904: lambda doing: TpmFull(doing, "its own work"),
     0x905: lambda doing: TpmFull(doing, "an active session"),
+    # Part 2, 6.6.3 TPM_RC_REFERENCE_H0..H6 and S0..S6: what we had loaded is gone
+    **dict.fromkeys((*range(0x910, 0x917), *range(0x918, 0x91F)), TpmWasReset),
 }
 
 Special = Mapping[int, Callable[[], TpmError]]

@@ -13,12 +13,14 @@ class SealedBlob:
     """A sealed object: TPM2B_PUBLIC and TPM2B_PRIVATE as marshalled (about 80 + 160 bytes), and its policy.
 
     Only the TPM that made it can open it; no part of it is secret. The policy description needs no protection
-    of its own: `HardwareTpm.unseal` checks it against the authPolicy, which the TPM protects.
+    of its own: `HardwareTpm.unseal` checks it against the authPolicy, which the TPM protects. `approvals` are the
+    documents (manager.approval) that may open it, where its policy has an approver; they are kept beside it.
     """
 
     public: bytes
     private: bytes
     policy: SealPolicy
+    approvals: tuple[bytes, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able form (bytes as hex)."""

@@ -4,13 +4,11 @@ Secrets cross the bus only inside sessions salted with the pinned SRK. Every han
 """
 
 import hmac
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from cryptography.hazmat.primitives.asymmetric import utils as asymmetric_utils
 from tpm2_pytss import (
-    ESYS_TR,
-    TPM2_ALG,
     TPM2_CC,
     TPM2B_PRIVATE,
     TPM2B_PUBLIC,
@@ -18,13 +16,13 @@ from tpm2_pytss import (
     TPMA_LOCALITY,
     TPML_DIGEST,
     TPMS_SENSITIVE_CREATE,
-    TPMS_SIGNATURE_ECC,
-    TPMT_SIGNATURE,
-    TPMU_SIGNATURE,
     TSS2_Exception,
 )
 
 from manager import hwtpm_rc as rc
+from manager.approval_errors import ApprovalRevoked, NotApproved
+from manager.approval_target import choose
+from manager.hwtpm_approval import approval_ticket, approvals_of, authorize, check_by_trial
 from manager.hwtpm_errors import (
     PcrsMoving,
     PolicyMismatch,
@@ -37,17 +35,20 @@ from manager.hwtpm_errors import (
 from manager.hwtpm_link import TpmLink, flushed
 from manager.hwtpm_pcr import read_pcrs, selection_text
 from manager.hwtpm_records import SealedBlob
+from manager.hwtpm_signed import SignStatement, policy_signed
 from manager.hwtpm_srk import Srk
-from manager.hwtpm_templates import recovery_key_template, seal_template
-from manager.policy import Branch, PcrBranch, PlainBranch, SealPolicy, SignedBranch, signed_statement
+from manager.hwtpm_templates import seal_template
+from manager.policy import AuthorizeBranch, Branch, PcrBranch, PlainBranch, SealPolicy, SignedBranch
+
+__all__ = ["MAX_SECRET_BYTES", "PCR_TRIES", "Sealer", "SignStatement"]
 
 # MAX_SYM_DATA, Part 2, 11.1.13: what a KEYEDHASH object can carry.
 MAX_SECRET_BYTES: Final = 128
 # An extend of any ordinary PCR (IMA does it often) spoils a policy session; the next try nearly always fits.
 PCR_TRIES: Final = 16
 
-SignStatement = Callable[[bytes], bytes]
-"""Signs a digest of 32 bytes with the recovery signing key: ECDSA P-256, DER (RecoveryPrivate.sign_statement)."""
+_Satisfy = Callable[[Any, Any], None]
+"""Does what one branch asks of a policy session (esapi, session), before the locality."""
 
 
 class Sealer:
@@ -60,6 +61,8 @@ class Sealer:
     def seal(self, secret: bytes, policy: SealPolicy) -> SealedBlob:
         """Seal 1..128 bytes, and prove that they come back under the present PCRs and locality.
 
+        With an approver nothing opens before there is an approval: then the object is loaded, and a trial session
+        shows that the TPM computes the policy it was sealed with.
         Raises SealUnverified (with the cause chained) if they do not; then nothing was returned.
         """
         if not 1 <= len(secret) <= MAX_SECRET_BYTES:
@@ -71,6 +74,9 @@ class Sealer:
                 private, public, *_ = esapi.create(srk, sensitive, seal_template(policy.digest()), session1=session)
             blob = SealedBlob(bytes(public.marshal()), bytes(private.marshal()), policy)
         try:
+            if policy.approver_point is not None:
+                self._try_out(blob)
+                return blob
             returned = self.unseal(blob)
         except (PolicyMismatch, SealDamaged, WrongLocality) as error:
             raise SealUnverified(str(error)) from error
@@ -79,41 +85,79 @@ class Sealer:
         return blob
 
     def unseal(self, blob: SealedBlob) -> bytes:
-        """Open by the first branch that holds here: PCR branches and plain ones, in their order.
+        """Open by the first branch that holds here: PCR branches and plain ones in their order, or an approval.
 
-        Raises PolicyMismatch (with the PCRs that differ from the nearest branch), SealDamaged, TpmCleared,
-        SrkChanged, WrongLocality, PcrsMoving, and what TpmLink.operation raises.
+        Raises PolicyMismatch (with the PCRs that differ from the nearest branch), NotApproved, ApprovalRevoked,
+        RevocationMissing, SealDamaged, TpmCleared, SrkChanged, WrongLocality, PcrsMoving, and what
+        TpmLink.operation raises.
         """
+        if blob.policy.approver_point is not None:
+            return self._unseal_approved(blob, blob.policy.approver_point)
         usable = [branch for branch in blob.policy.branches if not isinstance(branch, SignedBranch)]
         with self._link.operation("unseal") as esapi, flushed(esapi, self._load(esapi, blob)) as sealed:
             for branch in usable:
                 try:
-                    return self._open_by(esapi, sealed, blob.policy, branch)
+                    return self._open_by(esapi, sealed, blob.policy, _plainly(branch))
                 except _BranchDoesNotHoldError:
                     continue
             raise PolicyMismatch("unseal", _nearest_difference(esapi, usable))
+
+    def _unseal_approved(self, blob: SealedBlob, point: bytes) -> bytes:
+        """Open by the approvals that hold, the highest sequence first; values are compared before anything is tried."""
+        with self._link.operation("unseal by an approval") as esapi:
+            approvals, unusable = approvals_of(blob, point)
+            wanted = {pcr for approval in approvals for pcr in approval.selection}
+            choice = choose(approvals, read_pcrs(esapi, wanted), time.time())
+            refused: NotApproved | None = None
+            for approval in choice.holding:
+                # The ticket first: key and sealed object need not be loaded at once, a chip has room for three.
+                ticket = approval_ticket(esapi, approval, point)
+                with flushed(esapi, self._load(esapi, blob)) as sealed:
+                    try:
+                        return self._open_by(
+                            esapi,
+                            sealed,
+                            blob.policy,
+                            lambda tpm, session, a=approval, t=ticket: authorize(tpm, session, a, point, t),  # type: ignore[misc]
+                        )
+                    except ApprovalRevoked as error:
+                        refused = refused or error
+            raise refused or NotApproved("unseal", choice.differing, (*choice.reasons, *unusable))
+
+    def _try_out(self, blob: SealedBlob) -> None:
+        with self._link.operation("try a new seal out") as esapi:
+            with flushed(esapi, self._load(esapi, blob)):
+                pass
+            check_by_trial(esapi, blob.policy)
 
     def unseal_with_recovery(self, blob: SealedBlob, sign: SignStatement) -> bytes:
         """Open by the recovery branch. `sign` gets a statement with this session's nonceTPM, useless elsewhere.
 
         Raises RecoveryRefused: no such branch, or not a signature by its key. Otherwise as `unseal`.
         """
-        branch = next((item for item in blob.policy.branches if isinstance(item, SignedBranch)), None)
-        if branch is None:
+        point = blob.policy.recovery_point
+        if point is None:
             raise RecoveryRefused("it was sealed without one")
+
+        def satisfy(esapi: Any, session: Any) -> None:
+            policy_signed(esapi, session, point, blob.policy.reference, sign, RecoveryRefused)
+
         with (
             self._link.operation("unseal with the recovery key") as esapi,
             flushed(esapi, self._load(esapi, blob)) as sealed,
         ):
-            return self._open_by(esapi, sealed, blob.policy, branch, sign)
+            return self._open_by(esapi, sealed, blob.policy, satisfy)
 
-    def _open_by(
-        self, esapi: Any, sealed: Any, policy: SealPolicy, branch: Branch, sign: SignStatement | None = None
-    ) -> bytes:
+    def _open_by(self, esapi: Any, sealed: Any, policy: SealPolicy, satisfy: _Satisfy) -> bytes:
         srk = self._srk.handle(esapi)
         with self._link.session(esapi, srk, policy=True) as session:
             for _ in range(PCR_TRIES):
-                self._satisfy(esapi, session, policy, branch, sign)
+                satisfy(esapi, session)
+                if policy.locality is not None:
+                    esapi.policy_locality(session, TPMA_LOCALITY.TWO)
+                with rc.meaning({rc.RC_VALUE: lambda: SealDamaged("its policy has no such branch")}):
+                    if len(policy.branches) > 1:
+                        esapi.policy_or(session, TPML_DIGEST(list(policy.branch_digests())))
                 try:
                     with rc.meaning(_unseal_meanings()):
                         return bytes(esapi.unseal(sealed, session))
@@ -123,23 +167,6 @@ class Sealer:
                 # A failed use does not reset the policy of a session (reference section 2).
                 esapi.policy_restart(session)
         raise PcrsMoving(PCR_TRIES)
-
-    def _satisfy(
-        self, esapi: Any, session: Any, policy: SealPolicy, branch: Branch, sign: SignStatement | None
-    ) -> None:
-        match branch:
-            case PcrBranch():
-                with rc.meaning({rc.RC_VALUE: _BranchDoesNotHoldError}):
-                    esapi.policy_pcr(session, branch.pcr_digest, selection_text(branch.selection))
-            case PlainBranch():
-                esapi.policy_command_code(session, TPM2_CC.Unseal)
-            case SignedBranch():
-                assert sign is not None, "only unseal_with_recovery uses this branch"
-                _policy_signed(esapi, session, branch.point, policy.reference, sign)
-        if policy.locality is not None:
-            esapi.policy_locality(session, TPMA_LOCALITY.TWO)
-        if len(policy.branches) > 1:
-            esapi.policy_or(session, TPML_DIGEST(list(policy.branch_digests())))
 
     def _load(self, esapi: Any, blob: SealedBlob) -> Any:
         """Load a blob whose policy description is the true one; ESYS_TR. Raises SealDamaged, SrkChanged, TpmCleared."""
@@ -161,6 +188,22 @@ class _BranchDoesNotHoldError(TpmError):
         super().__init__("A PCR branch does not hold", "", "")
 
 
+def _plainly(branch: Branch) -> _Satisfy:
+    """Return how a branch is satisfied that needs nothing but the platform's state."""
+
+    def satisfy(esapi: Any, session: Any) -> None:
+        match branch:
+            case PcrBranch():
+                with rc.meaning({rc.RC_VALUE: _BranchDoesNotHoldError}):
+                    esapi.policy_pcr(session, branch.pcr_digest, selection_text(branch.selection))
+            case PlainBranch():
+                esapi.policy_command_code(session, TPM2_CC.Unseal)
+            case SignedBranch() | AuthorizeBranch():
+                raise AssertionError("these need a signature")
+
+    return satisfy
+
+
 def _unseal_meanings() -> rc.Special:
     return {
         rc.RC_LOCALITY: lambda: WrongLocality(2, "it refused to unseal, the sealed object wants locality 2"),
@@ -180,25 +223,6 @@ def _unmarshal(blob: SealedBlob) -> tuple[Any, Any]:
     if bytes(public.publicArea.authPolicy) != blob.policy.digest():
         raise SealDamaged("its recorded policy is not the one it was sealed with")
     return public, private
-
-
-def _policy_signed(esapi: Any, session: Any, point: bytes, reference: bytes, sign: SignStatement) -> None:
-    nonce = bytes(esapi.trsess_get_nonce_tpm(session))
-    signature = _tpm_signature(sign(signed_statement(nonce, reference)))
-    key = esapi.load_external(recovery_key_template(point), hierarchy=ESYS_TR.OWNER)
-    refused = {rc.RC_SIGNATURE: lambda: RecoveryRefused("the signature is not by the key it was sealed with")}
-    with flushed(esapi, key), rc.meaning(refused):
-        esapi.policy_signed(key, session, signature, nonce_tpm=nonce, policy_ref=reference, expiration=0)
-
-
-def _tpm_signature(der: bytes) -> Any:
-    try:
-        r, s = asymmetric_utils.decode_dss_signature(der)
-        parts = r.to_bytes(32), s.to_bytes(32)
-    except (ValueError, OverflowError) as error:
-        raise RecoveryRefused("the signature is not an ECDSA P-256 one in DER") from error
-    ecdsa = TPMS_SIGNATURE_ECC(hash=TPM2_ALG.SHA256, signatureR=parts[0], signatureS=parts[1])
-    return TPMT_SIGNATURE(sigAlg=TPM2_ALG.ECDSA, signature=TPMU_SIGNATURE(ecdsa=ecdsa))
 
 
 def _nearest_difference(esapi: Any, branches: Iterable[Branch]) -> dict[int, tuple[bytes, bytes]]:

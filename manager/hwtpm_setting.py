@@ -5,12 +5,21 @@ from enum import Enum
 from typing import Final, Self
 
 from manager.hwtpm_errors import BadSetting
+from manager.hwtpm_tis_place import DEFAULT_BASE, LOCALITIES, PAGE_BYTES
 
 DEFAULT_SWTPM_HOST: Final = "127.0.0.1"
 DEFAULT_SWTPM_PORT: Final = 2321
 # sockaddr_un.sun_path holds 108 bytes with the closing zero (unix(7)); the control socket is PATH.ctrl.
 UNIX_PATH_BYTES: Final = 107
-_EXAMPLES: Final = "Write `embedded`, `swtpm:path=SOCKET`, `swtpm:host=H,port=N` or `device:/dev/tpmrm0`."
+DEFAULT_MEMORY: Final = "/dev/mem"
+DEFAULT_LOCALITY: Final = 2
+# The first mebibyte is memory and legacy devices, which /dev/mem lets through: a TPM is never there. x86 has 52 bits.
+LOWEST_BASE: Final = 1 << 20
+ADDRESS_LIMIT: Final = 1 << 52
+_EXAMPLES: Final = (
+    "Write `embedded`, `swtpm:path=SOCKET`, `swtpm:host=H,port=N`, `tis:locality=2`, `crb:locality=2` or "
+    "`device:/dev/tpmrm0`."
+)
 
 
 class TctiKind(Enum):
@@ -20,18 +29,25 @@ class TctiKind(Enum):
     SWTPM_PATH = "swtpm-path"
     SWTPM_TCP = "swtpm-tcp"
     DEVICE = "device"
+    TIS = "tis"
+    CRB = "crb"
     LOADER = "loader"
 
 
 @dataclass(frozen=True, slots=True)
 class TctiSetting:
-    """A parsed `--tcti`. `path`: socket or device; `host`, `port`: swtpm over TCP; `text`: as it was written."""
+    """A parsed `--tcti`. `path`: socket, device or memory; `host`, `port`: swtpm over TCP; `text`: as it was written.
+
+    `base`: physical address of the page of locality 0; `locality`: the one whose page is used (`tis:` and `crb:`).
+    """
 
     kind: TctiKind
     text: str
     path: str = ""
     host: str = ""
     port: int = 0
+    base: int = 0
+    locality: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -47,6 +63,8 @@ class TctiSetting:
                 return cls(TctiKind.DEVICE, text, path=conf)
             case "swtpm":
                 return cls._parse_swtpm(text, conf)
+            case "tis" | "crb":
+                return cls._parse_registers(text, TctiKind(name), conf)
             case "" | "embedded" | "device":
                 raise BadSetting(f"{text!r} names no TPM", _EXAMPLES)
             case _ if text != text.strip() or not text.isprintable():
@@ -56,12 +74,7 @@ class TctiSetting:
 
     @classmethod
     def _parse_swtpm(cls, text: str, conf: str) -> Self:
-        options: dict[str, str] = {}
-        for part in conf.split(",") if conf else ():
-            key, equals, value = part.partition("=")
-            if key not in {"path", "host", "port"} or not equals or not value or key in options:
-                raise BadSetting(f"{part!r} in {text!r} is no option of swtpm", _EXAMPLES)
-            options[key] = value
+        options = _options(text, conf, {"path", "host", "port"})
         if path := options.pop("path", ""):
             if options:
                 raise BadSetting(f"{text!r} has both a path and a host or port", _EXAMPLES)
@@ -72,6 +85,37 @@ class TctiSetting:
         if not (port.isascii() and port.isdecimal() and 0 < int(port) < 0xFFFF):
             raise BadSetting(f"{port!r} is not a port for swtpm", "Use 1 to 65534; control is the port after it.")
         return cls(TctiKind.SWTPM_TCP, text, host=options.get("host", DEFAULT_SWTPM_HOST), port=int(port))
+
+    @classmethod
+    def _parse_registers(cls, text: str, kind: TctiKind, conf: str) -> Self:
+        options = _options(text, conf, {"base", "locality", "path"})
+        base = _address(options.get("base", hex(DEFAULT_BASE)))
+        locality = options.get("locality", str(DEFAULT_LOCALITY))
+        if locality not in {str(number) for number in LOCALITIES}:
+            raise BadSetting(f"{locality!r} is not a locality of a TPM", "Use 0 to 4; the manager needs 2.")
+        return cls(kind, text, path=options.get("path", DEFAULT_MEMORY), base=base, locality=int(locality))
+
+
+def _options(text: str, conf: str, known: set[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for part in conf.split(",") if conf else ():
+        key, equals, value = part.partition("=")
+        if key not in known or not equals or not value or key in options:
+            raise BadSetting(f"{part!r} in {text!r} is no option of {text.partition(':')[0]}", _EXAMPLES)
+        options[key] = value
+    return options
+
+
+def _address(text: str) -> int:
+    try:
+        address = int(text, 0)
+    except ValueError:
+        address = -1
+    if not LOWEST_BASE <= address <= ADDRESS_LIMIT - len(LOCALITIES) * PAGE_BYTES or address % PAGE_BYTES:
+        raise BadSetting(
+            f"{text!r} is not the address of a page", f"Use a multiple of 0x{PAGE_BYTES:x}, as 0xfed40000."
+        )
+    return address
 
 
 def check_socket_path(path: str) -> None:

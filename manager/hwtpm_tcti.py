@@ -13,6 +13,7 @@ from tpm2_pytss import TSS2_RC, PyTCTI, TCTILdr, TSS2_Exception
 
 from manager.hwtpm_errors import KEPT_UNKNOWN, TpmBusy, TpmTransport, TpmUnavailable, WrongLocality
 from manager.hwtpm_setting import TctiKind, TctiSetting
+from manager.hwtpm_tis_transport import RegisterTransport
 from manager.hwtpm_transport import HEADER, MAX_RESPONSE, Transport, check_response, connect
 
 # Part 2, 6.6.3, warnings that mean "the same again": YIELDED, TESTING, NV_RATE, RETRY, NV_UNAVAILABLE.
@@ -111,4 +112,6 @@ def open_transport(setting: TctiSetting, deadline: float) -> Transport:
     """Open the transport of any setting but `embedded`. Raises OSError, TimeoutError, TpmUnavailable, BadSetting."""
     if setting.kind is TctiKind.LOADER:
         return LoaderTransport(setting)
+    if setting.kind in {TctiKind.TIS, TctiKind.CRB}:
+        return RegisterTransport(setting, deadline)
     return connect(setting, deadline)

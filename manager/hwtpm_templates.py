@@ -24,7 +24,7 @@ from tpm2_pytss import (
     TPMU_SYM_MODE,
 )
 
-from manager.policy import p256_key_name
+from manager.policy_digests import p256_key_name
 
 SRK_ATTRIBUTES: Final = (
     TPMA_OBJECT.FIXEDTPM

@@ -160,5 +160,5 @@ def connect(setting: TctiSetting, deadline: float) -> SwtpmTransport | DeviceTra
             return SwtpmTransport(setting, deadline)
         case TctiKind.DEVICE:
             return DeviceTransport(setting.path)
-        case TctiKind.EMBEDDED | TctiKind.LOADER:
+        case TctiKind.EMBEDDED | TctiKind.LOADER | TctiKind.TIS | TctiKind.CRB:
             raise BadSetting(f"{setting.text!r} has no transport of its own", "Start EmbeddedTpm and use its setting.")

@@ -44,6 +44,7 @@ class Launch:
     after_reset: str
     listeners: tuple[str, ...]
     epoch: int = 0
+    hw_pcrs: int = 0
 
 
 class Instances:
@@ -110,6 +111,7 @@ class Instances:
         back.forget_page_descriptor()
         running = Running(launch.vtpm, launch.lease, pid, back, launch.startup, launch.after_reset, uid or None)
         running.epoch, running.start = launch.epoch, orphans.start_of(pid)
+        running.hw_pcrs = launch.hw_pcrs
         self._take_on(running)
         return running
 
@@ -121,7 +123,7 @@ class Instances:
             raise KeeperError(f"unexpected answer {type(reply).__name__} to Spawn")
         return reply.pid
 
-    async def adopt(self, kept: k.Kept, after_reset: str, epoch: int = 0) -> Running:
+    async def adopt(self, kept: k.Kept, after_reset: str, epoch: int = 0, hw_pcrs: int = 0) -> Running:
         """Take an instance over that an earlier manager started.
 
         Raises:
@@ -140,7 +142,7 @@ class Instances:
         # an instance that waits in Load is told what a reset would be told: it never resumes twice
         uid = _uid_of(kept.pid)
         running = Running(vtpm, kept.lease, kept.pid, ring, "failed", after_reset, uid)
-        running.epoch, running.start = epoch, orphans.start_of(kept.pid)
+        running.epoch, running.start, running.hw_pcrs = epoch, orphans.start_of(kept.pid), hw_pcrs
         running.came_up = True  # if it was still starting, nobody waits for that any more
         self._take_on(running)
         running.ring.ring()  # "ask me": it reports how it is

@@ -27,6 +27,10 @@ def _nothing() -> None:
     pass
 
 
+class _GoneError(KeeperError):
+    """The keeper closed the connection before it answered."""
+
+
 class Keeper:
     """A connection to the keeper. The keeper outlives it."""
 
@@ -50,7 +54,12 @@ class Keeper:
         keeper._children = children
         try:
             async with keeper._turn:
-                await keeper._greet()
+                try:
+                    await keeper._greet()
+                except _GoneError:  # it was just ending, as after a stop a moment ago
+                    keeper._sock.close()
+                    keeper._sock = await _reach(path, options, children)
+                    await keeper._greet()
         except KeeperRefusedError as error:
             keeper.close()
             raise BusyError(f"the keeper at {path} serves another manager ({error})") from error
@@ -93,7 +102,7 @@ class Keeper:
         try:
             reply, _ = await self._ask_once(m.Hello(m.VERSION), ())
         except (OSError, ChannelClosedError) as error:
-            raise KeeperError(f"the keeper does not answer: {error}") from error
+            raise _GoneError(f"the keeper does not answer: {error}") from error
         if isinstance(reply, m.HelloReply):
             self.pid = reply.pid
 

@@ -7,7 +7,7 @@ from uuid import UUID
 import trio
 
 from manager.attachment_epochs import staleness
-from manager.errors import NotFoundError
+from manager.group_rows import find_group
 from manager.labels import flat, parse_filters
 from manager.removed import list_removed
 from manager.running import Running
@@ -15,7 +15,7 @@ from manager.services import Arguments, Caller, Document, Services
 from manager.sockets import SocketFolder
 from manager.verb_table import SCHEMA_VERSION
 from storage.catalogue_rows import AttachmentRow, Filter, Listed, VtpmRow
-from storage.errors import GroupClosed, StorageError
+from storage.errors import StorageError
 from storage.store_records import RecordFlags
 
 _AT_ONCE: Final = 250  # rows between which others get a turn: about 10 ms
@@ -45,13 +45,17 @@ def describer(services: Services) -> Callable[[Listed], Document]:
     registry, store = services.registry, services.registry.committer.store
     names = {row.uuid: row.name for row in registry.catalogue.groups()}
 
-    def look(vtpm: UUID, running: Running | None, attachment: AttachmentRow | None) -> tuple[str, int | None]:
+    def look(row: VtpmRow, running: Running | None, attachment: AttachmentRow | None) -> tuple[str, int | None]:
+        vtpm = row.uuid
         try:
             record = store.get(vtpm)
-        except GroupClosed:
-            return "closed" if running is None else running.stage.value, None
-        except StorageError:  # no record, or its sector is damaged: vtpm-verify tells which
-            return "missing" if running is None else running.stage.value, None
+        except StorageError:
+            if running is not None:
+                return running.stage.value, None
+            if row.group in registry.closed:
+                return "closed", None
+            # no record, or its sector is damaged: vtpm-verify tells which
+            return "missing", None
         if running is None and attachment is not None and staleness(record, attachment):
             attachment = registry.catalogue.find_attachment(vtpm)  # the listing read it some time ago
             if attachment is not None and staleness(record, attachment):
@@ -61,7 +65,7 @@ def describer(services: Services) -> Callable[[Listed], Document]:
     def describe_one(listed: Listed) -> Document:
         row, attachment = listed.vtpm, listed.attachment
         running = services.attachments.running(row.uuid)
-        state, generation = look(row.uuid, running, attachment)
+        state, generation = look(row, running, attachment)
         document: Document = {
             "schema": SCHEMA_VERSION,
             "uuid": str(row.uuid),
@@ -75,8 +79,9 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "tcti": None,
             "control": None,
             "pid": running.pid if running else None,
-            "reason": services.attachments.reason(row.uuid),
+            "reason": registry.closed.get(row.group) if state == "closed" else services.attachments.reason(row.uuid),
             "startup": attachment.startup if attachment else None,
+            "hwinitpcrs": (attachment.hw_pcrs or None) if attachment else None,
             "generation": generation,
             "state_image": str(registry.image_path(row)),
             "created": row.created,
@@ -111,9 +116,7 @@ async def list_vtpms(services: Services, _caller: Caller, arguments: Arguments) 
         return
     catalogue = services.registry.catalogue
     group = arguments["group"]
-    found = catalogue.find_group_by_name(group) if group is not None else None
-    if group is not None and found is None:
-        raise NotFoundError(f"there is no group '{group[:80]}'")
+    found = find_group(catalogue, group) if group is not None else None
     labels = parse_filters(arguments["label"])
     only = Filter(None if found is None else found.uuid, arguments["tpm"], arguments["guest"], labels)
     make, after = describer(services), ""

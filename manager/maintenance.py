@@ -1,152 +1,20 @@
-"""`vtpm-manager reseal` and `check`: what an administrator does while no manager runs."""
+"""`vtpm-manager check`: what an administrator can find out while no manager runs."""
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 from frontend_backend.messages_admin import ExitCode
 from manager import confinement
-from manager.anchor import clean_stop
-from manager.anchoring import note_present
-from manager.catalogue_place import place_of
 from manager.config import Config, Layout
-from manager.errors import BusyError, DeniedError, IntegrityError, ManagerError, UsageError
-from manager.group_rows import follow_seals
+from manager.errors import BusyError, DeniedError, ManagerError
 from manager.hwtpm import HardwareTpm
+from manager.hwtpm_localities import survey
 from manager.hwtpm_setting import TctiKind, TctiSetting
-from manager.keys import BootArea, GroupSeal, catalogue_key
-from manager.opening import (
-    Opened,
-    Unsealer,
-    integrity,
-    locked_store,
-    open_store,
-    open_tpm,
-    permissions_problem,
-    read_boot_area,
-)
-from manager.policy import SealPolicy, parse_pcrs
-from manager.provision import PCRS_NONE, group_reference, platform_reference, policy_for
-from manager.recovery_key import RecoveryPrivate, RecoveryPublic
-from storage.catalogue import Catalogue
-from storage.secrets import GroupKey
-from storage.store_records import GroupRecord, PutGroup
-
-_log = logging.getLogger("vtpm.maintenance")
-
-_PCR_DIGEST_SIZE = 32
-
-
-# --- reseal ----------------------------------------------------------------------------------------
-
-
-def parse_predicted(pairs: list[str]) -> dict[int, bytes]:
-    """Return PCR values written as PCR=HEX.
-
-    Raises:
-        UsageError: not of that form, or not 32 bytes.
-
-    """
-    predicted: dict[int, bytes] = {}
-    for pair in pairs:
-        pcr, equals, value = pair.partition("=")
-        try:
-            digest = bytes.fromhex(value)
-        except ValueError:
-            digest = b""
-        if not equals or not pcr.isdecimal() or len(digest) != _PCR_DIGEST_SIZE:
-            raise UsageError(f"'{pair[:80]}' is no predicted PCR: write PCR=HEX with 64 hexadecimal digits")
-        predicted[int(pcr)] = digest
-    return predicted
-
-
-def reseal(
-    layout: Layout, config: Config, recovery: RecoveryPrivate | None, predicted: dict[int, bytes], pcrs: str | None
-) -> tuple[list[str], Config]:
-    """Seal every key anew to the PCR values of now (and to predicted ones beside them).
-
-    Returns what was done, and the configuration to keep from now on.
-
-    With `recovery` the old seals are opened by the recovery key, whatever the PCRs are; without it by their policy.
-
-    Raises:
-        DeniedError: the policy does not hold and no recovery key was given. ManagerError: see the messages.
-
-    """
-    selection = pcrs or config.tpm.pcrs
-    with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
-        _, boot = read_boot_area(descriptor)
-        public = RecoveryPublic.parse(boot.recovery.encode(), "the store's boot area") if boot.recovery else None
-        if selection != PCRS_NONE and public is None:
-            raise UsageError("this installation has no recovery key, so no PCRs can be bound: --pcrs none")
-        values = _predicted_values(tpm, selection, predicted)
-        if public is not None and public.signing_point != boot.platform.policy.recovery_point:
-            raise IntegrityError(
-                "the recovery key in the store's boot area is not the one that the store key is sealed to: somebody "
-                "changed it. Nothing was changed"
-            )
-        unseal = _unsealer(tpm, recovery)
-        opened = open_store(descriptor, tpm, config, unseal)
-        try:
-            note_present(opened.store, tpm.pcr22_read() if tpm.locality == 2 else None)
-            done = _reseal_all(
-                tpm, opened, unseal, lambda reference: policy_for(tpm, selection, public, reference, values)
-            )
-            if opened.closed:
-                raise DeniedError(f"not resealed: {'; '.join(opened.closed.values())}")
-            digest = clean_stop(opened.store.digest())
-            tpm.anchor_write(boot.anchor, opened.secret.anchor_auth, digest)
-            _tell_catalogue(layout, config, opened)
-        finally:
-            opened.store.close()
-            opened.secret.wipe()
-    return done, replace(config, tpm=replace(config.tpm, pcrs=selection))
-
-
-def _tell_catalogue(layout: Layout, config: Config, opened: Opened) -> None:
-    """Have the catalogue's groups say what their keys are sealed to now; without a catalogue the reseal is done too."""
-    key = catalogue_key(opened.secret.store_key, opened.store.uuid)
-    try:
-        with integrity(), Catalogue.open(place_of(layout, config), key, opened.store.uuid) as catalogue:
-            follow_seals(catalogue, opened.store)
-    except ManagerError as error:
-        _log.warning("resealed, but the catalogue does not say so ('vtpm-verify' will): %s", error)
-
-
-def _unsealer(tpm: HardwareTpm, recovery: RecoveryPrivate | None) -> Unsealer:
-    if recovery is None:
-        return tpm.unseal
-    return lambda blob: tpm.unseal_with_recovery(blob, recovery.sign_statement)
-
-
-def _predicted_values(tpm: HardwareTpm, selection: str, predicted: dict[int, bytes]) -> tuple[dict[int, bytes], ...]:
-    if not predicted:
-        return ()
-    bound = parse_pcrs(selection) if selection != PCRS_NONE else ()
-    stray = sorted(set(predicted) - set(bound))
-    if stray:
-        raise UsageError(f"PCR {stray[0]} is predicted but not bound ({selection})")
-    return (tpm.pcr_values_to_seal(bound) | predicted,)
-
-
-def _reseal_all(tpm: HardwareTpm, opened: Opened, unseal: Unsealer, policy: Callable[[bytes], SealPolicy]) -> list[str]:
-    """Reseal groups first, the platform object last: what was interrupted can be done again with the same key."""
-    store, done = opened.store, []
-    for group, record in store.groups().items():
-        if group in opened.closed:
-            continue
-        seal = GroupSeal.unpack(record.blob)
-        key = GroupKey(unseal(seal.sealed))
-        blob = replace(seal, sealed=tpm.seal(key.reveal(), policy(group_reference(group)))).pack()
-        store.commit([PutGroup(GroupRecord(group, record.flags, blob), key)])
-        done.append(f"group {seal.name}")
-    sealed = tpm.seal(opened.secret.reveal(), policy(platform_reference(store.uuid)))
-    store.write_boot_area(replace(opened.boot, platform=sealed).pack())
-    return [*done, "the store key"]
-
-
-# --- check -----------------------------------------------------------------------------------------
+from manager.keys import BootArea, GroupSeal
+from manager.opening import Opened, integrity, locked_store, open_store, open_tpm, permissions_problem, read_boot_area
+from manager.provision import PCRS_NONE
+from manager.recovery_key import RecoveryPublic
 
 
 class Verdict(StrEnum):
@@ -248,14 +116,41 @@ def _check_confinement(config: Config) -> list[Finding]:
 def _check_inside(layout: Layout, config: Config, descriptor: int) -> list[Finding]:
     findings: list[Finding] = []
     try:
+        findings += _check_localities(config)
         with open_tpm(layout, config) as tpm:
             report = tpm.check_locality()
             proved = "and refused at 0" if report.refused_at_zero else "locality 0 could not be tried"
             findings.append(Finding("hardware TPM", Verdict.OK, f"answers at locality {report.locality}, {proved}"))
+            findings.append(_check_lockout(tpm))
             findings += _check_store(tpm, config, descriptor)
     except ManagerError as error:
         findings.append(_failed("hardware TPM", error))
     return findings
+
+
+def _check_localities(config: Config) -> list[Finding]:
+    """Say which localities the registers of this machine's TPM grant; for `device:` too, which could do better."""
+    setting = TctiSetting.parse(config.tpm.tcti)
+    if setting.kind not in {TctiKind.TIS, TctiKind.CRB, TctiKind.DEVICE}:
+        return []
+    findings = []
+    for tried in survey(setting):
+        ours = setting.kind is not TctiKind.DEVICE and tried.locality in {None, setting.locality}
+        weak = ours and not tried.usable
+        what = "TPM's registers" if tried.locality is None else f"locality {tried.locality}"
+        code = ExitCode.TPM_UNAVAILABLE if weak else ExitCode.OK
+        findings.append(Finding(what, Verdict.WEAK if weak else Verdict.OK, tried.text, code))
+    return findings
+
+
+def _check_lockout(tpm: HardwareTpm) -> Finding:
+    what = "hardware TPM: lockout password"
+    if tpm.properties().lockout_auth_set:
+        return Finding(what, Verdict.OK, "set")
+    text = (
+        "empty: whoever reaches the TPM, at any locality, can clear it, and every vTPM waits for 'vtpm-manager recover'"
+    )
+    return Finding(what, Verdict.WEAK, text, ExitCode.FAILURE)
 
 
 def _check_store(tpm: HardwareTpm, config: Config, descriptor: int) -> list[Finding]:
@@ -271,19 +166,31 @@ def _check_store(tpm: HardwareTpm, config: Config, descriptor: int) -> list[Find
             raise DeniedError("there is no recovery key: a lost TPM loses every vTPM")
         return RecoveryPublic.parse(boot.recovery.encode(), "the store").escrow_fingerprint
 
-    def store() -> str:
+    findings = [step("recovery key", recovery)]
+    try:
         opened = open_store(descriptor, tpm, config)
-        try:
-            with integrity():
-                statistics = opened.store.statistics()
-            if opened.closed:
-                raise DeniedError("; ".join(opened.closed.values()))
-            return f"opens; {statistics.vtpms} vTPMs; last stop: {opened.standing.value}"
-        finally:
-            opened.store.close()
-            opened.secret.wipe()
+    except ManagerError as error:
+        return [*findings, _failed("seals, store and anchors", error)]
+    try:
+        with integrity():
+            statistics = opened.store.statistics()
+        text = f"opens; {statistics.vtpms} vTPMs; last stop: {opened.standing.value}"
+        return [*findings, Finding("seals, store and anchors", Verdict.OK, text), *_check_groups(opened)]
+    finally:
+        opened.store.close()
+        opened.secret.wipe()
 
-    return [step("recovery key", recovery), step("seals, store and anchors", store)]
+
+def _check_groups(opened: Opened) -> list[Finding]:
+    """Tell of each group whether its key can be had: a closed one is no fault of the others."""
+    findings = []
+    for group, record in opened.store.groups().items():
+        what, reason = f"group {GroupSeal.unpack(record.blob).name}", opened.closed.get(group)
+        if reason is not None:
+            findings.append(Finding(what, Verdict.FAILED, f"closed: {reason}", ExitCode.DENIED))
+        else:
+            findings.append(Finding(what, Verdict.OK, f"opens; {opened.store.count(group)} vTPMs"))
+    return findings
 
 
 def _failed(what: str, error: ManagerError) -> Finding:

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
+from manager import hierarchies
 from manager.anchor import Standing, judge
 from manager.anchoring import position_of
+from manager.approval_errors import RevocationDenied, RevocationMissing
 from manager.config import Config, Layout
 from manager.embedded import EmbeddedTpm
 from manager.errors import BusyError, ConfigurationError, IntegrityError, NotFoundError
 from manager.hwtpm import HardwareTpm
-from manager.hwtpm_errors import PolicyMismatch
+from manager.hwtpm_errors import PolicyMismatch, RecoveryRefused, SealDamaged
 from manager.hwtpm_records import SealedBlob
 from manager.hwtpm_setting import TctiKind, TctiSetting
 from manager.keys import BootArea, GroupSeal, PlatformSecret, store_check
@@ -132,6 +134,7 @@ def open_store(descriptor: int, tpm: HardwareTpm, config: Config, unseal: Unseal
     pin_srk(tpm, config)
     uuid, boot = read_boot_area(descriptor)
     secret = PlatformSecret(unseal(boot.platform))
+    hierarchies.use(tpm, secret)
     if not hmac.compare_digest(store_check(secret.store_key, uuid), config.tpm.store_check):
         raise IntegrityError(
             "this store was not made by this installation: its key is not the one that the configuration pins "
@@ -140,6 +143,7 @@ def open_store(descriptor: int, tpm: HardwareTpm, config: Config, unseal: Unseal
     with integrity():
         store = Store.open(descriptor, secret.store_key)
     try:
+        boot = BootArea.unpack(store.boot_area)  # what stood in clear has served to get here; this one is authentic
         durable = tpm.anchor_read(boot.anchor, secret.anchor_auth)
         pcr22 = tpm.pcr22_read() if tpm.locality == 2 else None
         standing = judge(position_of(store), durable, pcr22)
@@ -153,17 +157,22 @@ def open_store(descriptor: int, tpm: HardwareTpm, config: Config, unseal: Unseal
 
 
 def unlock_groups(opened: Opened, unseal: Unsealer) -> None:
-    """Unlock every group whose key the TPM gives; note why for the others."""
+    """Unlock every group whose key the TPM gives; note why for the others: what one tenant lost is not the others'."""
     for group, record in opened.store.groups().items():
         seal = GroupSeal.unpack(record.blob)
         try:
-            key = GroupKey(unseal(seal.sealed))
-        except PolicyMismatch as error:
+            key = group_key(unseal, seal)
+        except (PolicyMismatch, RecoveryRefused, RevocationDenied, RevocationMissing, SealDamaged) as error:
             _log.error("group %s stays closed: %s", seal.name, error)
             opened.closed[group] = str(error)
             continue
         with integrity():
             opened.store.unlock_group(group, key)
+
+
+def group_key(unseal: Unsealer, seal: GroupSeal) -> GroupKey:
+    """Return a group's master key as the hardware TPM gives it. Raises PolicyMismatch, SealDamaged, TpmError."""
+    return GroupKey(unseal(seal.sealed))
 
 
 @contextlib.contextmanager

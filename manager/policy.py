@@ -1,120 +1,61 @@
-"""Policy digests, object Names and NV Names, computed in software: pure, no TPM, no I/O.
+"""Under which conditions a sealed object opens: PCR selections, branches, the policy of them all. Pure, no TPM.
 
-The TPM computes the same digests step by step inside a policy session; sealing needs them beforehand.
-Source: TPM 2.0 Library Part 3, section 23 (enhanced authorisation); Part 1, section 16 (Names).
+The arithmetic of their digests is in policy_digests.
 """
 
-import hashlib
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 from manager.hwtpm_errors import BadSetting, SealDamaged
+from manager.policy_digests import (
+    CC_UNSEAL,
+    PCR_COUNT,
+    ZERO_DIGEST,
+    after_authorize,
+    after_command_code,
+    after_locality,
+    after_pcr,
+    after_signed,
+    anchor_write_policy,
+    hashed,
+    nv_index_name,
+    p256_key_name,
+    policy_or,
+    signed_statement,
+)
 
-ZERO_DIGEST: Final = bytes(32)
-ALG_SHA256: Final = 0x000B
-PCR_COUNT: Final = 24
+__all__ = [
+    "ZERO_DIGEST",
+    "AuthorizeBranch",
+    "Branch",
+    "PcrBranch",
+    "PlainBranch",
+    "SealPolicy",
+    "SignedBranch",
+    "after_locality",
+    "anchor_write_policy",
+    "check_pcrs",
+    "nv_index_name",
+    "p256_key_name",
+    "parse_pcrs",
+    "policy_or",
+    "signed_statement",
+]
+
 # Part 2, TPML_DIGEST of TPM2_PolicyOR: at least 2, at most 8 branches.
 MAX_OR_BRANCHES: Final = 8
 # 16 and 23 may be reset by anybody, 20 is our locality probe, 22 is our volatile anchor.
 UNFIT_PCRS: Final = frozenset({16, 20, 22, 23})
-# Part 2, TPMA_LOCALITY: one bit per locality 0..4.
-LOCALITY_TWO_MASK: Final = 1 << 2
-# Part 2, TPM_CC.
-CC_UNSEAL: Final = 0x015E
-CC_POLICY_SIGNED: Final = 0x0160
-CC_POLICY_AUTH_VALUE: Final = 0x016B
-CC_POLICY_COMMAND_CODE: Final = 0x016C
-CC_POLICY_LOCALITY: Final = 0x016F
-CC_POLICY_OR: Final = 0x0171
-CC_POLICY_PCR: Final = 0x017F
-
-
-def _hash(*parts: bytes) -> bytes:
-    return hashlib.sha256(b"".join(parts)).digest()
-
-
-def _command(code: int) -> bytes:
-    return struct.pack(">I", code)
-
-
-def after_locality(digest: bytes, mask: int = LOCALITY_TWO_MASK) -> bytes:
-    """Extend a policy digest by TPM2_PolicyLocality; mask is a TPMA_LOCALITY, not a number. Part 3, 23.8."""
-    return _hash(digest, _command(CC_POLICY_LOCALITY), bytes([mask]))
-
-
-def after_auth_value(digest: bytes) -> bytes:
-    """Extend a policy digest by TPM2_PolicyAuthValue. Part 3, 23.17."""
-    return _hash(digest, _command(CC_POLICY_AUTH_VALUE))
-
-
-def after_command_code(digest: bytes, code: int) -> bytes:
-    """Extend a policy digest by TPM2_PolicyCommandCode. Part 3, 23.11."""
-    return _hash(digest, _command(CC_POLICY_COMMAND_CODE), _command(code))
-
-
-def after_pcr(digest: bytes, selection: Iterable[int], pcr_digest: bytes) -> bytes:
-    """Extend a policy digest by TPM2_PolicyPCR over the SHA-256 bank. Part 3, 23.7."""
-    return _hash(digest, _command(CC_POLICY_PCR), pcr_selection_bytes(selection), pcr_digest)
-
-
-def after_signed(digest: bytes, key_name: bytes, reference: bytes) -> bytes:
-    """Extend a policy digest by TPM2_PolicySigned of the key with this Name. Part 3, 23.3 and 23.2.3."""
-    return _hash(_hash(digest, _command(CC_POLICY_SIGNED), key_name), reference)
-
-
-def policy_or(branches: Iterable[bytes]) -> bytes:
-    """TPM2_PolicyOR over the digests of 2..8 branches. Part 3, 23.6."""
-    return _hash(ZERO_DIGEST, _command(CC_POLICY_OR), *branches)
-
-
-def signed_statement(nonce_tpm: bytes, reference: bytes, expiration: int = 0) -> bytes:
-    """Return the digest (aHash) a recovery key signs for TPM2_PolicySigned, without a cpHash. Part 3, 23.2.2.
-
-    nonce_tpm must not be empty: a statement without it could be replayed for ever.
-    """
-    assert nonce_tpm, "a recovery statement always carries nonceTPM"
-    return _hash(nonce_tpm, struct.pack(">i", expiration), reference)
-
-
-def pcr_selection_bytes(selection: Iterable[int]) -> bytes:
-    """TPML_PCR_SELECTION of one SHA-256 bank with 24 PCRs. Part 2, 10.9.7."""
-    bitmap = bytearray(PCR_COUNT // 8)
-    for pcr in selection:
-        bitmap[pcr // 8] |= 1 << (pcr % 8)
-    return struct.pack(">IHB", 1, ALG_SHA256, len(bitmap)) + bytes(bitmap)
-
-
-def p256_key_name(point: bytes) -> bytes:
-    """Compute the Name of an external P-256 verification key (sign only, no scheme) as our hwtpm modules load it.
-
-    point: SEC1 uncompressed, 65 bytes. Result: 34 bytes. Source: Part 2, 12.2.4 TPMT_PUBLIC; Part 1, 16.
-    """
-    if len(point) != 65 or point[0] != 4:
-        raise SealDamaged("its recovery key is not an uncompressed P-256 point of 65 bytes")
-    # type ECC, nameAlg SHA256, userWithAuth|noDA|sign, no policy, symmetric NULL, scheme NULL, P-256, kdf NULL.
-    head = struct.pack(">HHIHHHHH", 0x0023, ALG_SHA256, 0x0004_0440, 0, 0x0010, 0x0010, 0x0003, 0x0010)
-    unique = b"".join(struct.pack(">H", 32) + half for half in (point[1:33], point[33:]))
-    return struct.pack(">H", ALG_SHA256) + _hash(head, unique)
-
-
-def nv_index_name(index: int, attributes: int, auth_policy: bytes, size: int) -> bytes:
-    """Compute the Name of an NV index with these public values, 34 bytes. Source: Part 2, 13.5 TPMS_NV_PUBLIC."""
-    public = struct.pack(">IHIH", index, ALG_SHA256, attributes, len(auth_policy)) + auth_policy
-    return struct.pack(">H", ALG_SHA256) + _hash(public, struct.pack(">H", size))
-
-
-def anchor_write_policy(locality: int | None) -> bytes:
-    """Compute the write policy of the durable anchor: PolicyLocality(2) where we have it, then PolicyAuthValue."""
-    start = ZERO_DIGEST if locality is None else after_locality(ZERO_DIGEST)
-    return after_auth_value(start)
 
 
 def parse_pcrs(text: str) -> tuple[int, ...]:
     """Read `sha256:0,2,4-7`, `0,2,7` or `none`; sorted, unique. Raises BadSetting for anything else."""
-    if text.strip() == "none":
-        return ()
+    return () if text.strip() == "none" else check_pcrs(parse_any_pcrs(text))
+
+
+def parse_any_pcrs(text: str) -> tuple[int, ...]:
+    """Read `sha256:0,2,4-7` or `0,2,7`, also PCRs that nothing can be sealed to. Raises BadSetting."""
     bank, separator, numbers = text.strip().rpartition(":")
     if separator and bank != "sha256":
         raise BadSetting(f"The PCR bank {bank!r} cannot be used", "Only sha256 is: for example `sha256:0,2,7`.")
@@ -127,7 +68,7 @@ def parse_pcrs(text: str) -> tuple[int, ...]:
         if first > last or last >= PCR_COUNT:
             raise BadSetting(f"PCR {part.strip()} does not exist", f"PCRs are numbered 0 to {PCR_COUNT - 1}.")
         chosen.update(range(first, last + 1))
-    return check_pcrs(chosen)
+    return tuple(sorted(chosen))
 
 
 def check_pcrs(selection: Iterable[int]) -> tuple[int, ...]:
@@ -165,7 +106,7 @@ class PcrBranch:
     @property
     def pcr_digest(self) -> bytes:
         """SHA-256 over the values in PCR order, as TPM2_PolicyPCR takes it."""
-        return _hash(*(value for _, value in self.values))
+        return hashed(*(value for _, value in self.values))
 
     def digest(self, reference: bytes) -> bytes:  # noqa: ARG002 - PolicyPCR takes no policyRef; all branches share this signature
         """Return the policy digest of this branch before the locality is added."""
@@ -192,8 +133,18 @@ class SignedBranch:
         return after_signed(ZERO_DIGEST, p256_key_name(self.point), reference)
 
 
-# The approver's PolicyAuthorize joins here as one more kind of branch.
-Branch = PcrBranch | PlainBranch | SignedBranch
+@dataclass(frozen=True, slots=True)
+class AuthorizeBranch:
+    """Opens under every policy that the approver (SAA) has signed for this reference. `point`: SEC1, 65 bytes."""
+
+    point: bytes
+
+    def digest(self, reference: bytes) -> bytes:
+        """Return the policy digest of this branch before the locality is added."""
+        return after_authorize(p256_key_name(self.point), reference)
+
+
+Branch = PcrBranch | PlainBranch | SignedBranch | AuthorizeBranch
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,17 +173,25 @@ class SealPolicy:
         cls,
         *,
         pcrs: Iterable[Mapping[int, bytes]] = (),
+        approver_point: bytes | None = None,
         recovery_point: bytes | None = None,
         reference: bytes = b"",
         locality: int | None = 2,
     ) -> Self:
-        """Make the policy of design section 5 without an approver.
+        """Make the policy of design section 5.
 
         pcrs: value sets (PCR -> 32 bytes): the present ones first, predicted ones after them; none of
-        them means that PCRs are not bound. recovery_point: signing key of the recovery file or None.
-        Raises BadSetting.
+        them means that PCRs are not bound. approver_point: signing key of the approver, which then says what PCRs
+        must be: `pcrs` stays empty. recovery_point: signing key of the recovery file or None. Raises BadSetting.
         """
         bound: tuple[Branch, ...] = tuple(PcrBranch.of(values) for values in pcrs) or (PlainBranch(),)
+        if approver_point is not None:
+            if not reference or isinstance(bound[0], PcrBranch):
+                raise BadSetting(
+                    "A policy with an approver has a reference and no PCR values of its own",
+                    "The approver signs the values, for one installation or group.",
+                )
+            bound = (AuthorizeBranch(approver_point),)
         recovery: tuple[Branch, ...] = () if recovery_point is None else (SignedBranch(recovery_point),)
         return cls(bound + recovery, reference, locality)
 
@@ -245,6 +204,11 @@ class SealPolicy:
         """Return the authPolicy of the sealed object, 32 bytes: the branch itself, or their PolicyOR."""
         digests = self.branch_digests()
         return digests[0] if len(digests) == 1 else policy_or(digests)
+
+    @property
+    def approver_point(self) -> bytes | None:
+        """The approver's signing key (SEC1, 65 bytes) of the policy, if it has one."""
+        return next((branch.point for branch in self.branches if isinstance(branch, AuthorizeBranch)), None)
 
     @property
     def recovery_point(self) -> bytes | None:
@@ -280,6 +244,8 @@ def _branch_to_json(branch: Branch) -> dict[str, Any]:
             return {"kind": "plain"}
         case SignedBranch():
             return {"kind": "signed", "key": branch.point.hex()}
+        case AuthorizeBranch():
+            return {"kind": "authorize", "key": branch.point.hex()}
 
 
 def _branch_from_json(untrusted: Any) -> Branch:
@@ -292,5 +258,9 @@ def _branch_from_json(untrusted: Any) -> Branch:
             point = bytes.fromhex(key)
             p256_key_name(point)
             return SignedBranch(point)
+        case {"kind": "authorize", "key": key, **rest} if not rest:
+            point = bytes.fromhex(key)
+            p256_key_name(point)
+            return AuthorizeBranch(point)
         case _:
             raise SealDamaged("its policy has a branch this manager does not know")

@@ -5,28 +5,35 @@ The last step puts the store in place; whatever interrupts before that leaves no
 
 import logging
 import os
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
 
-from manager import escrow
+from manager import escrow, hierarchies
 from manager.anchor import clean_stop
+from manager.approval_files import write_targets
+from manager.approval_key import ApproverPublic
+from manager.approval_records import PLATFORM_SLOT, reference_of
 from manager.catalogue_place import catalogue_place
 from manager.config import CatalogueConfig, Config, Layout, StoreConfig, TpmConfig
 from manager.durable import sync_directory
-from manager.errors import ConflictError, IntegrityError, ManagerError, UsageError
+from manager.errors import ConflictError, ManagerError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
 from manager.group_rows import group_row
 from manager.hwtpm import HardwareTpm
-from manager.hwtpm_errors import AnchorDenied, AnchorMissing, PolicyMismatch, SealDamaged, TpmError
+from manager.hwtpm_errors import TpmError
+from manager.hwtpm_hierarchies import Hierarchy
+from manager.hwtpm_records import AnchorInfo
+from manager.init_leftovers import clean_up_interrupted
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
-from manager.opening import read_boot_area
 from manager.policy import SealPolicy, parse_pcrs
+from manager.policy_references import group_reference, platform_reference
 from manager.recovery_key import RecoveryPublic
 from manager.restoring import refuse_unfinished
-from manager.store_place import begin_store, finish_store, is_ours, remove_unfinished, unfinished_store
+from manager.revocation_writer import RevocationWriter
+from manager.store_place import begin_store, finish_store, unfinished_store
 from storage.catalogue import Catalogue, Happened, Place, now
 from storage.errors import CatalogueError, CommitRefused, NameTaken, StorageFull
 from storage.secrets import GroupKey
@@ -36,9 +43,6 @@ from storage.store_records import GroupFlags, GroupRecord, PutGroup
 _log = logging.getLogger("vtpm.init")
 DEFAULT_GROUP: Final = "default"
 PCRS_NONE: Final = "none"
-_SQLITE_TAILS: Final = ("", "-wal", "-shm", "-journal")
-_PLATFORM_REFERENCE: Final = b"vtpm-manager platform v1 "
-_GROUP_REFERENCE: Final = b"vtpm-manager group v1 "
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,9 @@ class InitOptions:
     store_size: int
     store: Path | None = None  # a file or block device for it; in the state directory otherwise
     catalogue: str = ""  # URL of its database; empty: a file in the state directory
+    set_hierarchy_auth: bool = False  # set the TPM's hierarchy passwords that are empty
+    hierarchy_auths: Mapping[Hierarchy, bytes] = field(default_factory=dict, repr=False)  # those that are set
+    saa: Path | None = None  # public key of the approver of the platform object and the default group
 
 
 def wrap_platform(recovery: RecoveryPublic, store: UUID, secret: PlatformSecret) -> bytes:
@@ -62,16 +69,6 @@ def wrap_platform(recovery: RecoveryPublic, store: UUID, secret: PlatformSecret)
 def wrap_group(recovery: RecoveryPublic, store: UUID, group: UUID, key: GroupKey) -> bytes:
     """Return the off-line escrow of a group's master key."""
     return escrow.wrap(key.reveal(), recovery, EscrowPlace(store, EscrowPurpose.GROUP_KEY, group))
-
-
-def platform_reference(store: UUID) -> bytes:
-    """Return the policyRef that binds recovery statements to this store's platform object."""
-    return _PLATFORM_REFERENCE + store.bytes
-
-
-def group_reference(group: UUID) -> bytes:
-    """Return the policyRef of a group's object."""
-    return _GROUP_REFERENCE + group.bytes
 
 
 def check_options(options: InitOptions) -> RecoveryPublic | None:
@@ -88,6 +85,10 @@ def check_options(options: InitOptions) -> RecoveryPublic | None:
         )
     if options.pcrs != PCRS_NONE:
         parse_pcrs(options.pcrs)
+    elif options.saa is not None:
+        raise UsageError("an approver says what PCRs must be: name those that he is asked for, --pcrs sha256:...")
+    if options.saa is not None:
+        ApproverPublic.load(str(options.saa))
     return RecoveryPublic.load(str(options.recovery)) if options.recovery else None
 
 
@@ -97,11 +98,17 @@ def policy_for(
     recovery: RecoveryPublic | None,
     reference: bytes,
     predicted: tuple[dict[int, bytes], ...] = (),
+    saa: str = "",
 ) -> SealPolicy:
-    """Return the seal policy for the PCR values of now (and predicted ones), with the recovery branch."""
-    values = () if pcrs == PCRS_NONE else (tpm.pcr_values_to_seal(parse_pcrs(pcrs)), *predicted)
+    """Return the seal policy for the PCR values of now (and predicted ones), with the recovery branch.
+
+    With an approver (`saa`: its public key, PEM) its approvals say what the PCRs must be, and none are bound.
+    """
+    approver = ApproverPublic.parse(saa.encode()).point if saa else None
+    values = () if approver or pcrs == PCRS_NONE else (tpm.pcr_values_to_seal(parse_pcrs(pcrs)), *predicted)
     return SealPolicy.build(
         pcrs=values,
+        approver_point=approver,
         recovery_point=recovery.signing_point if recovery else None,
         reference=reference,
         locality=tpm.locality or None,
@@ -118,35 +125,66 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
     recovery = check_options(options)
     refuse_existing(layout)
     tpm.check_locality()
+    auths = options.hierarchy_auths
+    tpm.use_hierarchy_auths(auths.get(Hierarchy.OWNER, b""), auths.get(Hierarchy.ENDORSEMENT, b""))
     srk_name = tpm.provision_srk()
     place = catalogue_place(layout, options.catalogue)
     clean_up_interrupted(layout, tpm, place)
-    made = _Made(uuid4(), uuid4(), PlatformSecret.new())
+    tpm.use_hierarchy_auths(auths.get(Hierarchy.OWNER, b""), auths.get(Hierarchy.ENDORSEMENT, b""))
+    passwords = hierarchies.plan(
+        tpm.properties(),
+        options.hierarchy_auths,
+        set_empty=options.set_hierarchy_auth,
+        recovery=recovery is not None,
+    )
+    made = _Made(uuid4(), uuid4(), passwords.with_auths(PlatformSecret.new()), _approver(options))
     # The index is defined last: from then on the unfinished store tells the next init which one it is.
     anchor = tpm.anchor_plan(tpm.anchor_free_index())
+    revocation = tpm.revocations.place(made.writer.point) if made.saa else None
     try:
+        policy = policy_for(tpm, options.pcrs, recovery, made.reference(revocation), saa=made.saa)
         boot = BootArea(
-            platform=tpm.seal(made.secret.reveal(), policy_for(tpm, options.pcrs, recovery, made.reference)),
+            platform=tpm.seal(made.secret.reveal(), policy),
             anchor=anchor,
             escrow=wrap_platform(recovery, made.store, made.secret) if recovery else b"",
             recovery=recovery.to_pem().decode("ascii") if recovery else "",
+            hierarchies=passwords.kept(recovery, made.store) if recovery else b"",
+            saa=made.saa,
+            slot=PLATFORM_SLOT if made.saa else None,
+            revocation=revocation,
         )
-        group = _default_group(tpm, options, recovery, made.store, made.group)
+        group = _default_group(tpm, options, recovery, made, revocation)
         digest = _make_store(begin_store(layout, options.store, made.store), made, boot, group, options.store_size)
         sync_directory(layout.state_dir)
+        if revocation is not None:
+            tpm.revocations.ensure(revocation, made.writer, {})
+            write_targets(layout, tpm, made.store, boot, {made.group: group.record}, options.pcrs)
         tpm.anchor_define(anchor.index, made.secret.anchor_auth)
         tpm.anchor_write(anchor, made.secret.anchor_auth, clean_stop(digest), first=True)
         _make_catalogue(place, made, group)
         write_config(layout.config, _config(options, srk_name, made))
+        hierarchies.set_made(tpm, passwords.before_finish)
         finish_store(layout)
     except BaseException:
         try:
-            clean_up_interrupted(layout, tpm, place)
-        except (TpmError, CatalogueError) as error:
+            clean_up_interrupted(layout, tpm, place, made.secret)
+        except (TpmError, CatalogueError, ConflictError) as error:
             _log.warning("what init has made so far is left to the next init to take away: %s", error)
         raise
     made.secret.wipe()
+    _set_lockout(tpm, passwords)
     return made.store
+
+
+def _set_lockout(tpm: HardwareTpm, passwords: hierarchies.Plan) -> None:
+    """Set it when the store is in place: nothing that a cut `init` leaves could take it away again."""
+    try:
+        hierarchies.set_made(tpm, passwords.made)
+    except TpmError as error:
+        raise ManagerError(
+            f"the installation is made, but the lockout password is not set: {error} 'vtpm-manager show-hierarchy-auth "
+            f"--complete --key FILE' sets it from the escrow"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +194,16 @@ class _Made:
     store: UUID
     group: UUID
     secret: PlatformSecret
+    saa: str  # the approver's public key (PEM), "": none
 
     @property
-    def reference(self) -> bytes:
-        return platform_reference(self.store)
+    def writer(self) -> RevocationWriter:
+        return RevocationWriter.of(self.secret.store_key, self.store)
+
+    def reference(self, revocation: AnchorInfo | None) -> bytes:
+        if not self.saa:
+            return platform_reference(self.store)
+        return reference_of(self.store, None, PLATFORM_SLOT, revocation)
 
 
 def _config(options: InitOptions, srk_name: bytes, made: _Made) -> Config:
@@ -174,66 +218,6 @@ def _config(options: InitOptions, srk_name: bytes, made: _Made) -> Config:
         store=StoreConfig(size=options.store_size),
         catalogue=CatalogueConfig(url=options.catalogue),
     )
-
-
-def clean_up_interrupted(layout: Layout, tpm: HardwareTpm, place: Place | None = None) -> None:
-    """Take away what an `init` that was cut short left behind, its NV index too; nothing where there is nothing.
-
-    Raises:
-        TpmError, CatalogueError: hardware TPM or database failed; what was left behind is kept for the next try.
-
-    """
-    unfinished = unfinished_store(layout)
-    if not os.path.lexists(unfinished):
-        return
-    if is_ours(layout):  # a link may lead to what is another's by now
-        _undefine_unfinished(unfinished, tpm)
-        if isinstance(place, str):
-            _drop_unfinished(unfinished, place)
-    for tail in _SQLITE_TAILS:
-        layout.catalogue.with_name(layout.catalogue.name + tail).unlink(missing_ok=True)
-    remove_unfinished(layout)
-    sync_directory(layout.state_dir)
-    _log.warning("took away what an interrupted init had left in %s", layout.state_dir)
-
-
-def _drop_unfinished(path: Path, place: str) -> None:
-    """Take the catalogue of an unfinished store out of its database, and no other's."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(IntegrityError):  # not finished, so the catalogue was not begun
-            store, _ = read_boot_area(descriptor)
-            if Catalogue.whose(place) == store:
-                Catalogue.drop(place)
-    finally:
-        os.close(descriptor)
-
-
-def _undefine_unfinished(path: Path, tpm: HardwareTpm) -> None:
-    """Undefine the index of an unfinished store if it is that store's: its key opens it, or nobody has written it."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # a link leads to where init was to make the store
-    except OSError as error:
-        raise ConflictError(f"{path}, which an interrupted init left, cannot be read: {error.strerror}") from error
-    try:
-        boot = read_boot_area(descriptor)[1]
-    except IntegrityError:
-        return  # the store was not finished either, so its index was not defined yet
-    finally:
-        os.close(descriptor)
-    try:
-        secret = PlatformSecret(tpm.unseal(boot.platform))
-        try:
-            tpm.anchor_read(boot.anchor, secret.anchor_auth)
-        finally:
-            secret.wipe()
-    except AnchorMissing:
-        _log.debug("NV index 0x%08x was not defined, or never written", boot.anchor.index)
-    except (AnchorDenied, PolicyMismatch, SealDamaged) as error:
-        _log.warning("NV index 0x%08x may be left over from an interrupted init: %s", boot.anchor.index, error)
-        return
-    with suppress(AnchorMissing):
-        tpm.anchor_undefine(boot.anchor)
 
 
 def refuse_existing(layout: Layout) -> None:
@@ -253,16 +237,29 @@ def refuse_existing(layout: Layout) -> None:
             )
 
 
+def _approver(options: InitOptions) -> str:
+    return "" if options.saa is None else ApproverPublic.load(str(options.saa)).to_pem().decode("ascii")
+
+
 def _default_group(
-    tpm: HardwareTpm, options: InitOptions, recovery: RecoveryPublic | None, store: UUID, group: UUID
+    tpm: HardwareTpm,
+    options: InitOptions,
+    recovery: RecoveryPublic | None,
+    made: "_Made",
+    revocation: AnchorInfo | None,
 ) -> PutGroup:
     key = GroupKey.new()
+    slot = PLATFORM_SLOT + 1 if made.saa else None
+    reference = reference_of(made.store, made.group, slot, revocation) if made.saa else group_reference(made.group)
+    policy = policy_for(tpm, options.pcrs, recovery, reference, saa=made.saa)
     seal = GroupSeal(
         name=DEFAULT_GROUP,
-        sealed=tpm.seal(key.reveal(), policy_for(tpm, options.pcrs, recovery, group_reference(group))),
-        escrow=wrap_group(recovery, store, group, key) if recovery else b"",
+        sealed=tpm.seal(key.reveal(), policy),
+        escrow=wrap_group(recovery, made.store, made.group, key) if recovery else b"",
+        saa=made.saa,
+        slot=slot,
     )
-    return PutGroup(GroupRecord(group, GroupFlags.EPOCHS, seal.pack()), key)
+    return PutGroup(GroupRecord(made.group, GroupFlags.EPOCHS, seal.pack()), key)
 
 
 def _make_store(descriptor: int, made: _Made, boot: BootArea, group: PutGroup, size: int) -> bytes:

@@ -12,14 +12,13 @@ from manager.attachment_epochs import staleness
 from manager.catalogue_place import place_of
 from manager.config import Config, Layout
 from manager.durable import sync_directory
-from manager.errors import DeniedError
 from manager.group_rows import group_row
 from manager.keys import GroupSeal, catalogue_key
 from manager.offline import audit_catalogue, opened_installation
 from manager.opening import Opened
 from storage.catalogue import Catalogue, shown
 from storage.catalogue_rows import AttachmentRow, Audit, VtpmRow
-from storage.errors import NoSuchVtpm, StoreDamaged, StoreError
+from storage.errors import GroupClosed, NoSuchVtpm, StoreDamaged, StoreError
 from storage.store_records import RecordFlags
 
 _TAILS: Final = ("", "-wal", "-shm", "-journal")
@@ -46,15 +45,14 @@ class Rebuilt:
 def rebuild_catalogue(layout: Layout, config: Config) -> Rebuilt:
     """Make the catalogue anew and keep the old one under another name. No manager may run.
 
-    Names whose row is authentic are kept; other vTPMs are called vtpm-UUID.
+    Names whose row is authentic are kept; other vTPMs are called vtpm-UUID. Of a closed group all authentic rows are
+    kept, as nobody can see its records; it is to be done again once the group is open.
 
     Raises:
-        DeniedError: a group is closed, so its vTPMs are not known. Others: see `opened_installation`.
+        DeniedError, IntegrityError, TpmError: see `opened_installation`.
 
     """
     with opened_installation(layout, config) as opened:
-        if opened.closed:
-            raise DeniedError(f"not rebuilt: {'; '.join(opened.closed.values())}. Nothing was changed")
         new = layout.catalogue.with_name(layout.catalogue.name + ".rebuilding")
         _put_back(layout, new)
         audit, _, problems = audit_catalogue(layout, config, opened)
@@ -83,10 +81,12 @@ def rebuild_catalogue(layout: Layout, config: Config) -> Rebuilt:
 
 def _still_attached(opened: Opened, audit: Audit, kept: list[VtpmRow]) -> list[AttachmentRow]:
     """Return the attachments that the store vouches for; those of catalogue schema 1 it does not know."""
-    named = {row.uuid for row in kept}
+    groups = {row.uuid: row.group for row in kept}
     found = []
     for row in audit.attachments:
-        if row.vtpm in named:
+        if groups.get(row.vtpm) in opened.closed:
+            found.append(row)  # judged when the group is opened: an old one is never started
+        elif row.vtpm in groups:
             with suppress(StoreError):  # its sector is damaged: then nothing vouches for it
                 if staleness(opened.store.get(row.vtpm), row) is None:
                     found.append(row)
@@ -107,6 +107,8 @@ def _is_stored(opened: Opened, row: VtpmRow) -> bool:
         return opened.store.get(row.uuid).group == row.group
     except StoreDamaged:
         return True
+    except GroupClosed:
+        return row.group in opened.closed
     except NoSuchVtpm:
         return False
 
@@ -162,6 +164,11 @@ def _remove(path: Path) -> None:
 def _unclear(opened: Opened, layout: Layout, audit: Audit, made: list[VtpmRow]) -> list[str]:
     said = [f"{damage.where}: {damage.problem}; the vTPMs in it have no name now" for damage in opened.store.damage]
     said += [str(tampered) for tampered in audit.tampered]
+    for group, reason in opened.closed.items():
+        name = GroupSeal.unpack(opened.store.groups()[group].blob).name
+        said.append(
+            f"group {name} is closed, so vTPMs of it without a name were not found: do it again later. {reason}"
+        )
     for row in made:
         fresh = opened.store.get(row.uuid).flags & RecordFlags.FRESH
         if not fresh and not (layout.state_images / f"{row.uuid}.img").exists():

@@ -5,15 +5,13 @@ Needs no TPM and no manager: make the file on a machine you trust, keep it off l
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final
 
 from frontend_backend.messages_admin import ExitCode
-from manager.durable import sync_directory
 from manager.errors import ManagerError
+from manager.key_files import write_pair
 from manager.recovery_errors import (
     RecoveryFileExists,
     RecoveryFileMissing,
@@ -24,8 +22,6 @@ from manager.recovery_pair import RecoveryPrivate, RecoveryPublic, read_recovery
 
 __all__ = ["RecoveryPrivate", "RecoveryPublic", "main", "write_recovery_files"]
 
-PRIVATE_MODE: Final = 0o600
-PUBLIC_MODE: Final = 0o644
 JSON_SCHEMA: Final = "vtpm-recovery-key/1"
 
 
@@ -34,32 +30,12 @@ def write_recovery_files(path: str, key: RecoveryPrivate, passphrase: bytes | No
 
     Raises RecoveryFileExists and changes nothing if either exists, RecoveryFileUnwritten if the disk refuses.
     """
-    public_path = path + ".pub"
-    made: list[str] = []
     try:
-        for name, data, mode in (
-            (path, key.to_pem(passphrase), PRIVATE_MODE),
-            (public_path, key.public.to_pem(), PUBLIC_MODE),
-        ):
-            _write_new(name, data, mode, made.append)
-        sync_directory(Path(path).parent)
+        return write_pair(path, key.to_pem(passphrase), key.public.to_pem())
+    except FileExistsError as error:
+        raise RecoveryFileExists(str(error.filename)) from error
     except OSError as error:
-        for name in made:  # half a pair is of no use to anybody, and we just made it
-            os.unlink(name)
-        if isinstance(error, FileExistsError):
-            raise RecoveryFileExists(str(error.filename)) from error
         raise RecoveryFileUnwritten(path, error.strerror or str(error)) from error
-    return public_path
-
-
-def _write_new(path: str, data: bytes, mode: int, made: Callable[[str], None]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-    made(path)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

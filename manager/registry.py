@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 from uuid import UUID, uuid4
 
@@ -13,7 +14,9 @@ import trio
 from manager import state_files
 from manager.anchoring import Anchoring
 from manager.committer import Committer
-from manager.errors import ConflictError, DeniedError, IntegrityError, NotFoundError, UsageError
+from manager.errors import ConflictError, DeniedError, GroupClosedError, IntegrityError, NotFoundError, UsageError
+from manager.group_rows import find_group
+from manager.keys import GroupSeal
 from manager.tombstones import Tombstones, iso
 from storage.catalogue import Catalogue, GroupRow, Happened, VtpmRow
 from storage.errors import GenerationError, GroupClosed, NoSuchVtpm, StoreDamaged
@@ -51,12 +54,13 @@ class Registry:
         state_images: Path,
         tombstones: Tombstones,
         quota: int = 0,
+        closed: Mapping[UUID, str] = MappingProxyType({}),
     ) -> None:
         """Work on an open store and catalogue; `state_images` is the directory of images without a name.
 
-        `quota` is how many vTPMs a group may have, 0 for as many as it likes.
+        `quota`: vTPMs that a group may have, 0 for any number; `closed`: why a closed group is closed.
         """
-        self._quota = quota
+        self._quota, self.closed = quota, closed
         self._committer, self.catalogue, self._anchoring = committer, catalogue, anchoring
         self._state_images, self.tombstones = state_images, tombstones
         self.adding = trio.Lock()  # between looking whether a name is free and taking it
@@ -107,7 +111,10 @@ class Registry:
         try:
             return self._committer.store.get(vtpm)
         except GroupClosed as error:
-            raise DeniedError(str(error)) from error
+            row = self.catalogue.find_vtpm(vtpm)
+            if row is None or not self._committer.store.is_open(row.group):
+                raise self.closed_group(error.groups[0] if row is None else row.group) from error
+            raise NotFoundError(f"the catalogue knows vTPM {vtpm}, its group in the store does not") from error
         except NoSuchVtpm as error:
             raise NotFoundError(f"the catalogue knows vTPM {vtpm}, the store does not: {error}") from error
         except StoreDamaged as error:
@@ -123,6 +130,10 @@ class Registry:
     def group_name(self, group: UUID) -> str:
         """Return a group's name, or its UUID where the catalogue has none."""
         return next((row.name for row in self.catalogue.groups() if row.uuid == group), str(group))
+
+    def closed_group(self, group: UUID) -> GroupClosedError:
+        """Return the error for whoever wants something of a closed group."""
+        return GroupClosedError(self.group_name(group), self.closed.get(group))
 
     def image_path(self, row: VtpmRow) -> Path:
         """Return where the state image of `row` lies."""
@@ -146,9 +157,7 @@ class Registry:
         """
         vtpm = _uuid(uuid) if uuid is not None else uuid4()
         name = check_name(name, "name") if name is not None else f"vtpm-{vtpm.hex[:12]}"
-        group_row = self.catalogue.find_group_by_name(group)
-        if group_row is None:
-            raise NotFoundError(f"there is no group '{group[:80]}'")
+        group_row = find_group(self.catalogue, group)
         async with self.adding:
             if uuid is not None:
                 self._refuse_in_use(vtpm)
@@ -163,17 +172,20 @@ class Registry:
             DeniedError: it may not, or it is closed.
 
         """
-        if not self._quota:
+        store = self._committer.store
+        if not store.is_open(group.uuid):
+            raise self.closed_group(group.uuid)
+        own = GroupSeal.unpack(store.group(group.uuid).blob).quota
+        quota = min((limit for limit in (own, self._quota) if limit), default=0)
+        if not quota:
             return
-        try:
-            have = self._committer.store.count(group.uuid)
-        except GroupClosed as error:
-            raise DeniedError(str(error)) from error
-        if have + adding > self._quota:
+        have = store.count(group.uuid)
+        if have + adding > quota:
+            where = "the group's own quota" if quota == own else "quota.vtpms_per_group"
+            how = f"'vtpm-group-update {group.name} --quota N'" if quota == own else "the configuration and a restart"
             raise DeniedError(
-                f"group {group.name} has {have} of the {self._quota} vTPMs that quota.vtpms_per_group allows, so "
-                f"{adding} more cannot be made; nothing was made. Remove some, or raise the quota in the "
-                f"configuration and restart the manager"
+                f"group {group.name} has {have} of the {quota} vTPMs that {where} allows, so {adding} more were not "
+                f"made. Remove some, or raise the quota by {how}"
             )
 
     async def _add(self, row: VtpmRow, group: GroupRow, labels: Mapping[str, str]) -> VtpmRow:
@@ -182,7 +194,7 @@ class Registry:
         try:
             await self._committer.commit(PutVtpm(new_record(row)))
         except GroupClosed as error:
-            raise DeniedError(str(error)) from error
+            raise self.closed_group(group.uuid) from error
         happened = Happened("added", f"{row.name}, TPM {row.family}, group {group.name}")
         row = self.catalogue.add_vtpm(row, happened, labels)
         await self._anchoring.write_durable()

@@ -6,7 +6,8 @@ from typing import Final
 
 import trio
 
-from manager.errors import NotFoundError, UsageError
+from manager.errors import UsageError
+from manager.group_rows import find_group
 from manager.services import Arguments, Document, Services
 from manager.tombstones import iso
 from manager.verb_table import SCHEMA_VERSION
@@ -46,9 +47,7 @@ async def list_removed(services: Services, arguments: Arguments) -> AsyncGenerat
     everything = await trio.to_thread.run_sync(registry.committer.store.tombstones)
     chosen = sorted(everything, key=attrgetter("removed", "uuid.int"))
     if arguments["group"] is not None:
-        group = registry.catalogue.find_group_by_name(arguments["group"])
-        if group is None:
-            raise NotFoundError(f"there is no group '{arguments['group'][:80]}'")
+        group = find_group(registry.catalogue, arguments["group"])
         chosen = [found for found in chosen if found.group == group.uuid]
     for start in range(0, len(chosen), _AT_ONCE):
         for document in _documents(services, chosen[start : start + _AT_ONCE]):

@@ -7,7 +7,7 @@ Nothing an instance writes can raise here beyond its own ring (design section 2:
 import logging
 import os
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
@@ -21,6 +21,7 @@ from frontend_backend.ring import Answered, Request
 from manager.committer import Committer
 from manager.errors import ManagerError
 from manager.hardware import Hardware
+from manager.hardware_pcrs import may_read
 from manager.running import Running
 from storage.errors import StorageError
 from storage.secrets import StateKey
@@ -37,6 +38,10 @@ def _nothing(_running: Running) -> None:
     pass
 
 
+async def _no_quote(_running: Running, _request: m.Quote) -> m.Reply:
+    return m.Refusal(m.RefusalCode.DENIED, "this manager does not offer it")
+
+
 class RingServer:
     """The back end of every instance's ring. `on_hang_up` is called once an instance's end is closed."""
 
@@ -49,6 +54,7 @@ class RingServer:
         self._released = trio.Event()  # not set while all rings wait (`held`)
         self._released.set()
         self.on_hang_up: Callable[[Running], None] = _nothing
+        self.on_quote: Callable[[Running, m.Quote], Awaitable[m.Reply]] = _no_quote
 
     def add(self, running: Running) -> None:
         """Serve this instance's ring from now on; a request that waits on its page is answered."""
@@ -140,8 +146,16 @@ class RingServer:
                 self._answer(running, m.ReportReply())
             case m.Random(count):
                 self._nursery.start_soon(self._random, running, count)
-            case m.PcrRead() | m.Quote():
-                self._answer(running, m.Refusal(m.RefusalCode.UNAVAILABLE, "this manager does not offer it"))
+            case m.Quote():
+                self._nursery.start_soon(self._quote, running, request)
+            case m.QuoteTask():
+                self._answer(running, running.quote.taken() if running.quote is not None else m.QuoteTaskReply(0))
+            case m.QuoteMade():
+                if running.quote is not None:
+                    running.quote.made(request)
+                self._answer(running, m.ReportReply())
+            case m.PcrRead():
+                self._nursery.start_soon(self._pcr_read, running, request)
 
     def _answer(self, running: Running, reply: m.Reply) -> None:
         running.busy = False
@@ -211,6 +225,24 @@ class RingServer:
 
         self._committer.enqueue((PutVtpm(new),), acknowledge)
 
+    async def _quote(self, running: Running, request: m.Quote) -> None:
+        self._answer(running, await self.on_quote(running, request))
+
+    async def _pcr_read(self, running: Running, request: m.PcrRead) -> None:
+        """Tell an instance hardware PCRs that its attachment asks for, and no others."""
+        if not may_read(running.hw_pcrs, request.bank, request.pcrs):
+            text = "its attachment does not ask for these hardware PCRs (vtpm-attach --hwinitpcrs)"
+            self._answer(running, m.Refusal(m.RefusalCode.DENIED, text))
+            return
+        if not running.pcr_reads.take(trio.current_time()):
+            self._answer(running, m.Refusal(m.RefusalCode.UNAVAILABLE, "too often just now"))
+            return
+        try:
+            reply: m.Reply = m.PcrReadReply(await self._hardware.pcrs(request.pcrs))
+        except ManagerError as error:
+            reply = m.Refusal(m.RefusalCode.UNAVAILABLE, str(error)[:200])
+        self._answer(running, reply)
+
     async def _random(self, running: Running, count: int) -> None:
         """Mix the hardware TPM's random bytes with the kernel's: neither alone decides."""
         if not 0 < count <= _MAX_RANDOM:
@@ -237,6 +269,7 @@ def _load_reply(running: Running, record: VtpmRecord, startup: str, commit_timeo
         generation=record.generation,
         startup=startup,
         commit_timeout=commit_timeout,
+        hw_pcrs=running.hw_pcrs,
     )
 
 

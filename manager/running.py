@@ -10,8 +10,15 @@ import trio
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import InstanceState, Orders, Report, refusal_for_malformed
 from frontend_backend.ring import BackRing
+from manager.quote_task import QuoteTask
+from manager.token_bucket import TokenBucket
 
 _WORDS_LIMIT: Final = 1000  # characters of a report that are kept
+# a chip signs some five times a second, and does the manager's own work too
+PCR_READS_A_SECOND: Final = 1.0  # each takes the hardware TPM a handful of commands; a platform reset takes one
+PCR_READS_AT_ONCE: Final = 5.0
+GUEST_QUOTES_A_SECOND: Final = 1.0
+GUEST_QUOTES_AT_ONCE: Final = 5.0
 
 
 class Stage(StrEnum):
@@ -68,6 +75,10 @@ class Running:
     ended: trio.Event = field(default_factory=trio.Event)  # the process is gone
     busy: bool = False  # a request of this ring is being worked on
     complaints: int = 0  # requests that were not obeyed
+    quote: QuoteTask | None = None  # what the order QUOTE was for
+    hw_pcrs: int = 0  # hardware PCRs that its attachment asks for, and no others are told it; bit 0 for PCR 0
+    pcr_reads: TokenBucket = field(default_factory=lambda: TokenBucket(PCR_READS_A_SECOND, PCR_READS_AT_ONCE))
+    guest_quotes: TokenBucket = field(default_factory=lambda: TokenBucket(GUEST_QUOTES_A_SECOND, GUEST_QUOTES_AT_ONCE))
     idle: trio.Event = field(default_factory=trio.Event)  # set when a request was done after the process had ended
     back: BackRing = field(init=False)
 
@@ -84,8 +95,8 @@ class Running:
             self.settled.set()
 
     def take_orders(self) -> Orders:
-        """Return the orders for the next answer; a reset is ordered once, a stop until it is done."""
-        orders, self.orders = self.orders, self.orders & ~Orders.RESET
+        """Return the orders for the next answer; a reset or a quote is ordered once, a stop until it is done."""
+        orders, self.orders = self.orders, self.orders & ~(Orders.RESET | Orders.QUOTE)
         return orders
 
     def order(self, orders: Orders) -> None:
@@ -96,6 +107,11 @@ class Running:
         if orders & Orders.RESET:
             self.settled = trio.Event()
         self.ring.ring()
+
+    def order_quote(self, task: QuoteTask) -> None:
+        """Order evidence for a quote; only an instance whose report says `quotes` knows the order."""
+        self.quote = task
+        self.order(Orders.QUOTE)
 
     def complain(self) -> bool:
         """Count a request that was not obeyed; returns whether to log it: a hostile instance must not fill the log."""

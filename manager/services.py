@@ -4,10 +4,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from frontend_backend.messages_admin import Note
+from manager.approvals import Approvals
 from manager.attachments import Attachments
+from manager.attestation import Attestation
 from manager.config import Config, Layout
+from manager.groups import Groups
+from manager.quoting import Quotes
 from manager.registry import Registry
 
 Document = dict[str, Any]
@@ -33,6 +38,11 @@ class Services:
     stop: Callable[[], None]
     layout: Layout
     config: Config
+    groups: Groups
+    start_group: Callable[[UUID], Awaitable[int]]  # starts the attached vTPMs of a group that was just opened
+    approvals: Approvals
+    attestation: Attestation
+    quotes: Quotes
 
 
 # A verb answers with all its documents at once, or, where there are many or it takes long, one after the other with

@@ -9,6 +9,7 @@ import trio
 from frontend_backend.messages_keeper import Kept
 from manager.attachments import Attachments, after_reset
 from manager.errors import BusyError, ConflictError, KeeperError, ManagerError, QuarantinedError
+from manager.hardware_pcrs import bit_map
 from manager.instances import Instances
 from manager.registry import Registry
 from manager.running import Running, Stage
@@ -117,6 +118,17 @@ class Supervision:
                 if row is not None:
                     nursery.start_soon(self._first_start, row, limit)
 
+    async def start_group(self, group: UUID) -> int:
+        """Start the attached vTPMs of a group that was just opened; returns how many. What fails is logged."""
+        limit, count = trio.CapacityLimiter(_PARALLEL_STARTS), 0
+        async with trio.open_nursery() as nursery:
+            for attachment in self._catalogue.each_attachment():
+                row = self._catalogue.find_vtpm(attachment.vtpm)
+                if row is not None and row.group == group and self._attachments.running(row.uuid) is None:
+                    nursery.start_soon(self._first_start, row, limit)
+                    count += 1
+        return count
+
     async def _first_start(self, row: VtpmRow, limit: trio.CapacityLimiter) -> None:
         async with limit:
             failure = await self._try(row)
@@ -132,5 +144,7 @@ class Supervision:
             _log.error("vTPM %s: instance %d holds no lease; ending it", vtpm, instance.pid)
             await self._instances.endings.end(vtpm, instance.lease)
         else:
-            await self._instances.adopt(instance, after_reset(attachment), attachment.epoch)
+            await self._instances.adopt(
+                instance, after_reset(attachment), attachment.epoch, bit_map(attachment.hw_pcrs)
+            )
             _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)

@@ -3,9 +3,23 @@
 This module imports nothing heavy: the commands start with it.
 """
 
-from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Final
+
+from manager.verb_form import Argument, Role, Verb
+from manager.verb_table_groups import APPROVE, GROUP_VERBS
+from manager.verb_table_quotes import QUOTE_VERBS
+
+__all__ = [
+    "BY_NAME",
+    "DAEMON_VERBS",
+    "REMOVED_COLUMNS",
+    "SCHEMA_VERSION",
+    "STATES",
+    "VERBS",
+    "Argument",
+    "Role",
+    "Verb",
+]
 
 SCHEMA_VERSION: Final = 1  # `schema` in every JSON document; grows when a field changes its meaning
 # docs/states.md; an attached vTPM's are the stages of its instance (manager.running)
@@ -13,51 +27,6 @@ STATES: Final = (
     *("added", "starting", "running", "needs-reset", "stopping", "stopped", "failed", "ended", "down", "detached"),
     *("quarantined", "closed", "missing", "stale"),
 )
-
-
-class Role(IntEnum):
-    """What a caller may do; each role includes the ones below."""
-
-    AUDITOR = 1  # look
-    OPERATOR = 2  # run: attach, detach, reset a platform
-    ADMINISTRATOR = 3  # make and unmake vTPMs
-
-
-@dataclass(frozen=True, slots=True)
-class Argument:
-    """One argument of a verb. `kind` "path" is opened by the client and travels as a descriptor.
-
-    A "list" may be given several times, or, positional, several in a row; its default is none of them.
-    """
-
-    name: str
-    help: str
-    kind: str = "str"  # str | int | flag | path | list
-    positional: bool = False
-    required: bool = False
-    default: str | int | bool | None = None
-    choices: tuple[str, ...] = ()
-    local: bool = False  # for the command itself, never sent to the manager
-
-    @property
-    def option(self) -> str:
-        """The argument's name on the command line."""
-        return self.name if self.positional else "--" + self.name.replace("_", "-")
-
-
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One verb: who may use it and what it takes. `many` verbs answer with an array in JSON."""
-
-    name: str
-    help: str
-    role: Role
-    arguments: tuple[Argument, ...] = ()
-    many: bool = False
-    prints: str = "uuid"  # field printed alone by --quiet, and by verbs with `terse`
-    terse: bool = False
-    judges: bool = False  # each document has a `verdict` and the exit `code` it asks for
-    columns: tuple[str, ...] = field(default=("uuid", "name", "group", "tpm", "state", "guest", "frontend"))
 
 
 REMOVED_COLUMNS: Final = ("uuid", "name", "group", "tpm", "removed", "removed_by", "kept_until")  # of list --removed
@@ -94,6 +63,7 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("owner", "USER[:GROUP] that may use the sockets: USER may also reset the platform"),
             Argument("mode", "permissions of the sockets, octal", default="0660"),
             Argument("startup", "TPM2_Startup done for the guest", default="clear", choices=("clear", "state", "none")),
+            Argument("hwinitpcrs", "hardware PCRs that are put into the vTPM's at its start: all, none, 0,2,4-7"),
         ),
         prints="endpoint",
         columns=("uuid", "name", "guest", "state", "frontend", "endpoint", "tcti", "pid"),
@@ -173,11 +143,19 @@ VERBS: Final[tuple[Verb, ...]] = (
         judges=True,
         columns=("what", "vtpm", "name", "verdict", "text"),
     ),
+    *GROUP_VERBS,
+    *QUOTE_VERBS,
 )
 
 # Verbs of the daemon's own command, on the same socket.
 DAEMON_VERBS: Final[tuple[Verb, ...]] = (
     Verb("status", "show the manager, its store, anchors and hardware TPM", Role.AUDITOR, prints="pid"),
+    Verb(
+        "tpm-status",
+        "show the hardware TPM: maker, resets, self-test, lockout, passwords, what is in use",
+        Role.AUDITOR,
+        prints="firmware",
+    ),
     Verb(
         "backup",
         "write store, catalogue, configuration and state images to one file, while everything goes on",
@@ -199,6 +177,7 @@ DAEMON_VERBS: Final[tuple[Verb, ...]] = (
         (Argument("to_size", "cut to so many bytes, 0: as few as possible (default: the size at init)", kind="int"),),
         prints="bytes",
     ),
+    APPROVE,
     Verb("stop", "stop every instance cleanly, then the manager", Role.ADMINISTRATOR, prints="pid"),
 )
 

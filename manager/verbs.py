@@ -14,9 +14,13 @@ from manager.listing import describe, list_vtpms
 from manager.named_path import UNUSED_BYTES, is_unused
 from manager.removed import describe_removed, event_text
 from manager.services import Answer, Arguments, Caller, Document, Handler, Services
+from manager.tpm_status import tpm_status
 from manager.verb_table import SCHEMA_VERSION
+from manager.verbs_approval import approve
 from manager.verbs_backup import backup
 from manager.verbs_catalogue import events, label
+from manager.verbs_groups import GROUP_HANDLERS
+from manager.verbs_quotes import QUOTE_HANDLERS
 from manager.verbs_store import compact, scrub
 from manager.verbs_verify import verify
 
@@ -69,6 +73,7 @@ async def attach(services: Services, caller: Caller, arguments: Arguments) -> li
         owner=arguments["owner"],
         mode=arguments["mode"],
         startup=arguments["startup"],
+        hwinitpcrs=arguments["hwinitpcrs"],
     )
     await services.attachments.attach(row, options, caller.uid)
     return [describe(services, row)]
@@ -137,12 +142,16 @@ HANDLERS: Final[dict[str, Handler]] = {
     "reset": reset,
     "remove": remove,
     "verify": verify,
+    **GROUP_HANDLERS,
+    **QUOTE_HANDLERS,
     "label": label,
     "events": events,
     "status": status,
+    "tpm-status": tpm_status,
     "backup": backup,
     "scrub": scrub,
     "compact": compact,
+    "approve": approve,
     "stop": stop,
 }
 

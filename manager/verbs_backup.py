@@ -17,7 +17,7 @@ import trio
 
 from frontend_backend.messages_admin import Note
 from manager import state_files
-from manager.backup import CATALOGUE, CONFIG, STORE, BackupWriter, copy_image, image_member
+from manager.backup import CATALOGUE, CONFIG, STORE, BackupWriter, add_image, copy_image, image_member
 from manager.catalogue_place import without_password
 from manager.errors import ConflictError, ManagerError, UsageError
 from manager.services import Arguments, Caller, Document, Services
@@ -39,6 +39,7 @@ class _Images:
     seen: set[UUID] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    unseen: list[UUID] = field(default_factory=list)  # of closed groups: which state each must hold is not known
 
     def member(self, vtpm: UUID) -> str:
         return image_member(vtpm, bool(self.named.get(vtpm)))
@@ -55,6 +56,16 @@ class _Images:
             self.copied[record.uuid] = record.digest
         return matches
 
+    def copy_unseen(self, writer: BackupWriter) -> int:
+        """Copy the images of closed groups' vTPMs as they are; nothing can be saved there. Returns how many."""
+        count = 0
+        for vtpm in self.unseen:
+            path = state_files.image_path(self.directory, vtpm, self.named.get(vtpm, ""))
+            with suppress(FileNotFoundError):  # never started, or missing: nobody can tell which
+                add_image(writer, self.member(vtpm), path)
+                count += 1
+        return count
+
     def copy_all(self, writer: BackupWriter, records: list[VtpmRecord]) -> None:
         """Copy images as they are now; those that do not match their records are looked at again at the end."""
         for record in records:
@@ -65,7 +76,7 @@ async def backup(services: Services, caller: Caller, arguments: Arguments) -> As
     """Write a backup to the file that the caller opened.
 
     Raises:
-        UsageError: no regular file. ConflictError: it is not empty, or a group is closed. ManagerError: not written.
+        UsageError: no regular file. ConflictError: it is not empty. ManagerError: not written.
 
     """
     writer = BackupWriter(_target(caller))
@@ -84,6 +95,8 @@ async def backup(services: Services, caller: Caller, arguments: Arguments) -> As
         ) from error
     finally:
         writer.close()
+    if images.unseen:
+        yield Note(f"{len(images.unseen)} vTPMs are in closed groups: their state images were copied unseen")
     for what, uuids in (("missing", images.missing), ("not what their records ask for", images.unmatched)):
         if uuids:
             yield Note(f"{len(uuids)} state images are {what}, {uuids[0]} first: look with 'vtpm verify --all'")
@@ -107,18 +120,13 @@ async def _survey(services: Services) -> tuple[list[VtpmRecord], _Images]:
     registry = services.registry
     audit = await trio.to_thread.run_sync(registry.catalogue.audit)
     images = _Images({row.uuid: row.state_image for row in audit.vtpms}, services.layout.state_images)
+    images.unseen = [row.uuid for row in audit.vtpms if row.group in services.groups.closed]
     async with registry.committer.lock:
         return await trio.to_thread.run_sync(_stateful, services), images
 
 
 def _stateful(services: Services) -> list[VtpmRecord]:
     store = services.registry.committer.store
-    closed = [group for group in store.groups() if not store.is_open(group)]
-    if closed:
-        raise ConflictError(
-            f"group {closed[0]} is closed, so it is not known which state images its vTPMs have; nothing was written. "
-            f"'vtpm-manager status' names it, the log the reason"
-        )
     return [record for record in store.vtpms() if not record.flags & RecordFlags.FRESH]
 
 
@@ -137,7 +145,10 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
                 images.missing.append(str(record.uuid))
             elif not matches:
                 images.unmatched.append(str(record.uuid))
-    for vtpm in images.seen.difference(record.uuid for record in records):  # removed or reset meanwhile
+    known = {record.uuid for record in records}
+    images.unseen = [vtpm for vtpm in images.unseen if vtpm not in known]  # a group may have been opened meanwhile
+    unseen = images.copy_unseen(writer)
+    for vtpm in images.seen.difference(known):  # removed or reset meanwhile
         writer.drop(images.member(vtpm))
     figures = store.statistics()
     descriptor = os.open(services.layout.store, os.O_RDONLY | os.O_CLOEXEC)
@@ -157,7 +168,7 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
         "store": str(store.uuid),
         "sequence": figures.sequence,
         "vtpms": figures.vtpms,
-        "state_images": len(records) - len(images.missing),
+        "state_images": len(records) - len(images.missing) + unseen,
         "missing": len(images.missing),
         "unmatched": len(images.unmatched),
         "bytes": size,

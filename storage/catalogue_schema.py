@@ -5,7 +5,7 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-SCHEMA: Final = 2  # grows with every migration; `about.schema` tells a database's own
+SCHEMA: Final = 4  # grows with every migration; `about.schema` tells a database's own
 
 metadata = sa.MetaData()
 
@@ -63,6 +63,7 @@ attachments = sa.Table(
     sa.Column("created", sa.String(32), nullable=False),
     sa.Column("mac", sa.LargeBinary(32), nullable=False),
     sa.Column("epoch", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("hw_pcrs", sa.String(64), nullable=False, server_default=""),
 )
 events = sa.Table(
     "events",

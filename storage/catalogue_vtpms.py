@@ -45,10 +45,13 @@ class Vtpms(Part):
             for row in rows:
                 yield self._vtpm(row)
 
-    def count_vtpms(self) -> int:
-        """Return how many there are."""
+    def count_vtpms(self, group: UUID | None = None) -> int:
+        """Return how many there are, or how many of them are of a group."""
+        query = sa.select(sa.func.count()).select_from(schema.vtpms)
+        if group is not None:
+            query = query.where(schema.vtpms.c.group == group)
         with self._database.read() as connection:
-            return connection.execute(sa.select(sa.func.count()).select_from(schema.vtpms)).scalar_one()
+            return connection.execute(query).scalar_one()
 
     def add_vtpm(
         self, row: VtpmRow, happened: Happened | None = None, labels: Mapping[str, str] | None = None
@@ -126,7 +129,15 @@ class Vtpms(Part):
                 raise NameTaken(f"group {row.name}") from error
             self._note(connection, None, happened)
 
-    def change_group(self, row: GroupRow) -> None:
+    def remove_group(self, uuid: UUID, happened: Happened | None = None) -> None:
+        """Remove a group's row. Raises NoSuchRow."""
+        self._groups = None
+        with self._database.change() as connection:
+            if connection.execute(schema.groups.delete().where(schema.groups.c.uuid == uuid)).rowcount != 1:
+                raise NoSuchRow(f"group {uuid}")
+            self._note(connection, None, happened)
+
+    def change_group(self, row: GroupRow, happened: Happened | None = None) -> None:
         """Replace what a group's row says beside its UUID. Raises NoSuchRow, NameTaken."""
         self._groups = None
         with self._database.change() as connection:
@@ -137,6 +148,7 @@ class Vtpms(Part):
                 raise NameTaken(f"group {row.name}") from error
             if changed != 1:
                 raise NoSuchRow(f"group {row.uuid}")
+            self._note(connection, None, happened)
 
     def _one(self, query: sa.Select[Any], wanted: UUID | str) -> VtpmRow | None:
         with self._database.read() as connection:

@@ -20,6 +20,7 @@ from storage.errors import (
     DeviceError,
     GroupClosed,
     NoSuchGroup,
+    StorageError,
     StoreDamaged,
     StoreExists,
     WrongGroupKey,
@@ -49,6 +50,7 @@ from storage.store_records import (
     Tombstone,
     VtpmRecord,
 )
+from storage.store_rotate import rotate
 from storage.store_scrub import Scrubbed, scrub
 from storage.store_state import drop_doubtful_tombstones, load
 
@@ -212,6 +214,22 @@ class Store(StoreReading):
             raise
         finally:
             plan.wipe()
+
+    def rotate_group(self, record: GroupRecord, key: GroupKey) -> None:
+        """Replace an open group's record and key, its vTPM records sealed anew, with one root: `store_rotate.rotate`.
+
+        Raises, with every record kept: NoSuchGroup, GroupClosed, StoreDamaged, CommitRefused, StorageFull; DeviceError.
+        """
+        try:
+            rotate(self._open_state(), record, key)
+        except DeviceError as error:
+            self._note_failure(error)
+            raise
+        except StorageError:
+            raise
+        except BaseException:
+            self._failed = "its memory may not match its image"
+            raise
 
     def checkpoint(self) -> None:
         """Move what the log holds into leaves and a new root. Changes `digest`, not the content.

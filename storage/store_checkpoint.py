@@ -7,6 +7,7 @@ The last round flushes before its root, too: there is no log left that would do 
 """
 
 import errno
+from collections.abc import Callable
 from typing import Final
 
 from storage import store_format as fmt
@@ -43,6 +44,27 @@ def checkpoint(state: State, frame_bytes: int = 0, new_log: Extent | None = None
         del items[:room]
     if not _final_fits(state, items):
         grow(state, _final_cost(state, items))
+    _last_round(state, items, frame_bytes, new_log)
+
+
+def seal_anew(state: State, group: Group, change: Callable[[], None]) -> None:
+    """Write an open group's record and all its leaves with one root; `change` is called when nothing can refuse it.
+
+    Other checkpoints may take several rounds. Here a root with only a part of the leaves would be a loss, as one key
+    opens all of them. The image grows if it must: it needs room for all leaves a second time.
+    Raises: StorageFull, with nothing changed but that the log was emptied; DeviceError.
+    """
+    assert group.table is not None, "only the leaves of open groups can be written"
+    checkpoint(state)
+    items = [(group.entry, group), *((entry, group) for entry in group.table.entries())]
+    while not _final_fits(state, items):
+        grow(state, _final_cost(state, items) - state.tree.free)
+    change()
+    _last_round(state, items)
+
+
+def _last_round(state: State, items: list[_Item], frame_bytes: int = 0, new_log: Extent | None = None) -> None:
+    """Write what is left and a root that needs no log."""
     _write(state, items)
     _give_up_lost_leaves(state)
     _drop(state)

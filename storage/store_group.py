@@ -26,7 +26,7 @@ class Group:
     def __init__(self, record: GroupRecord, number: int, check: bytes, entry: int) -> None:
         self.record = record
         self.number: Final = number
-        self.check: Final = check
+        self.check = check
         self.entry = entry
         self.dirty = True
         self.key: GroupKey | None = None
@@ -93,6 +93,12 @@ class Group:
             except InvalidTag:
                 raise StoreDamaged(f"log part {sequence} of group {self.record.uuid}", "it does not open") from None
             table.apply(plaintext)
+
+    def rekey(self, record: GroupRecord, key: GroupKey) -> None:
+        """Go on under another key, in memory only: nothing that is on disk opens with it yet."""
+        assert self.key is not None, "only an open group has a key to be replaced"
+        self.key.wipe()
+        self.key, self.check, self.record = GroupKey(key.view), key_check(key, record.uuid), record
 
     def renumber(self, moves: Mapping[int, int]) -> None:
         """Follow entries whose numbers have changed."""

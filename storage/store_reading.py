@@ -9,6 +9,7 @@ from uuid import UUID
 
 from storage import store_format as fmt
 from storage.errors import DeviceError, GroupClosed, NoSuchGroup, StoreClosed, StoreFailed, VtpmRemoved
+from storage.secrets import GroupKey
 from storage.store_commit import max_commit_bytes
 from storage.store_head import BootCopy
 from storage.store_plan import find_group, missing_vtpm
@@ -32,12 +33,28 @@ class StoreReading:
         """All groups, closed ones too, by UUID."""
         return MappingProxyType({uuid: group.record for uuid, group in self._open_state().groups.items()})
 
+    def group(self, group: UUID) -> GroupRecord:
+        """Return a group's record, also of a closed one. Raises NoSuchGroup."""
+        found = self._open_state().groups.get(group)
+        if found is None:
+            raise NoSuchGroup(group)
+        return found.record
+
     def is_open(self, group: UUID) -> bool:
         """Tell whether the group's key has been given. Raises NoSuchGroup."""
         found = self._open_state().groups.get(group)
         if found is None:
             raise NoSuchGroup(group)
         return found.table is not None
+
+    def group_key(self, group: UUID) -> GroupKey:
+        """Return a copy of an open group's key, for whoever seals it anew. Raises NoSuchGroup, GroupClosed."""
+        found = self._open_state().groups.get(group)
+        if found is None:
+            raise NoSuchGroup(group)
+        if found.key is None:
+            raise GroupClosed([group])
+        return GroupKey(found.key.view)
 
     def get(self, vtpm: UUID) -> VtpmRecord:
         """Look a vTPM up.
@@ -113,6 +130,10 @@ class StoreReading:
     def count(self, group: UUID) -> int:
         """Count the vTPMs of a group. Raises NoSuchGroup, GroupClosed."""
         return sum(len(table) for _, table in self._tables(group))
+
+    def count_tombstones(self, group: UUID) -> int:
+        """Count the tombstones of a group. Raises NoSuchGroup, GroupClosed."""
+        return sum(len(table.tombstones) for _, table in self._tables(group))
 
     @property
     def damage(self) -> Sequence[Damage]:

@@ -82,7 +82,7 @@ class VtpmRecord:
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """One group: `blob` is the manager's, opaque, at most 2048 bytes; readable while the group is closed."""
+    """One group: `blob` is the manager's, opaque, at most MAX_GROUP_BLOB bytes; readable while the group is closed."""
 
     uuid: UUID
     flags: int = 0

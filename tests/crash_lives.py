@@ -18,8 +18,9 @@ from storage_histories import (
     SECTOR,
     Model,
     content,
-    group_key,
+    key_of,
     reopen,
+    rotated,
 )
 
 from manager import anchor
@@ -88,6 +89,7 @@ class Findings:
     scrubbed: int = 0
     rounds: int = 0
     taken_back: int = 0
+    rotated: int = 0
 
 
 class Life:
@@ -153,6 +155,19 @@ class Life:
             self.findings.full += 1
         self._settled()
 
+    def rotate(self, group: UUID) -> None:
+        """Give a group its next key."""
+        record = rotated(self.store.groups()[group])
+        try:
+            self.store.rotate_group(record, key_of(record))
+        except StorageFull:
+            self.findings.full += 1
+        else:
+            self.model.groups[group] = record
+            self.contents.note(len(self.disk.steps), rows_of(self.model))
+            self.findings.rotated += 1
+        self._settled()
+
     def boot(self, area: bytes) -> None:
         self.store.write_boot_area(area)
         self.boots.note(len(self.disk.steps), area)
@@ -173,7 +188,7 @@ class Life:
 
     def _extend(self) -> None:
         digest, before = self.store.digest(), self.pcr.last
-        self._note(pcr_before=before, pcr_after=anchor.extended(before, digest))
+        self._note(pcr_before=before, extending=digest)
         self.store.commit([], notes=True)
         self._settled()
         self.pcr.note(len(self.disk.steps), anchor.extended(before, digest))
@@ -189,15 +204,15 @@ class Life:
         self.store.note_anchored(self.durable.last)
         self.notes = anchor.Notes.unpack(self.store.volatile_expected)
         self.served = False
-        for group in sorted(self.store.groups()):
+        for group, record in sorted(self.store.groups().items()):
             if rng.random() < share:
-                self.store.unlock_group(group, group_key(group))
+                self.store.unlock_group(group, key_of(record))
             else:
                 self.findings.closed += 1
 
     def unlock(self) -> None:
-        for group in sorted(self.store.groups()):
-            self.store.unlock_group(group, group_key(group))
+        for group, record in sorted(self.store.groups().items()):
+            self.store.unlock_group(group, key_of(record))
 
     def closed(self) -> set[UUID]:
         return {group for group in self.store.groups() if not self.store.is_open(group)}

@@ -157,6 +157,13 @@ def move(life: Life, rng: random.Random) -> None:
     life.commit([*(RemoveVtpm(uuid) for uuid in chosen), *adds])
 
 
+def rotate(life: Life, rng: random.Random) -> None:
+    """Give a group another key."""
+    groups = open_groups(life)
+    if groups:
+        life.rotate(rng.choice(groups))
+
+
 def open_groups(life: Life) -> list[UUID]:
     return sorted(life.store.groups().keys() - life.closed())
 
@@ -213,6 +220,7 @@ WORDS: dict[str, tuple[int, Deed]] = {  # how often, what
     "forget": (1, forget),
     "checkpoint": (5, checkpoint),
     "compact": (2, compact),
+    "rotate": (3, rotate),
     "scrub": (2, scrub),
     "boot": (2, boot),
     "anchors": (3, anchors),

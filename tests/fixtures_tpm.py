@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,8 @@ READY_SECONDS = 10.0
 FLAGS = "not-need-init,startup-clear"
 CMD_GET_CAPABILITY = (1).to_bytes(4, "big")  # swtpm_ioctls(3), as the answer's size
 CAPABILITY_BYTES = 8
+CMD_INIT, CMD_SET_LOCALITY = 2, 5  # swtpm_ioctls(3)
+STARTUP_CLEAR = bytes.fromhex("8001 0000000c 00000144 0000")
 
 
 @dataclass
@@ -109,6 +111,12 @@ class BusRelay:
         self.alter: dict[int, bytes] = {}  # command code -> response to give instead of the next one
         self.flip: set[int] = set()  # command codes whose next response gets a bit flipped
         self.before: dict[int, list[bytes]] = {}  # command code -> commands of somebody else, one before each
+        self.cut_at: int | None = None  # so many commands pass; the next one is the last, and gets no answer
+        self.cut_executes = False  # whether the TPM still carries that one out
+        self.reset_at: int | None = None  # so many commands pass; before the next one the TPM is reset, as by hardware
+        self.was_cut = self.was_reset = False
+        self._far_control: socket.socket | None = None
+        self._control_lock = threading.Lock()  # held while the data side uses the control channel
         self._stop_reader, self._stop_writer = socket.socketpair()
         self._target = swtpm.socket
         self._threads = [self._serve("", record=True), self._serve(".ctrl", record=False)]
@@ -141,12 +149,20 @@ class BusRelay:
 
         return select.select([*sockets, self._stop_reader], [], [])[0]
 
+    @staticmethod
+    def _readable_now(source: socket.socket) -> list[socket.socket]:
+        import select
+
+        return select.select([source], [], [], 0)[0]
+
     def _relay(self, listener: socket.socket, suffix: str, record: bool) -> None:
         with listener:
             while self._stop_reader not in self._readable(listener):
                 near, _ = listener.accept()
                 with near, socket.socket(socket.AF_UNIX) as far:
                     far.connect(self._target + suffix)
+                    if not record:
+                        self._far_control = far
                     self._pump(near, far, record)
 
     def _pump(self, near: socket.socket, far: socket.socket, record: bool) -> None:
@@ -158,16 +174,22 @@ class BusRelay:
             for source, sink in ((near, far), (far, near)):
                 if source not in ready:
                     continue
-                try:
-                    packet = source.recv(8192)
-                except ConnectionResetError:
-                    return
+                with nullcontext() if record else self._control_lock:
+                    if not record and source not in self._readable_now(source):
+                        continue
+                    try:
+                        packet = source.recv(8192)
+                    except ConnectionResetError:
+                        return
                 if not packet:
                     return
                 if record and source is near:
                     code = int.from_bytes(packet[6:10])
                     self.commands.append(packet)
                     self._inject(far, self.before.get(code, []))
+                    self._maybe_reset(far)
+                    if self._is_the_last(far, packet):
+                        return
                 elif record:
                     packet = self._altered(code, packet)
                     self.responses.append(packet)
@@ -177,6 +199,37 @@ class BusRelay:
         if foreign:
             far.sendall(foreign.pop())
             assert int.from_bytes(far.recv(8192)[6:10]) == 0
+
+    def _is_the_last(self, far: socket.socket, packet: bytes) -> bool:
+        """A machine whose power goes: this command is carried out or not, and nobody hears of it."""
+        if self.cut_at is None:
+            return False
+        self.cut_at -= 1
+        if self.cut_at >= 0:
+            return False
+        self.cut_at, self.was_cut = None, True
+        if self.cut_executes:
+            far.sendall(packet)
+            far.recv(8192)
+        return True
+
+    def _maybe_reset(self, far: socket.socket) -> None:
+        """TPM reset and TPM2_Startup(CLEAR) by the firmware, unnoticed by whoever uses the TPM."""
+        if self.reset_at is None:
+            return
+        self.reset_at -= 1
+        if self.reset_at >= 0:
+            return
+        self.reset_at, self.was_reset = None, True
+        assert self._far_control is not None
+        with self._control_lock:
+            for order in (CMD_INIT.to_bytes(4) + bytes(4), CMD_SET_LOCALITY.to_bytes(4) + b"\0"):
+                self._far_control.sendall(order)
+                assert self._far_control.recv(4) == bytes(4)
+            far.sendall(STARTUP_CLEAR)  # which no other locality than 0 and 3 may send
+            assert int.from_bytes(far.recv(8192)[6:10]) in (0, 0x100)  # swtpm may have done it
+            self._far_control.sendall(CMD_SET_LOCALITY.to_bytes(4) + b"\2")
+            assert self._far_control.recv(4) == bytes(4)
 
     def _altered(self, code: int, packet: bytes) -> bytes:
         if code in self.alter:

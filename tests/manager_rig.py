@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import trio
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.hazmat.primitives.hashes import SHA256
+from manager_rig_revocation import ModelRevocations, open_approved
 from storage_disks import MemoryDisk
 
 from manager.attachments import Attachments
@@ -22,11 +27,23 @@ from manager.config import Config, Layout
 from manager.daemon import Daemon, make_runtime_directory
 from manager.hardware import Hardware
 from manager.hwtpm import HardwareTpm
-from manager.hwtpm_errors import AnchorDenied, AnchorExists, AnchorMissing, PolicyMismatch, TpmTransport
-from manager.hwtpm_records import AnchorInfo, LocalityReport, SealedBlob
+from manager.hwtpm_errors import (
+    AnchorDenied,
+    AnchorExists,
+    AnchorMissing,
+    HierarchyAuthRefused,
+    OwnerAuthWanted,
+    PolicyMismatch,
+    RecoveryRefused,
+    SealDamaged,
+    SrkChanged,
+    TpmTransport,
+)
+from manager.hwtpm_records import AnchorInfo, LocalityReport, SealedBlob, TpmProperties
 from manager.opening import Opened, locked_store, open_store
 from manager.policy import PcrBranch, SealPolicy
 from manager.provision import InitOptions, initialise
+from manager.recovery_pair import RecoveryPrivate
 from manager.registry import Registry
 from storage.disk import Bytes
 
@@ -45,21 +62,26 @@ class ModelTpm:
     locality = 2
     commands_sent = 0
 
-    def __init__(self) -> None:
+    def __init__(self, srk: bytes = SRK_NAME) -> None:
         self.pcrs = {index: bytes(32) for index in range(17)}
         self.pcr22 = ONES
         self.indices: dict[int, tuple[bytes, bytes | None]] = {}  # index -> auth, content
         self.sealed: dict[bytes, tuple[bytes, SealPolicy]] = {}
-        self.srk = SRK_NAME
+        self.srk = srk
+        self.auths: dict[str, bytes] = {}  # hierarchy -> password
+        self.used = {"owner": b"", "endorsement": b""}  # with which passwords we use them
         self.nv_writes = 0
         self.calls: list[str] = []
         self.fail: dict[str, tuple[str, Exception]] = {}  # method -> ("before" or "after", error)
+        self.before_call: dict[str, Callable[[], None]] = {}  # method -> what happens just before its next call
+        self.revocations = ModelRevocations(self._call)
         self.after_write: Callable[[], None] = lambda: None
         self.after_extend: Callable[[], None] = lambda: None
 
     @contextmanager
     def _call(self, name: str) -> Iterator[None]:
         self.calls.append(name)
+        self.before_call.pop(name, lambda: None)()
         when, error = self.fail.pop(name, ("", None))
         if when == "before" and error is not None:
             raise error
@@ -82,6 +104,7 @@ class ModelTpm:
 
     def anchor_define(self, index: int, auth: bytes) -> AnchorInfo:
         with self._call("anchor_define"):
+            self._as_owner("define an index")
             if index in self.indices:
                 raise AnchorExists(index)
             self.indices[index] = auth, None
@@ -89,6 +112,7 @@ class ModelTpm:
 
     def anchor_undefine(self, info: AnchorInfo) -> None:
         with self._call("anchor_undefine"):
+            self._as_owner("remove an index")
             if info.index not in self.indices:
                 raise AnchorMissing(info.index, "it does not exist")
             del self.indices[info.index]
@@ -140,7 +164,15 @@ class ModelTpm:
             return self.srk
 
     def open_srk(self, pinned_name: bytes) -> None:
-        assert pinned_name == self.srk
+        if pinned_name != self.srk:
+            raise SrkChanged(0x81000001, pinned_name, self.srk)
+
+    def pcr_read(self, selection: Any) -> dict[int, bytes]:
+        return {index: self.pcrs.get(index, ONES) for index in selection}
+
+    def pcr_read_together(self, selection: Any) -> dict[int, bytes]:
+        with self._call("pcr_read_together"):
+            return {index: self.pcrs[index] for index in selection}
 
     def pcr_values_to_seal(self, selection: Any) -> dict[int, bytes]:
         return {index: self.pcrs[index] for index in selection}
@@ -153,7 +185,12 @@ class ModelTpm:
 
     def unseal(self, blob: SealedBlob) -> bytes:
         with self._call("unseal"):
+            if blob.private not in self.sealed:
+                raise SealDamaged("it is not an object of this TPM")
             secret, policy = self.sealed[blob.private]
+            if policy.approver_point is not None:
+                open_approved(blob, self.pcrs, self.revocations)
+                return secret
             bound = [dict(branch.values) for branch in policy.branches if isinstance(branch, PcrBranch)]
             differing = [{i: (v, self.pcrs[i]) for i, v in values.items() if self.pcrs[i] != v} for values in bound]
             if bound and all(differing):
@@ -162,8 +199,52 @@ class ModelTpm:
 
     def unseal_with_recovery(self, blob: SealedBlob, sign: Callable[[bytes], bytes]) -> bytes:
         with self._call("unseal_with_recovery"):
-            assert sign(os.urandom(32))
-            return self.sealed[blob.private][0]
+            if blob.private not in self.sealed:
+                raise SealDamaged("it is not an object of this TPM")
+            secret, policy = self.sealed[blob.private]
+            if policy.recovery_point is None:
+                raise RecoveryRefused("it was sealed without one")
+            key, statement = (
+                EllipticCurvePublicKey.from_encoded_point(SECP256R1(), policy.recovery_point),
+                os.urandom(32),
+            )
+            try:
+                key.verify(sign(statement), statement, ECDSA(Prehashed(SHA256())))
+            except InvalidSignature as error:
+                raise RecoveryRefused("another key signed") from error
+            return secret
+
+    # hierarchy passwords
+
+    def properties(self) -> TpmProperties:
+        return TpmProperties(
+            manufacturer="MODL",
+            vendor="model",
+            firmware="0.0.0.1",
+            owner_auth_set=bool(self.auths.get("owner")),
+            endorsement_auth_set=bool(self.auths.get("endorsement")),
+            lockout_auth_set=bool(self.auths.get("lockout")),
+            in_lockout=False,
+            lockout_counter=0,
+            max_auth_fail=3,
+            lockout_interval=1000,
+            lockout_recovery=1000,
+        )
+
+    def use_hierarchy_auths(self, owner: bytes, endorsement: bytes) -> None:
+        self.used = {"owner": owner, "endorsement": endorsement}
+
+    def change_hierarchy_auth(self, hierarchy: str, old: bytes, new: bytes) -> None:
+        with self._call(f"change_hierarchy_auth {hierarchy}"):
+            if self.auths.get(hierarchy, b"") != old:
+                raise HierarchyAuthRefused(hierarchy)
+            self.auths[str(hierarchy)] = new
+            if hierarchy in self.used:
+                self.used[str(hierarchy)] = new
+
+    def _as_owner(self, doing: str) -> None:
+        if self.auths.get("owner", b"") != self.used["owner"]:
+            raise OwnerAuthWanted(doing)
 
     def random(self, count: int) -> bytes:
         with self._call("random"):
@@ -204,11 +285,17 @@ class SnapshotDisk(MemoryDisk):
         self.on_flush(bytes(self.content))
 
 
-def initialised(directory: Path, model: ModelTpm) -> tuple[Layout, Config]:
-    """Make an installation on the model, without PCRs and recovery key."""
+def initialised(
+    directory: Path, model: ModelTpm, pcrs: str = "none", recovery: RecoveryPrivate | None = None
+) -> tuple[Layout, Config]:
+    """Make an installation on the model, by default without PCRs and recovery key."""
     layout = Layout(directory / "state", directory / "run")
     layout.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    options = InitOptions(tcti="embedded", locality=2, pcrs="none", recovery=None, store_size=256 * 1024)
+    public = None
+    if recovery is not None:
+        public = directory / "recovery.pub"
+        public.write_bytes(recovery.public.to_pem())
+    options = InitOptions(tcti="embedded", locality=2, pcrs=pcrs, recovery=public, store_size=256 * 1024)
     initialise(layout, options, as_tpm(model))
     return layout, Config.load(layout.config)
 
@@ -238,11 +325,13 @@ class RunningDaemon:
 
 
 @contextmanager
-def installation(model: ModelTpm) -> Iterator[tuple[Path, Layout, Config]]:
+def installation(
+    model: ModelTpm, pcrs: str = "none", recovery: RecoveryPrivate | None = None
+) -> Iterator[tuple[Path, Layout, Config]]:
     """A state directory with a short name, initialised on the model; removed afterwards."""
     base = Path(tempfile.mkdtemp(prefix="vt"))
     try:
-        yield base, *initialised(base, model)
+        yield base, *initialised(base, model, pcrs, recovery)
     finally:
         shutil.rmtree(base)
 

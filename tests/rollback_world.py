@@ -14,7 +14,7 @@ from manager_rig import FIRST_INDEX, ModelTpm, PowerCutError, SnapshotDisk, hard
 from storage_histories import new_store, reopen, uuid_of
 
 from manager import anchor
-from manager.anchor import StorePosition, clean_stop
+from manager.anchor import PCR22_AFTER_RESET, StorePosition, clean_stop, extended
 from manager.anchoring import Anchoring, note_present, position_of
 from manager.committer import Committer
 from manager.errors import RolledBackError
@@ -26,6 +26,7 @@ GROUP, VTPM = UUID(int=7), uuid_of(1)
 AUTH = bytes(range(32))
 Judge = Callable[[StorePosition, bytes, bytes | None], object]
 Opening = Callable[[Anchoring], Awaitable[None]]
+RESET_BEFORE = ("pcr22_read", "pcr22_extend", "pcr22_extend", "anchor_write")  # calls just before which a TPM is reset
 
 
 @dataclass(eq=False)
@@ -58,6 +59,7 @@ class Findings:
     clean_stops: int = 0
     durable: int = 0
     extends: int = 0
+    resets: int = 0
 
 
 class World:
@@ -112,7 +114,7 @@ class World:
 
     def _extended(self) -> None:
         now = self.tpm.pcr22_read()
-        self.volatile_floor = [node for node in chain_of(self.current) if node.position.notes.pcr_after == now][-1]
+        self.volatile_floor = [node for node in chain_of(self.current) if now in extends_of(node)][-1]
         self.findings.extends += 1
 
     # one run of a manager
@@ -149,13 +151,14 @@ class World:
         self.flushed(bytes(disk.content))  # the power may have gone between a write and its flush
         store.close()
         self.tpm.fail.clear()
+        self.tpm.before_call.clear()
 
     async def _live(self, disk: SnapshotDisk, committer: Committer, anchoring: Anchoring) -> None:
         self._plan_cut(disk, chance=0.15)
         await self._guarded(self.opening, anchoring)
         for _ in range(self.rng.randrange(8)):
             self._plan_cut(disk, chance=0.12)
-            match self.rng.randrange(10):
+            match self.rng.randrange(11):
                 case 0 | 1 | 2 | 3 | 4:
                     await self._save(committer)
                 case 5 | 6:
@@ -168,6 +171,8 @@ class World:
                 case 9:
                     self.tpm.fail["anchor_write"] = self.rng.choice(["before", "after"]), lost_answer()
                     await self._guarded(Anchoring.write_durable, anchoring)
+                case 10:
+                    self.tpm.before_call[self.rng.choice(RESET_BEFORE)] = self.reset_tpm
         if self.rng.random() < 0.5:
             raise PowerCutError
         disk.cut = None
@@ -215,6 +220,12 @@ class World:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._guarded, Anchoring.write_durable, anchoring)
             nursery.start_soon(self._save, committer)
+
+    def reset_tpm(self) -> None:
+        """A reset of the TPM, a manager running or not."""
+        self.tpm.reset()
+        self.volatile_floor = None
+        self.findings.resets += 1
 
     def reseal(self) -> None:
         """What `vtpm-manager reseal` does to the store: group records, the boot area, a clean anchor; cut anywhere."""
@@ -273,8 +284,7 @@ class World:
         for run in range(runs):
             accepted = self.offer_everything(f"before run {run}")
             if self.rng.random() < 0.35:
-                self.tpm.reset()
-                self.volatile_floor = None
+                self.reset_tpm()
                 accepted = self.offer_everything(f"after the TPM reset before run {run}")
             choice = self.current
             if accepted and self.rng.random() < 0.5:
@@ -292,6 +302,12 @@ class World:
             await self.run_manager(self.current)
         self.offer_everything("at the end")
         return self.findings
+
+
+def extends_of(node: Node) -> list[bytes]:
+    """What PCR 22 holds once the extend is done that a state's notes announce, whatever it was extended from."""
+    notes = node.position.notes
+    return [extended(value, notes.extending) for value in (notes.pcr_before, *PCR22_AFTER_RESET)]
 
 
 def chain_of(node: Node | None) -> list[Node]:

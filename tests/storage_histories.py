@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from storage_disks import MemoryDisk
@@ -28,14 +28,30 @@ STORE = UUID("99999999-8888-4777-a666-555555555555")
 KEY = StoreKey(hashlib.sha256(b"store key of the tests").digest())
 SECTOR = 4096
 SMALL = 64 * SECTOR
+_ROTATIONS = 8  # bits of a group's flags below the count of its rotations
 
 Row = tuple[UUID, bytes, bytes, int, int]  # group, key, digest, generation, flags
 Grave = tuple[UUID, int, int]  # group, time of the removal, generation
 Content = tuple[dict[UUID, GroupRecord], dict[UUID, Row], dict[UUID, Grave]]
 
 
-def group_key(group: UUID) -> GroupKey:
-    return GroupKey(hashlib.sha256(b"group key" + group.bytes).digest())
+def group_key(group: UUID, number: int = 0) -> GroupKey:
+    """Return a group's key: its first one, or that after so many rotations."""
+    return GroupKey(hashlib.sha256(b"group key" + group.bytes + number.to_bytes(4, "big").lstrip(b"\0")).digest())
+
+
+def key_number(record: GroupRecord) -> int:
+    """Return how often a group's key was rotated: upper bits of the flags, as the manager has the key in the blob."""
+    return record.flags >> _ROTATIONS
+
+
+def key_of(record: GroupRecord) -> GroupKey:
+    return group_key(record.uuid, key_number(record))
+
+
+def rotated(record: GroupRecord) -> GroupRecord:
+    """Return what is stored of a group after its next rotation."""
+    return replace(record, flags=record.flags + (1 << _ROTATIONS))
 
 
 def uuid_of(number: int) -> UUID:
@@ -69,8 +85,8 @@ def new_store(disk: int | Disk, groups: Sequence[UUID] = (), size: int = SMALL) 
 def reopen(disk: int | Disk, *, unlock: bool = True) -> Store:
     store = Store.open(disk, KEY)
     if unlock:
-        for group in store.groups():
-            store.unlock_group(group, group_key(group))
+        for group, record in store.groups().items():
+            store.unlock_group(group, key_of(record))
     return store
 
 
@@ -173,4 +189,6 @@ class Model:
         if known and rng.random() < 0.5:
             uuid = rng.choice(known)
         named.add(uuid)
-        return PutGroup(GroupRecord(uuid, rng.getrandbits(8), rng.randbytes(rng.randrange(50))), group_key(uuid))
+        rotations = key_number(self.groups[uuid]) if uuid in self.groups else 0
+        record = GroupRecord(uuid, rotations << _ROTATIONS | rng.getrandbits(8), rng.randbytes(rng.randrange(50)))
+        return PutGroup(record, key_of(record))

@@ -8,7 +8,7 @@ import pytest
 from message_conformance import check_protocol
 
 from frontend_backend.errors import MessageError, MessageVersionError
-from frontend_backend.messages import Protocol
+from frontend_backend.messages import Protocol, later
 
 
 class Colour(enum.IntEnum):
@@ -70,6 +70,20 @@ def test_the_codec_carries_every_type_a_field_may_have_and_nothing_else() -> Non
 def test_a_message_is_version_kind_and_fields() -> None:
     assert msgpack.unpackb(PROTOCOL.encode(Free({"a": 1}))) == [7, "Free", {"document": {"a": 1}}]
     assert PROTOCOL.encode(Empty()).hex() == "9307a5456d70747980"
+
+
+@dataclass(frozen=True, slots=True)
+class Younger:
+    number: int
+    added: int = later(0)
+
+
+def test_a_field_that_was_added_later_is_sent_only_if_it_says_something() -> None:
+    protocol = Protocol(1, (Younger,))
+    assert msgpack.unpackb(protocol.encode(Younger(5))) == [1, "Younger", {"number": 5}]
+    assert msgpack.unpackb(protocol.encode(Younger(5, 7))) == [1, "Younger", {"number": 5, "added": 7}]
+    for message in (Younger(5), Younger(5, 7)):
+        assert protocol.decode(protocol.encode(message)) == message
 
 
 def test_missing_fields_take_their_defaults_where_there_are_any() -> None:

@@ -1,3 +1,4 @@
+import struct
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_orders_travel_with_every_reply(orders: Orders) -> None:
     assert decode_reply(encode_reply(Refusal(RefusalCode.LIMIT, "later"), orders))[1] is orders
 
 
-@pytest.mark.parametrize("code", [4, 5, 8, 0x101, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("code", [4, 5, 16, 0x101, 2**31, 2**32 - 1])
 def test_unknown_orders_are_refused(code: int) -> None:
     packet = bytearray(encode_reply(ReportReply()))
     packet[6:10] = code.to_bytes(4, "big")
@@ -110,10 +111,10 @@ def test_a_packet_shorter_than_its_header_is_refused(length: int) -> None:
 
 
 def test_a_message_that_does_not_fit_a_page_is_not_encoded() -> None:
-    room = MAX_PACKET - len(encode_reply(QuoteReply(bytes(1000), b""))) + 1000
-    assert len(encode_reply(QuoteReply(bytes(room), b""))) == MAX_PACKET
+    room = MAX_PACKET - len(encode_reply(QuoteReply(bytes(1000)))) + 1000
+    assert len(encode_reply(QuoteReply(bytes(room)))) == MAX_PACKET
     with pytest.raises(MessageError, match="message of 4089 bytes does not fit one page"):
-        encode_reply(QuoteReply(bytes(room + 1), b""))
+        encode_reply(QuoteReply(bytes(room + 1)))
     with pytest.raises(MessageError, match="does not fit one page"):
         encode_request(Report(messages_instance.InstanceState.READY, text="x" * MAX_PACKET))
 
@@ -176,3 +177,11 @@ def test_keys_leave_the_page_on_their_way_up_and_down() -> None:
 def test_the_messages_in_the_documents_are_those_in_the_code() -> None:
     check_generated("protocol.md", "instance requests", table(messages_instance._REQUESTS))
     check_generated("protocol.md", "instance replies", table(messages_instance._REPLIES))
+
+
+def test_a_report_of_an_instance_that_knows_no_quotes_says_so() -> None:
+    import msgpack
+
+    body = msgpack.packb([1, "Report", {"state": "ready", "reason": "", "text": ""}])
+    packet = struct.pack(">HII", messages_instance.TAG_REQUEST, 10 + len(body), 0) + body
+    assert decode_request(packet) == Report(messages_instance.InstanceState.READY, quotes=False)

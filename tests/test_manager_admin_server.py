@@ -1,16 +1,17 @@
 """The admin socket against clients that are wrong, slow, many, or nobody; roles; sockets and who owns them."""
 
+import dataclasses
 import os
 import random
 import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -21,10 +22,8 @@ from frontend_backend.descriptors import MAX_DATAGRAM, PeerCredentials, send_mes
 from frontend_backend.messages_admin import AdminRequest, Done, ExitCode, Failure, Row, decode_admin, encode_admin
 from manager import admin_server
 from manager.admin_server import AdminServer, check_arguments, role_of
-from manager.attachments import Attachments
 from manager.config import AdminConfig, Config, Layout
 from manager.errors import ConfigurationError, ManagerError, UsageError
-from manager.registry import Registry
 from manager.services import Services
 from manager.sockets import Owner, SocketFolder, parse_mode
 from manager.verb_table import BY_NAME, Role
@@ -75,21 +74,20 @@ async def answers(sock: socket.socket) -> list[Any]:
             received.append(decode_admin(data))
 
 
+def services_in(folder: Path, status: Callable[[], dict[str, Any]]) -> Services:
+    """Services of which only these parts are there: the socket's side of the server asks for no other."""
+    absent: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Services))
+    there = {"sockets": folder, "status": status, "layout": Layout(folder, folder), "config": Config()}
+    return Services(**absent | there)
+
+
 @asynccontextmanager
 async def admin(config: AdminConfig | None = None) -> AsyncIterator[Admin]:
     folder = tempfile.mkdtemp(prefix="vt")  # short: a socket's path has at most 107 bytes
     path = Path(folder) / "admin.sock"
     made = Admin(path, [{"schema": 1, "pid": 1}])
     settings = config or AdminConfig()
-    services = Services(
-        cast("Registry", None),
-        cast("Attachments", None),
-        path.parent,
-        lambda: made.statuses[0],
-        lambda: None,
-        Layout(path.parent, path.parent),
-        Config(),
-    )
+    services = services_in(path.parent, lambda: made.statuses[0])
     try:
         with admin_server.listen(path, settings) as listener:
             async with trio.open_nursery() as nursery:
@@ -249,8 +247,7 @@ async def test_a_listener_that_closes_ends_the_accepting_and_serves_who_is_there
 
     monkeypatch.setitem(HANDLERS, "status", slow)
     made = Admin(short / "a", [])
-    registry, attachments = cast("Registry", None), cast("Attachments", None)
-    services = Services(registry, attachments, short, dict, lambda: None, Layout(short, short), Config())
+    services = services_in(short, dict)
     listener = admin_server.listen(made.path, AdminConfig())
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
@@ -299,12 +296,16 @@ async def test_every_verb_is_denied_to_the_role_below_and_to_nobody(monkeypatch:
 def test_only_looking_is_for_auditors_and_only_administrators_make_and_unmake() -> None:
     assert {name for name, verb in BY_NAME.items() if verb.role is Role.AUDITOR} == {
         "events",
+        "group-list",
+        "group-predict",
+        "group-show",
         "list",
         "show",
         "status",
+        "tpm-status",
         "verify",
     }
-    for name in ("add", "remove", "reset", "stop"):
+    for name in ("add", "remove", "reset", "stop", "group-add", "group-update", "group-rotate", "group-remove"):
         assert BY_NAME[name].role is Role.ADMINISTRATOR
 
 
@@ -318,7 +319,7 @@ def test_every_verb_has_a_handler_help_and_known_kinds() -> None:
     for verb in BY_NAME.values():
         assert verb.help
         assert all(argument.help for argument in verb.arguments)
-        assert {argument.kind for argument in verb.arguments} <= {"str", "int", "flag", "path", "list"}
+        assert {argument.kind for argument in verb.arguments} <= {"str", "int", "flag", "path", "text", "bytes", "list"}
 
 
 @pytest.mark.parametrize(
@@ -348,6 +349,7 @@ def test_defaults_fill_what_is_not_said() -> None:
         "owner": None,
         "mode": "0660",
         "startup": "clear",
+        "hwinitpcrs": None,
     }
     with pytest.raises(UsageError):
         check_arguments(BY_NAME["remove"], {"vtpm": "v", "yes": 1})

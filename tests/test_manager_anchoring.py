@@ -45,7 +45,7 @@ async def test_no_old_or_forked_store_is_accepted_and_the_newest_never_refused()
     assert found.opens == 40 * RUNS
     assert found.refused > 3000
     assert found.older_opened > 10, "the adversary also booted old states that are still allowed"
-    assert min(found.clean_stops, found.durable, found.extends) > 80
+    assert min(found.clean_stops, found.durable, found.extends, found.resets) > 80
 
 
 async def test_strict_mode_accepts_nothing_older_than_an_acknowledged_save() -> None:
@@ -74,12 +74,29 @@ async def test_control_without_the_held_digest_the_newest_is_locked_out() -> Non
     assert (await histories(10, judge=without_held)).locked_out
 
 
+def without_a_reset_in_between(position: StorePosition, durable: bytes, pcr22: bytes | None) -> Standing:
+    """The rule before a reset between the note and the extend was thought of."""
+    notes = position.notes
+    known = notes.pcr_before, extended(notes.pcr_before, notes.extending), *anchor.PCR22_AFTER_RESET
+    standing = judge(position, durable, None)
+    if standing is not Standing.CLEAN and pcr22 not in known:
+        raise RolledBackError("another value")
+    return standing
+
+
+async def test_control_a_tpm_reset_between_note_and_extend_locks_the_newest_out() -> None:
+    assert (await histories(25, judge=without_a_reset_in_between)).locked_out
+
+
 async def test_control_without_pcr_22_old_states_are_accepted() -> None:
     assert (await histories(10, judge=without_pcr22)).accepted_old
 
 
 async def test_control_an_open_that_anchors_the_digest_it_found_can_be_forked() -> None:
-    assert (await histories(25, opening=Anchoring.write_durable)).accepted_old
+    for seed in range(60):
+        if (await World(seed, opening=Anchoring.write_durable).history(20)).accepted_old:
+            return
+    pytest.fail("the adversary found no fork")
 
 
 async def test_control_a_counter_can_be_forked() -> None:
@@ -148,6 +165,7 @@ async def test_the_same_holds_on_a_real_tpm() -> None:
         found = await World(5, tpm=chip).history(4)
     assert (found.accepted_old, found.locked_out, found.opens) == ([], [], 4)
     assert found.durable > 4
+    assert found.resets > 0
 
 
 # --- the rule, pure -------------------------------------------------------------------------------
@@ -155,8 +173,8 @@ async def test_the_same_holds_on_a_real_tpm() -> None:
 D, OTHER, PCR = b"d" * 32, b"o" * 32, b"p" * 32
 
 
-def position(held: bytes = OTHER, pending: bytes = bytes(32), before: bytes = PCR, after: bytes = PCR) -> StorePosition:
-    return StorePosition(D, held, Notes(pending, before, after))
+def position(held: bytes = OTHER, pending: bytes = bytes(32), before: bytes = PCR) -> StorePosition:
+    return StorePosition(D, held, Notes(pending, before))
 
 
 @pytest.mark.parametrize(
@@ -270,13 +288,85 @@ async def test_after_a_suspend_the_note_starts_from_what_the_pcr_holds() -> None
         tpm.reset()
         store.commit([save(store, 1)])
         await anchoring.extend_volatile()
-        assert judge(position_of(store), anchoring_digest(tpm), tpm.pcr22) is Standing.DESCENDS
+        assert judge(position_of(store), anchoring_digest(tpm), tpm.pcr22) is Standing.EQUAL
 
 
 def anchoring_digest(tpm: ModelTpm) -> bytes:
     content = next(iter(tpm.indices.values()))[1]
     assert content is not None
     return content
+
+
+async def test_a_tpm_that_was_reset_between_note_and_extend_locks_nothing_out() -> None:
+    with anchored() as (tpm, store, _, anchoring):
+        await anchoring.write_opening()
+        store.commit([save(store, 1)])
+        tpm.before_call["pcr22_extend"] = tpm.reset
+        await anchoring.extend_volatile()
+        assert judge(position_of(store), anchoring_digest(tpm), tpm.pcr22)
+
+
+async def test_after_a_reset_of_the_tpm_the_durable_anchor_is_written_as_well() -> None:
+    for before in ("pcr22_read", "pcr22_extend"):
+        with anchored() as (tpm, store, _, anchoring):
+            await anchoring.write_opening()
+            stood_for = anchoring_digest(tpm)
+            store.commit([save(store, 1)])
+            old = position_of(store)
+            tpm.before_call[before] = tpm.reset
+            await anchoring.extend_volatile()
+            store.commit([save(store, 2)])
+            tpm.fail["anchor_write"] = "before", lost_answer()
+            if before == "pcr22_extend":  # then it shows when the PCR is read the next time
+                assert anchoring_digest(tpm) == stood_for
+                with pytest.raises(TpmTransport):
+                    await anchoring.extend_volatile()
+            tpm.fail.clear()
+            await anchoring.extend_volatile()
+            assert anchoring_digest(tpm) != stood_for
+            tpm.reset()
+            with pytest.raises(RolledBackError):
+                judge(old, anchoring_digest(tpm), tpm.pcr22)
+            assert anchoring.statistics().resets == 1
+            writes = tpm.nv_writes
+            anchoring._pcr22 = tpm.pcr22
+            await anchoring.extend_volatile()
+            assert tpm.nv_writes == writes
+
+
+async def test_whoever_else_extends_pcr_22_does_not_wear_the_index_out() -> None:
+    with anchored() as (tpm, store, _, anchoring):
+        await anchoring.write_opening()
+        writes = tpm.nv_writes
+        for number in range(20):
+            tpm.pcr22 = bytes([number]) * 32
+            store.commit([save(store, number)])
+            await anchoring.extend_volatile()
+        assert tpm.nv_writes == writes + 1
+        assert anchoring.statistics().resets == 20
+
+
+async def test_a_reset_shows_without_any_save(autojump_clock: trio.testing.MockClock) -> None:
+    autojump_clock.autojump_threshold = 0.02
+    with anchored() as (tpm, store, _, anchoring):
+        await anchoring.write_opening()
+        stood_for = anchoring_digest(tpm)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(anchoring.run_volatile)
+            await trio.sleep(200)
+            assert anchoring_digest(tpm) == stood_for, "nothing is written where nothing happened"
+            tpm.reset()
+            await trio.sleep(200)
+            nursery.cancel_scope.cancel()
+        assert anchoring_digest(tpm) != stood_for
+        assert judge(position_of(store), anchoring_digest(tpm), tpm.pcr22)
+        assert anchoring.statistics().resets == 1
+
+
+def test_a_note_of_an_earlier_manager_still_counts() -> None:
+    notes = Notes(bytes(32), PCR, extended(PCR, D))  # it named the value after the extend, not what it extends by
+    for pcr22 in (PCR, extended(PCR, D)):
+        assert judge(StorePosition(D, OTHER, notes), OTHER, pcr22) is Standing.DESCENDS
 
 
 async def test_background_tasks_survive_a_tpm_that_fails(autojump_clock: trio.testing.MockClock) -> None:

@@ -3,12 +3,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from fixtures_tpm import SwtpmProcess, recorded_bus, running_swtpm
+from fixtures_tpm import SwtpmProcess, extend_command, recorded_bus, running_swtpm
 from tpm2_pytss import TPM2_CC
 
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import (
     BadSetting,
+    PcrsMoving,
     SealDamaged,
     SrkChanged,
     SrkUnusable,
@@ -285,3 +286,17 @@ def test_owner_hierarchy_stays_usable_for_others_after_close(swtpm: SwtpmProcess
     with HardwareTpm.open(swtpm.setting) as tpm:
         tpm.provision_srk()
     assert "0x81000001" in swtpm.tool("tpm2_getcap", "handles-persistent")
+
+
+def test_pcrs_that_move_while_they_are_read_are_read_again(swtpm: SwtpmProcess) -> None:
+    """Twelve PCRs take two commands: somebody extends one of the first eight in between."""
+    selection = range(12)
+    with recorded_bus(swtpm) as bus, HardwareTpm.open(bus.setting) as tpm:
+        bus.before[int(TPM2_CC.PCR_Read)] = [extend_command(pcr) for pcr in (1, 2, 3)]
+        together = tpm.pcr_read_together(selection)
+        assert not bus.before[int(TPM2_CC.PCR_Read)]
+        assert together == tpm.pcr_read(selection)
+        assert together[1] == hashlib.sha256(bytes(32) + b"\x5a" * 32).digest()
+        bus.before[int(TPM2_CC.PCR_Read)] = [extend_command(16) for _ in range(100)]
+        with pytest.raises(PcrsMoving, match="read them together"):
+            tpm.pcr_read_together(range(17))

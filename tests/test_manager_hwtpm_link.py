@@ -19,6 +19,7 @@ from manager.hwtpm_errors import (
     TpmNotStarted,
     TpmTransport,
     TpmUnavailable,
+    TpmWasReset,
     UnknownTpmCode,
     WrongLocality,
 )
@@ -113,6 +114,50 @@ def test_failure_mode_is_fatal(swtpm: SwtpmProcess, answer: str) -> None:
         with pytest.raises(TpmFailureMode, match="Power-cycle"):
             HardwareTpm.open(bus.setting)
         HardwareTpm.open(bus.setting).close()
+
+
+def test_a_self_test_that_runs_is_waited_for(swtpm: SwtpmProcess) -> None:
+    running = bytes.fromhex("800100000010000000000000" + "0000090a")  # success; the result is TPM_RC_TESTING
+    with recorded_bus(swtpm) as bus:
+        bus.alter[CC_GET_TEST_RESULT] = running
+        with HardwareTpm.open(bus.setting) as tpm:
+            assert tpm.clock()
+
+        class Forever(dict[int, bytes]):
+            def __contains__(self, code: object) -> bool:
+                return code == CC_GET_TEST_RESULT
+
+            def pop(self, _: int) -> bytes:  # type: ignore[override]
+                return running
+
+        bus.alter = Forever()
+        with pytest.raises(TpmBusy, match="still tests itself"):
+            HardwareTpm.open(bus.setting, deadline=0.2)
+
+
+def test_a_tpm_reset_in_the_middle_of_a_session_is_told_and_then_forgotten(swtpm: SwtpmProcess) -> None:
+    def work(tpm: HardwareTpm) -> None:
+        tpm.open_srk(name)
+        assert len(tpm.random(16)) == 16
+
+    with recorded_bus(swtpm) as bus, HardwareTpm.open(bus.setting) as tpm:
+        name = tpm.provision_srk()
+        before = len(bus.commands)
+        work(tpm)
+        places = len(bus.commands) - before
+        told = 0
+        for place in range(places):
+            bus.reset_at = place
+            resets = tpm.clock().reset_count if place else 0
+            try:
+                work(tpm)
+            except TpmWasReset as error:
+                assert "it was reset" in str(error)  # noqa: PT017 - not each place raises
+                told += 1
+            bus.reset_at = None
+            work(tpm)
+            assert tpm.clock().reset_count > resets
+        assert told > 0
 
 
 def test_failure_mode_while_open_is_said(swtpm: SwtpmProcess) -> None:

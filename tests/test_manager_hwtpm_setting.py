@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from manager.hwtpm_errors import BadSetting
@@ -30,6 +32,42 @@ def test_a_host_and_a_port_are_read(text: str, host: str, port: int) -> None:
 def test_a_device_is_read() -> None:
     setting = TctiSetting.parse("device:/dev/tpmrm0")
     assert (setting.kind, setting.path) == (TctiKind.DEVICE, "/dev/tpmrm0")
+
+
+@pytest.mark.parametrize("name", ["tis", "crb"])
+def test_registers_are_at_their_usual_place_and_locality_two(name: str) -> None:
+    setting = TctiSetting.parse(name)
+    assert (setting.kind, setting.base, setting.locality, setting.path) == (TctiKind(name), 0xFED40000, 2, "/dev/mem")
+    assert setting == replace(TctiSetting.parse(f"{name}:"), text=name)
+
+
+def test_each_option_of_registers_is_read() -> None:
+    setting = TctiSetting.parse("tis:base=0x80000000,locality=0,path=/tmp/x y")
+    assert (setting.base, setting.locality, setting.path) == (0x80000000, 0, "/tmp/x y")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tis:base=0xfed40001",
+        "tis:base=4096",  # memory: what is written there would be somebody's
+        "tis:base=-0xfed40000",
+        "tis:base=0xffffffffff000",
+        "tis:base=x",
+        "tis:locality=5",
+        "tis:locality=-1",
+        "tis:locality=²",
+        "crb:locality=02",
+        "tis:locality=2,locality=2",
+        "tis:speed=1",
+        "tis:path=",
+        "crb:,",
+    ],
+)
+def test_registers_that_cannot_be_are_refused(text: str) -> None:
+    with pytest.raises(BadSetting, match=r"tis:locality=2|0 to 4|multiple of 0x1000") as refused:
+        TctiSetting.parse(text)
+    assert refused.value.code == 2
 
 
 @pytest.mark.parametrize("text", ["mssim:host=localhost", "tabrmd", "tabrmd:bus_name=x"])

@@ -46,6 +46,8 @@ def keeper(script: Script) -> Iterator[tuple[Path, list[str]]]:
             for answers in script:
                 near, _ = sock.accept()
                 with near:
+                    if not answers:
+                        continue  # it is just ending: the connection is closed before it was taken
                     near.settimeout(10)
                     for answer in answers:
                         data = near.recv(65536)
@@ -93,6 +95,15 @@ async def test_an_answer_that_is_none_is_an_error_and_the_next_is_served(answer:
             await made.ask(Forget(bytes(16), 1))
         assert await made.ask(Forget(bytes(16), 1)) == (Forgotten(0), [])
         made.close()
+
+
+async def test_a_keeper_that_is_just_ending_is_not_taken_for_one_that_cannot_answer() -> None:
+    """A start right after a stop: the last keeper still listens, and is gone a moment later."""
+    with keeper([[], [HELLO, EMPTY]]) as (path, asked):
+        made = await Keeper.connect(path)
+        assert await made.list() == []
+        made.close()
+    assert asked == ["Hello", "List"]
 
 
 async def test_a_keeper_that_serves_another_is_busy() -> None:

@@ -2,20 +2,25 @@ import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
 import pytest
+from approval_rig import approve, target
 from fixtures_tpm import running_swtpm
 from hypothesis import given
 from hypothesis import strategies as st
-from tpm2_pytss import ESYS_TR, TPM2_CC, TPMA_LOCALITY, TPML_DIGEST
+from tpm2_pytss import ESYS_TR, TPM2_CC, TPM2_EO, TPMA_LOCALITY, TPML_DIGEST
 
 from manager import policy
+from manager.approval_key import ApproverPrivate
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import AnchorMissing, BadSetting, SealDamaged
 from manager.hwtpm_records import AnchorInfo, SealedBlob
 from manager.hwtpm_templates import recovery_key_template
 from manager.policy import PcrBranch, PlainBranch, SealPolicy, SignedBranch, check_pcrs, parse_pcrs
 from manager.recovery_key import RecoveryPrivate
+from manager.revocation_writer import RevocationWriter
+from storage.secrets import StoreKey
 
 RECOVERY = RecoveryPrivate.new()
 POINT = RECOVERY.public.signing_point
@@ -26,6 +31,7 @@ POLICIES = {
     "pcr": SealPolicy.build(pcrs=[VALUES]),
     "predicted": SealPolicy.build(pcrs=[VALUES, VALUES | {7: b"\x08" * 32}]),
     "recovery": SealPolicy.build(pcrs=[VALUES], recovery_point=POINT, reference=b"store"),
+    "approver": SealPolicy.build(approver_point=POINT, recovery_point=POINT, reference=b"store"),
     "recovery without locality": SealPolicy.build(recovery_point=POINT, reference=b"store", locality=None),
 }
 
@@ -91,6 +97,36 @@ def test_the_reference_changes_the_recovery_branch_only() -> None:
     assert one.branch_digests()[1] != two.branch_digests()[1]
     assert one.recovery_point == POINT
     assert POLICIES["pcr"].recovery_point is None
+
+
+def test_an_approver_takes_a_reference_and_no_values_of_its_own() -> None:
+    assert POLICIES["approver"].approver_point == POINT
+    assert POLICIES["recovery"].approver_point is None
+    for wrong in ({"reference": b""}, {"reference": b"store", "pcrs": [VALUES]}):
+        with pytest.raises(BadSetting, match="approver"):
+            SealPolicy.build(approver_point=POINT, **wrong)
+
+
+@pytest.mark.parametrize("locality", [None, 2])
+def test_software_and_tpm_compute_the_same_approved_policy(tpm: HardwareTpm, locality: int | None) -> None:
+    """PolicyPCR, PolicyNV, PolicyLocality, as an approver signs them."""
+    writer = RevocationWriter.of(StoreKey(b"\x05" * 32), UUID(int=5))
+    index = tpm.revocations.place(writer.point)
+    tpm.revocations.ensure(index, writer, {})
+    saa = ApproverPrivate.new()
+    approval = approve(saa, target(saa, index, locality=locality), tpm.pcr_read([0, 7]), 5)
+    with (
+        tpm._link.operation("compute a policy") as esapi,
+        tpm._link.session(esapi, ESYS_TR.NONE, policy=True) as session,
+    ):
+        esapi.policy_pcr(session, b"", "sha256:0,7")
+        handle = esapi.tr_from_tpmpublic(index.index)
+        esapi.policy_nv(handle, handle, session, approval.operand, TPM2_EO.UNSIGNED_LE, approval.offset)
+        esapi.tr_close(handle)
+        if locality is not None:
+            esapi.policy_locality(session, TPMA_LOCALITY.TWO)
+        assert bytes(esapi.policy_get_digest(session)) == approval.approved_policy()
+    tpm.revocations.undefine(index)
 
 
 def test_a_statement_needs_the_nonce_of_the_tpm() -> None:
@@ -172,6 +208,8 @@ def broken(**changes: Any) -> Any:
         broken(branches=None),
         broken(branches=[{}]),
         broken(branches=[{"kind": "authorize"}]),
+        broken(branches=[{"kind": "authorize", "key": "04"}]),
+        broken(branches=[{"kind": "authorize", "key": POINT.hex(), "more": 1}]),
         broken(branches=[{"kind": "plain", "more": 1}]),
         broken(branches=[{"kind": "pcr", "bank": "sha1", "values": {}}]),
         broken(branches=[{"kind": "pcr", "bank": "sha256", "values": {}}]),

@@ -15,6 +15,7 @@ from own_root import needs_own_root
 
 from frontend_backend.messages_admin import ExitCode
 from manager import maintenance, provision
+from manager import reseal as resealing
 from manager.anchor import Standing
 from manager.config import Config, Layout
 from manager.errors import (
@@ -31,8 +32,9 @@ from manager.errors import (
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import TpmError
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
-from manager.maintenance import Verdict, parse_predicted
+from manager.maintenance import Verdict
 from manager.opening import Opened, locked_store, open_store, permissions_problem, read_boot_area
+from manager.predicted import parse_predicted
 from manager.provision import InitOptions, check_options, initialise, refuse_existing
 from manager.recovery_key import RecoveryPublic
 from manager.recovery_key import main as recovery_key
@@ -107,8 +109,8 @@ def killed(monkeypatch: pytest.MonkeyPatch, layout: Layout, model: ModelTpm) -> 
         real = provision.clean_up_interrupted
         calls = iter([real])
 
-        def once(where: Layout, tpm: HardwareTpm, place: Any) -> None:
-            next(calls, lambda *_: None)(where, tpm, place)
+        def once(*arguments: Any) -> None:
+            next(calls, lambda *_: None)(*arguments)
 
         killing.setattr(provision, "clean_up_interrupted", once)
         with pytest.raises((PowerCutError, TpmError, OSError)):
@@ -174,7 +176,7 @@ def test_init_that_is_cut_at_the_disk_can_be_done_again(
 
 def test_a_tpm_that_goes_away_during_init_leaves_the_clean_up_to_the_next(layout: Layout) -> None:
     model = ModelTpm()
-    model.fail = {"anchor_write": ("after", lost_answer()), "unseal": ("before", lost_answer())}
+    model.fail = {"anchor_write": ("after", lost_answer()), "anchor_read": ("before", lost_answer())}
     with pytest.raises(TpmError):
         initialise(layout, OPTIONS, as_tpm(model))
     assert len(model.indices) == 1
@@ -362,6 +364,7 @@ def standing_tpm(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> ModelTpm:
         yield as_tpm(model)
 
     monkeypatch.setattr(maintenance, "open_tpm", open_it)
+    monkeypatch.setattr(resealing, "open_tpm", open_it)
     initialise(layout, OPTIONS, as_tpm(model))
     return model
 
@@ -376,10 +379,10 @@ def test_a_reseal_that_is_cut_can_be_done_again_or_left(
     standing_tpm.pcr22 = b"\x22" * 32  # another installation's extends must not lock this one out
     standing_tpm.fail[step] = when, PowerCutError()
     with pytest.raises(PowerCutError):
-        maintenance.reseal(layout, config, None, {}, None)
+        resealing.reseal(layout, config, None, {}, None)
     images.append(layout.store.read_bytes())
     assert opens(layout, standing_tpm)
-    done, _ = maintenance.reseal(layout, config, None, {}, None)
+    done = resealing.reseal(layout, config, None, {}, None).done
     assert done == ["group default", "the store key"]
     assert opens(layout, standing_tpm) is Standing.CLEAN
     newest = layout.store.read_bytes()
@@ -394,9 +397,9 @@ def test_a_reseal_asks_for_pcrs_that_can_be_bound(layout: Layout, standing_tpm: 
     config = Config.load(layout.config)
     before = layout.store.read_bytes()
     with pytest.raises(UsageError, match="no recovery key"):
-        maintenance.reseal(layout, config, None, {}, "sha256:7")
+        resealing.reseal(layout, config, None, {}, "sha256:7")
     with pytest.raises(UsageError, match="not bound"):
-        maintenance.reseal(layout, config, None, {7: bytes(32)}, None)
+        resealing.reseal(layout, config, None, {7: bytes(32)}, None)
     assert layout.store.read_bytes() == before
     assert "anchor_write" in standing_tpm.calls
 
@@ -413,6 +416,7 @@ def test_check_finds_nothing_but_the_weak_settings(layout: Layout, standing_tpm:
     findings = maintenance.check(layout, Config.load(layout.config))
     bad = {finding.what: finding.verdict for finding in findings if finding.verdict is not Verdict.OK}
     bad.pop("runtime directory", None)  # the path of a test is longer than a socket may have
+    assert bad.pop("hardware TPM: lockout password") is Verdict.WEAK
     assert bad == {"tpm.tcti": Verdict.WEAK, "tpm.pcrs": Verdict.WEAK, "recovery key": Verdict.FAILED}
     assert standing_tpm.nv_writes == 1, "it changes nothing"
     layout.state_dir.chmod(0o755)

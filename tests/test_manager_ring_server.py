@@ -22,6 +22,7 @@ from frontend_backend.local import LocalRing
 from frontend_backend.ring import FrontRing
 from frontend_backend.tpmif import PAGE_SIZE
 from manager.committer import Committer
+from manager.quote_task import QuoteTask
 from manager.ring_server import RingServer
 from manager.running import Running, Stage
 from storage.errors import DeviceError, GenerationError, StorageError
@@ -408,10 +409,59 @@ async def test_random_bytes_are_mixed_and_bounded() -> None:
 async def test_what_this_manager_does_not_offer_is_refused() -> None:
     async with manager() as made:
         front = made.start()
-        for request in (m.PcrRead("sha256", (0,)), m.Quote(b"n")):
+        for request, code in (
+            (m.PcrRead("sha256", (0,)), m.RefusalCode.DENIED),
+            (m.Quote(b"n", b""), m.RefusalCode.DENIED),
+        ):
             reply = await front.ask(request)
             assert isinstance(reply, m.Refusal)
-            assert reply.code is m.RefusalCode.UNAVAILABLE
+            assert reply.code is code
+
+
+async def test_an_instance_is_told_the_hardware_pcrs_of_its_attachment_and_no_others() -> None:
+    async with manager() as made:
+        front = made.start()
+        front.running.hw_pcrs = 0b1000_0101
+        made.tpm.pcrs[7] = b"\x77" * 32
+        reply = await front.ask(m.Load())
+        assert isinstance(reply, m.LoadReply)
+        assert reply.hw_pcrs == 0b1000_0101
+        assert await front.ask(m.PcrRead("sha256", (7, 0))) == m.PcrReadReply((b"\x77" * 32, bytes(32)))
+        for pcrs in ((1,), (0, 1), (), (-1,), (24,), (2**31,), (0, -(2**63)), (0,) * 25):
+            refused = await front.ask(m.PcrRead("sha256", pcrs))
+            assert isinstance(refused, m.Refusal), pcrs
+            assert refused.code is m.RefusalCode.DENIED
+        refused = await front.ask(m.PcrRead("sha1", (0,)))
+        assert isinstance(refused, m.Refusal)
+        made.tpm.fail["pcr_read_together"] = "before", lost_answer()
+        refused = await front.ask(m.PcrRead("sha256", (0,)))
+        assert isinstance(refused, m.Refusal)
+        assert refused.code is m.RefusalCode.UNAVAILABLE
+        asked = 0
+        while isinstance(reply := await front.ask(m.PcrRead("sha256", (0,))), m.PcrReadReply):
+            asked += 1
+            assert asked < 10
+        assert isinstance(reply, m.Refusal)
+        assert reply.text == "too often just now"
+
+
+async def test_a_quote_is_asked_of_an_instance_once_and_only_its_own_ticket_counts() -> None:
+    async with manager() as made:
+        front = made.start()
+        await front.ask(m.Report(m.InstanceState.READY, quotes=True))
+        assert await front.ask(m.QuoteTask()) == m.QuoteTaskReply(0)
+        task = QuoteTask(b"nonce", 3)
+        front.running.order_quote(task)
+        front.submit(m.Report(m.InstanceState.READY, quotes=True))
+        assert (await front.answer())[1] is m.Orders.QUOTE
+        front.submit(m.QuoteTask())
+        assert await front.answer() == (m.QuoteTaskReply(task.ticket, b"nonce", 3), m.Orders.NONE)
+        assert isinstance(await front.ask(m.QuoteMade(task.ticket + 1, b"another's")), m.ReportReply)
+        assert not task.done.is_set()
+        assert isinstance(await front.ask(m.QuoteMade(task.ticket, b"evidence")), m.ReportReply)
+        assert (task.done.is_set(), task.evidence, task.problem) == (True, b"evidence", "")
+        await front.ask(m.QuoteMade(task.ticket, b"second thoughts"))
+        assert task.evidence == b"evidence"
 
 
 async def test_orders_travel_in_the_next_answer_and_a_reset_only_once() -> None:

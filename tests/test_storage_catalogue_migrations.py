@@ -1,11 +1,13 @@
 """A catalogue that an older version wrote is brought up to date with every row, or left as it was."""
 
 import gzip
+import hmac
 import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -176,3 +178,42 @@ def test_the_scripts_are_shipped() -> None:
     assert len(scripts) == schema.SCHEMA
     with pytest.raises(CatalogueError):
         Catalogue.open(Path("/nowhere/catalogue.sqlite"), KEY)
+
+
+def test_rows_of_schema_2_keep_their_macs(old: Path) -> None:
+    database = Database(old)
+    with database.define() as connection:
+        config = alembic_config(connection)
+        command.stamp(config, "0001")
+        command.upgrade(config, "0002")
+    row = {
+        "vtpm": UUID(int=99),
+        "guest": "guest",
+        "frontend": "socket",
+        "owner": "0:0",
+        "mode": "0660",
+        "startup": "clear",
+        "lease": 5,
+        "created": "2026-11-20T12:00:02+00:00",
+        "epoch": 3,
+    }
+    # as schema 2 wrote it: its MAC is over these fields and no others
+    fields = ",".join(f'"{name}":{json.dumps(value, default=str)}' for name, value in sorted(row.items()))
+    mac = hmac.digest(KEY, f'["attachments",{{{fields}}}]'.encode(), "sha256")
+    names = ", ".join(row)
+    with database.change() as connection:
+        insert = f"insert into attachments ({names}, mac) values ({', '.join(':' + name for name in row)}, :mac)"
+        connection.execute(sa.text(insert), row | {"vtpm": row["vtpm"].hex, "mac": mac})
+    database.close()
+    with Catalogue.open(old, KEY, STORE) as catalogue:
+        found = catalogue.find_attachment(UUID(int=99))
+        assert found == AttachmentRow(**row)
+        assert found.hw_pcrs == ""
+        catalogue.renew(replace(found, hw_pcrs="0,7"))
+        again = catalogue.find_attachment(UUID(int=99))
+        assert again is not None
+        assert again.hw_pcrs == "0,7"
+    with closing(sqlite3.connect(old)) as edited, edited:
+        edited.execute("update attachments set hw_pcrs = '0' where guest = 'guest'")
+    with pytest.raises(RowTampered, match="guest"):
+        Catalogue.open(old, KEY, STORE)

@@ -25,7 +25,13 @@ from frontend_backend.messages_instance import RefusalCode
 from frontend_backend.tpmhdr import TpmFamily
 from storage.state_image import Emulator, Family, StateImage
 from vtpm_instance.control import FrontEnd
-from vtpm_instance.errors import CommitRefusedError, CrashedBeforeError, ManagerConfusedError, WrongFamilyError
+from vtpm_instance.errors import (
+    CommitRefusedError,
+    CrashedBeforeError,
+    HardwarePcrsError,
+    ManagerConfusedError,
+    WrongFamilyError,
+)
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.managerlink import ManagerLink
 from vtpm_instance.server import Server
@@ -83,6 +89,38 @@ def test_a_start_is_one_commit(parts: Parts) -> None:
     vtpm.start()
     assert (vtpm.condition, parts.record.commits) == (Condition.RUNNING, 1)
     assert parts.announced == [(Condition.RUNNING, None)]
+
+
+def test_hardware_pcrs_come_after_each_startup_clear_and_not_after_a_resume(parts: Parts) -> None:
+    parts.record.hw_pcrs = {0: b"\xaa" * 32, 7: b"\xbb" * 32}
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert (parts.record.commits, parts.record.pcr_reads) == (1, 1)
+    assert vtpm.execute(pcr_read(7), 0)[-32:] == extended(b"\xbb" * 32)
+    assert vtpm.execute(pcr_read(1), 0)[-32:] == bytes(32)
+    vtpm.execute(pcr_extend(7), 0)
+    assert vtpm.stop()
+    parts.record.startup = "state"
+    again = parts.vtpm()
+    again.start()
+    assert again.execute(pcr_read(7), 0)[-32:] == extended(b"\xbb" * 32, b"\x11" * 32)
+    assert parts.record.pcr_reads == 1
+    parts.record.hw_pcrs[7] = b"\xcc" * 32  # the hardware's has moved on
+    again.reset()
+    assert again.execute(pcr_read(7), 0)[-32:] == extended(b"\xcc" * 32)
+
+
+def test_without_the_hardware_pcrs_it_asked_for_a_vtpm_answers_failure_until_a_reset(parts: Parts) -> None:
+    parts.record.hw_pcrs = {0: b"\xaa" * 32}
+    parts.manager.refuse = RefusalCode.UNAVAILABLE
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert parts.announced == [(Condition.FAILED, HardwarePcrsError)]
+    assert rc(vtpm.execute(pcr_read(0), 0)) == 0x101
+    assert (parts.record.fresh, parts.record.commits) == (True, 0), "nothing was kept of the half-made TPM"
+    parts.manager.refuse = None
+    vtpm.reset()
+    assert vtpm.execute(pcr_read(0), 0)[-32:] == extended(b"\xaa" * 32)
 
 
 def test_a_stop_shuts_down_for_the_guest_and_commits_once(parts: Parts) -> None:
@@ -210,7 +248,7 @@ def test_a_stop_signal_stays_readable_so_that_the_last_commit_waits_no_longer_th
     vtpm = parts.vtpm()
     vtpm.start()
     wakeup, wake = os.pipe()
-    server = Server(vtpm, parts.link, FrontEnd.SOCKET, frozenset(), wakeup, lambda: None)
+    server = Server(vtpm, parts.link, FrontEnd.SOCKET, frozenset(), wakeup, lambda: None, lambda: None)
     os.write(wake, b"x")
     server.run()
     server.close()

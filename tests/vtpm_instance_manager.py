@@ -19,6 +19,12 @@ from frontend_backend.messages_instance import (
     Load,
     LoadReply,
     Orders,
+    PcrRead,
+    PcrReadReply,
+    Quote,
+    QuoteMade,
+    QuoteTask,
+    QuoteTaskReply,
     Refusal,
     RefusalCode,
     Reply,
@@ -60,6 +66,10 @@ class Record:
     commit_timeout: float = 90.0
     commits: int = 0
     reports: list[Report] = field(default_factory=list)
+    hw_pcrs: dict[int, bytes] = field(default_factory=dict)  # what its attachment asks for, and the hardware has
+    pcr_reads: int = 0
+    quotes: list[Quote] = field(default_factory=list)
+    made: list[QuoteMade] = field(default_factory=list)
 
     @property
     def states(self) -> list[InstanceState]:
@@ -78,6 +88,8 @@ class SmallManager:
         self.refused = 0
         self.garbage = b""
         self.refuse: RefusalCode | None = None
+        self.quote_answer: Reply = Refusal(RefusalCode.DENIED, "no quotes here")
+        self.task = QuoteTaskReply(0)
         self.closed = False
         self._wake, self._waker = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -122,7 +134,7 @@ class SmallManager:
             case _:
                 self.ring.ring()
 
-    def _answer(self, packet: bytes) -> Reply:
+    def _answer(self, packet: bytes) -> Reply:  # noqa: PLR0911 - one for each request
         record = self.record
         match decode_request(packet):
             case Load():
@@ -136,11 +148,23 @@ class SmallManager:
                     record.generation,
                     record.startup,
                     record.commit_timeout,
+                    sum(1 << pcr for pcr in record.hw_pcrs),
                 )
             case Commit() as commit:
                 return self._commit(commit)
             case Report() as report:
                 record.reports.append(report)
+                return ReportReply()
+            case PcrRead(_, pcrs) if self.refuse is None:
+                record.pcr_reads += 1
+                return PcrReadReply(tuple(record.hw_pcrs[pcr] for pcr in pcrs))
+            case Quote() as quote:
+                record.quotes.append(quote)
+                return self.quote_answer
+            case QuoteTask():
+                return self.task
+            case QuoteMade() as made:
+                record.made.append(made)
                 return ReportReply()
             case other:
                 return Refusal(RefusalCode.UNAVAILABLE, type(other).__name__)

@@ -36,6 +36,14 @@ class StateRefusedError(LibtpmsError):
         self.family, self.why = family, why
 
 
+class QuoteRefusedError(InstanceError):
+    """The vTPM gives no evidence for a quote; it goes on as before."""
+
+    def __init__(self, command: int, code: int, why: str = "") -> None:
+        super().__init__(why or f"the vTPM answered command 0x{command:x} with 0x{code:x}")
+        self.code = code
+
+
 class StartupRefusedError(InstanceError):
     """The TPM answered its Startup command with an error."""
 
@@ -82,6 +90,16 @@ class CommitRefusedError(SaveError):
             "see the manager's log, then do a platform reset"
         )
         self.generation, self.code = generation, code
+
+
+class HardwarePcrsError(InstanceError):
+    """The hardware TPM's PCR values could not be put into the vTPM, which its attachment asks for."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"the hardware TPM's PCR values were not put into this vTPM: {problem}; its state is kept, and it answers "
+            "failure until a platform reset, which tries again"
+        )
 
 
 class ManagerError(InstanceError):

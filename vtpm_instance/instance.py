@@ -28,6 +28,7 @@ from vtpm_instance.journal import note, speak_as
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.managerlink import ManagerLink
 from vtpm_instance.order import InstanceOrder
+from vtpm_instance.quoting import Quoter
 from vtpm_instance.server import Server
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import Startup
@@ -68,8 +69,8 @@ def explain(error: BaseException) -> str:
 def report_on(condition: Condition, cause: Exception | None) -> Report:
     """Return the report of a condition."""
     if cause is None:
-        return Report(_STATES[condition])
-    return Report(_STATES[condition], reason_of(cause), explain(cause)[:_TEXT_LIMIT])
+        return Report(_STATES[condition], quotes=True)
+    return Report(_STATES[condition], reason_of(cause), explain(cause)[:_TEXT_LIMIT], quotes=True)
 
 
 def heed_sigterm() -> None:
@@ -136,7 +137,8 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
     def on_asked() -> None:
         link.report(report_on(vtpm.condition, vtpm.cause))
 
-    server = Server(vtpm, link, order.front_end, owners, wakeup, on_asked)
+    quoter = Quoter(vtpm, link, str(version))
+    server = Server(vtpm, link, order.front_end, owners, wakeup, on_asked, quoter.serve)
     try:
         _open_ports(server, order)
         server.run()

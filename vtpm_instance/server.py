@@ -42,13 +42,14 @@ class Server:
         owners: frozenset[int],
         wakeup: int,
         on_asked: Callable[[], None],
+        on_quote: Callable[[], None],
     ) -> None:
         """Serve `vtpm`; `owners` are the uids that may reset its platform, `wakeup` is readable after SIGTERM.
 
-        `on_asked` sends a report when the manager wants one.
+        `on_asked` sends a report when the manager wants one, `on_quote` evidence when it has ordered a quote.
         """
         self.vtpm, self._link, self._front_end, self._owners = vtpm, link, front_end, owners
-        self._on_asked = on_asked
+        self._on_asked, self._on_quote = on_asked, on_quote
         self.locality = 0
         self._stopping = False
         self._ports: list[Port] = []
@@ -225,6 +226,8 @@ class Server:
         orders = self._link.take_orders()
         if orders & Orders.RESET:
             self.platform_reset()
+        if orders & Orders.QUOTE:
+            self._on_quote()
         if orders & Orders.STOP:
             self._stopping = True
         if self._link.take_asked():

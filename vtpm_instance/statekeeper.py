@@ -13,13 +13,15 @@ from dataclasses import replace
 from typing import Final
 from uuid import UUID
 
-from frontend_backend.messages_instance import Commit, CommitReply, Load, LoadReply
+from frontend_backend.deep_quote import bits
+from frontend_backend.messages_instance import Commit, CommitReply, Load, LoadReply, PcrRead, PcrReadReply
 from storage.errors import StorageError, StorageFull
 from storage.secrets import StateKey
 from storage.state_image import Blobs, Emulator, Saved, StateImage
 from vtpm_instance.errors import (
     CommitRefusedError,
     CommitUnansweredError,
+    HardwarePcrsError,
     ManagerConfusedError,
     ManagerRefusedError,
     ManagerSilentError,
@@ -31,6 +33,7 @@ from vtpm_instance.managerlink import ManagerLink
 from vtpm_instance.tpm_commands import MARGIN
 
 LOAD_TIMEOUT: Final = 30.0  # seconds for the first Load; later ones have the commit's deadline
+PCRS_TIMEOUT: Final = 10.0  # seconds for a busy hardware TPM; an attach waits 20 for the whole start
 DEFAULT_COMMIT_TIMEOUT: Final = 90.0  # seconds; Linux' front end waits 120 s (reference/xen-vtpm.md 6.3)
 
 
@@ -83,6 +86,22 @@ class StateKeeper:
         self._generation, self._timeout, self._dirty = reply.generation, reply.commit_timeout, False
         self._measure()
         return replace(reply, key=b"")
+
+    def hardware_pcrs(self, selection: int) -> dict[int, bytes]:
+        """Ask the manager for the hardware TPM's SHA-256 PCRs in a bit map.
+
+        Raises:
+            HardwarePcrsError: it has none for us, or none in time. ManagerGoneError, ManagerConfusedError.
+
+        """
+        pcrs = tuple(bits(selection))
+        try:
+            reply = self._link.ask(PcrRead("sha256", pcrs), min(self._timeout, PCRS_TIMEOUT))
+        except (ManagerRefusedError, ManagerSilentError) as error:
+            raise HardwarePcrsError(str(error)) from error
+        if not isinstance(reply, PcrReadReply) or [len(value) for value in reply.values] != [32] * len(pcrs):
+            raise ManagerConfusedError("PcrRead", type(reply).__name__)
+        return dict(zip(pcrs, reply.values, strict=True))
 
     @property
     def generation(self) -> int:

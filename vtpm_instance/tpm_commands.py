@@ -7,6 +7,7 @@ import struct
 from enum import Enum
 from typing import Final
 
+from frontend_backend import deep_quote
 from frontend_backend.tpmhdr import Tag, TpmFamily, command
 
 CODE_OFFSET: Final = 6  # bytes before the command or response code in a header
@@ -34,9 +35,9 @@ _GROWTH_12: Final = {**dict.fromkeys((0x15, 0x65, 0x46, 0x50, 0x54, 0xF1), _UPDA
 
 # What may take long: it makes RSA keys (20 to 200 ms, seconds on a slow machine) or tests everything.
 # CreatePrimary, Create, CreateLoaded, SelfTest, IncrementalSelfTest; of TPM 1.2 TakeOwnership, CreateWrapKey,
-# CreateEndorsementKeyPair, MakeIdentity, SelfTestFull.
-_LONG_20: Final = (0x131, 0x153, 0x191, 0x143, 0x142)
-_LONG_12: Final = (0x0D, 0x1F, 0x78, 0x79, 0x50)
+# CreateEndorsementKeyPair, MakeIdentity, SelfTestFull. A deep quote waits for the manager and its hardware TPM.
+_LONG_20: Final = (0x131, 0x153, 0x191, 0x143, 0x142, deep_quote.CODE)
+_LONG_12: Final = (0x0D, 0x1F, 0x78, 0x79, 0x50, deep_quote.CODE)
 
 
 def long_commands(family: TpmFamily) -> frozenset[bytes]:

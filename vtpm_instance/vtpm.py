@@ -10,17 +10,23 @@ from contextlib import AbstractContextManager, nullcontext
 from enum import Enum, auto
 from typing import Final, Protocol
 
+from frontend_backend import deep_quote
+from frontend_backend.deep_quote import Evidence
 from frontend_backend.tpmhdr import ResponseCode, TpmFamily, error_response
 from storage.errors import StorageError
 from vtpm_instance import tpm_commands as tpm
 from vtpm_instance.errors import (
     CrashedBeforeError,
+    HardwarePcrsError,
     InstanceError,
     ManagerConfusedError,
+    QuoteRefusedError,
     SaveError,
     StartupRefusedError,
     WrongFamilyError,
 )
+from vtpm_instance.evidence import gather
+from vtpm_instance.hardware_pcrs import put_in
 from vtpm_instance.libtpms import Tpm
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import CODE_END, CODE_OFFSET, Startup
@@ -83,6 +89,9 @@ class Cancellable(Protocol):
         """Whether the sender asks to give the command up that is being executed."""
 
 
+_DEEP_QUOTE: Final = deep_quote.CODE.to_bytes(4)
+
+
 def _nothing_beside(_origin: Cancellable | None) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -111,9 +120,11 @@ class Vtpm:
         self._unavailable = error_response(family, _NO_ROOM[family])
         self._long = tpm.long_commands(family)
         self.beside_long: Callable[[Cancellable | None], AbstractContextManager[None]] = _nothing_beside
+        self.deep_quote: Callable[[bytes], bytes] = lambda _command: self._failure
         self._shutdown_code = tpm.shutdown_code(family).to_bytes(4)
         self._condition = Condition.OFF
         self._serving = False
+        self._hw_pcrs = 0
         self._cause: Exception | None = None
         self._guest_shut_down = False
         self._stirred = False
@@ -154,6 +165,7 @@ class Vtpm:
             kind = Startup(reply.startup)
         except ValueError as error:
             raise ManagerConfusedError("Load", str(error)) from error
+        self._hw_pcrs = reply.hw_pcrs
         if kind is Startup.NONE:
             self._after_reset = Startup.NONE  # who starts it the first time does it every time
         if kind is Startup.FAILED:
@@ -163,7 +175,7 @@ class Vtpm:
             return
         try:
             self._power_on(kind, fresh=reply.fresh)
-        except (StartupRefusedError, SaveError) as error:
+        except (StartupRefusedError, SaveError, HardwarePcrsError) as error:
             self._fail(error)
             return
         self._change(Change.STARTED)
@@ -182,6 +194,8 @@ class Vtpm:
                 code = tpm.code_of(self._tpm.process(tpm.startup(self.family, kind)))
                 if code:
                     raise StartupRefusedError(kind.value, code)
+                if kind is Startup.CLEAR and self._hw_pcrs:
+                    put_in(self._tpm.process, self.family, self._keeper.hardware_pcrs(self._hw_pcrs))
                 self._stir()
         self._keeper.commit_gathered()
 
@@ -211,7 +225,8 @@ class Vtpm:
                 return self._unavailable
             if code in self._long:
                 with self.beside_long(origin):
-                    response = self._process(size, locality)
+                    ours = code == _DEEP_QUOTE
+                    response = self.deep_quote(self.commands[0:size]) if ours else self._process(size, locality)
             else:
                 response = self._process(size, locality)
             if not self._stirred and self._is_startup(code, response):
@@ -221,6 +236,23 @@ class Vtpm:
             return self._failure
         self._guest_shut_down = code == self._shutdown_code and tpm.code_of(response) == 0
         return response
+
+    def attest(self, nonce: bytes, selection: int, emulator: str) -> Evidence:
+        """Return the evidence for a quote, made between two commands of the guest; `emulator` names ours.
+
+        Raises:
+            QuoteRefusedError: there is none; a TPM that its guest has shut down is left alone: it would wake.
+
+        """
+        if not self._serving or self._guest_shut_down:
+            raise QuoteRefusedError(0, 0, "the vTPM is in failure, or its guest has shut it down")
+        try:
+            return gather(self._tpm.process, self.family, nonce, selection, emulator)
+        except QuoteRefusedError:
+            raise
+        except (InstanceError, StorageError) as error:
+            self._fail(error)
+            raise QuoteRefusedError(0, 0, f"the vTPM failed: {error}") from error
 
     def cancel(self) -> bool:
         """Tell a long command that runs in another thread to give up; returns False where libtpms cannot (TPM 1.2)."""

@@ -21,6 +21,7 @@ import bench_roundtrip
 import bench_save
 import bench_slowdisk
 import bench_store
+import bench_trust
 import document
 import plots
 import surroundings
@@ -38,6 +39,7 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "attach": bench_attach.run,
     "rings": bench_rings.run,
     "hardware": bench_hardware.run,
+    "trust": bench_trust.run,
     "store": bench_store.run,
     "many": bench_many.run,
     "slowdisk": bench_slowdisk.run,

@@ -161,7 +161,7 @@ def test_the_newest_set_is_taken_back_and_an_older_one_is_refused(
     assert other.try_start() == 6
     assert "docs/rollback.md" in other.refusal
     assert "Nothing was changed" in other.refusal
-    other.vtpm_manager("recover", "--key", str(vtpms.recovery), "--accept-older-store")
+    other.vtpm_manager("accept-rollback", "--key", str(vtpms.recovery))
     other.start()
     assert [row["name"] for row in other.command("vtpm-list", "--json").json] == ["web"]
 

@@ -426,14 +426,19 @@ def test_an_operator_who_lost_the_newest_store_can_go_back_on_purpose(vtpms: Ins
     assert vtpms.try_start() == 6
     refused = vtpms.vtpm_manager("recover", "--key", str(vtpms.recovery), check=False)
     assert refused.code == 4
-    assert "--accept-older-store" in refused.err
-    vtpms.vtpm_manager("recover", "--key", str(vtpms.recovery), "--accept-older-store")
+    assert "accept-rollback" in refused.err
+    shown = vtpms.vtpm_manager("accept-rollback", check=False)
+    assert shown.code == 5
+    assert "--key" in shown.err
+    assert vtpms.try_start() == 6
+    done = vtpms.vtpm_manager("accept-rollback", "--key", str(vtpms.recovery), "--json").json
+    assert done["recovery_key"]
+    assert done["vtpms"] == 1
+    assert vtpms.vtpm_manager("accept-rollback", "--key", str(vtpms.recovery), check=False).code == 4
     vtpms.start()
     still_precious(vtpms)
-    with sqlite3.connect(vtpms.state / "catalogue.sqlite") as database:
-        kinds = [row[0] for row in database.execute("select text from events where kind = 'recovered'")]
-    database.close()
-    assert "accepted an older store" in kinds[0]
+    (event,) = [row for row in vtpms.command("vtpm-events", "--json").json if row["kind"] == "rollback-accepted"]
+    assert f"back to sequence {done['sequence']}" in event["text"]
 
 
 def test_an_anchor_that_the_tpms_owner_took_away_is_noticed_and_recovered(bare: Installation, tmp_path: Path) -> None:

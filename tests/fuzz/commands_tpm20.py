@@ -37,7 +37,7 @@ LAYOUTS: Final[dict[int, str]] = {
     0x18D: "o! / point point alg 2", 0x18E: "/ curve", 0x18F: "s / 1", 0x190: "s / b", 0x191: "o! / sensitive public",
     0x192: "a! n s /", 0x193: "o! / b 1 alg iv", 0x194: "o / 4 4", 0x195: "o! a! o / b", 0x196: "s / b b b 4 1",
     0x197: "o! o! / b scheme b", 0x198: "k! / 4", 0x199: "o / b scheme", 0x19A: "o! / point b b scheme",
-    0x20000211: "k! / 4", 0x20000212: "k! /", 0x20000213: "/",
+    0x20000211: "k! / 4", 0x20000212: "k! /", 0x20000213: "/", 0x20000016: "/ b 4",
 }  # fmt: skip
 SLOW: Final = frozenset({0x143, 0x142, 0x124, 0x125})  # full self-tests; new seeds, of which new primary keys follow
 _MAKES_HANDLE: Final = frozenset({0x131, 0x157, 0x167, 0x161, 0x191, 0x15B, 0x186, 0x176})

@@ -42,7 +42,9 @@ REQUESTS: Final[tuple[instance.Request, ...]] = (
     instance.Commit(7, bytes(32), bytes(range(32)), 3, final=True),
     instance.Random(64),
     instance.PcrRead("sha256", (0, 2, 7)),
-    instance.Quote(bytes(64)),
+    instance.Quote(bytes(64), bytes(100)),
+    instance.QuoteTask(),
+    instance.QuoteMade(1 << 40, bytes(100), "text"),
     instance.Report(instance.InstanceState.READY, "reason", "text"),
 )
 REPLIES: Final[tuple[instance.Reply, ...]] = (
@@ -50,7 +52,8 @@ REPLIES: Final[tuple[instance.Reply, ...]] = (
     instance.CommitReply(7),
     instance.RandomReply(bytes(64)),
     instance.PcrReadReply((bytes(32), bytes(32))),
-    instance.QuoteReply(bytes(145), bytes(262)),
+    instance.QuoteReply(bytes(145)),
+    instance.QuoteTaskReply(1 << 40, bytes(64), 0xFFFFFF),
     instance.ReportReply(),
     instance.Refusal(instance.RefusalCode.MALFORMED, "text"),
 )

@@ -1,6 +1,7 @@
 """`./dev fuzz [TARGET] [OPTIONS]`: runs every fuzz target beside this file, or one of them with its own options.
 
-Targets: frontend_backend (parsers and pages), instance (hostile commands in real instances), kill (kill -9 under load).
+Targets: frontend_backend (parsers and pages), instance (hostile commands in real instances), kill (kill -9 under load),
+anchors (power cuts and TPM resets between any two TPM commands), quotes (bundles and enrolment documents).
 All take --seconds N and --seed S; instance and kill --minutes M; instance --replay FILE.
 """
 

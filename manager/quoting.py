@@ -1,0 +1,176 @@
+"""Deep quotes: the vTPM's evidence from its instance, the hardware TPM's quote over it, together in one bundle.
+
+An administrator's quote: the instance is ordered to give evidence; a guest's: its instance sends evidence of its own
+accord. Either way the hardware TPM signs in its own lane, and nobody else's commands wait for that.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Final
+from uuid import UUID
+
+import trio
+
+from frontend_backend import messages_instance as m
+from frontend_backend.deep_quote import Evidence, check_wish
+from frontend_backend.errors import MessageError
+from manager.approval_records import pcrs_of, sequence_in_use
+from manager.attest_bundle import Bundle, HardwareQuote, Statement
+from manager.attestation import key_of
+from manager.errors import BusyError, ConflictError, ManagerError, UsageError
+from manager.groups import Groups
+from manager.hardware import Hardware
+from manager.hwtpm import HardwareTpm
+from manager.hwtpm_quote import AttestationKey
+from manager.keys import GroupSeal
+from manager.policy import parse_any_pcrs
+from manager.quote_task import QuoteTask
+from manager.registry import Registry
+from manager.running import Running, Stage
+from storage.catalogue import AttachmentRow, VtpmRow
+from storage.errors import StorageError
+
+EVIDENCE_SECONDS: Final = 30.0  # a guest may keep its TPM busy with a key for so long
+GUESTS_WAITING: Final = 8  # guests' quotes under way; more would keep the manager's own work from the hardware TPM
+MANAGER: Final = f"vtpm-manager {metadata.version('vtpm-manager')}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a statement says of a vTPM beside nonce and evidence."""
+
+    vtpm: UUID
+    group: UUID
+    generation: int
+    guest: str
+    frontend: str
+    startup: str
+    hw_pcrs: str
+
+
+class Quotes:
+    """Makes deep quotes of a running manager's vTPMs; `pcrs` are the hardware PCRs in them."""
+
+    def __init__(self, registry: Registry, groups: Groups, hardware: Hardware, pcrs: str) -> None:
+        """Quote vTPMs of `registry`. Raises BadSetting: no such PCRs."""
+        self._registry, self._groups, self._hardware = registry, groups, hardware
+        self._selection = sum(1 << pcr for pcr in parse_any_pcrs(pcrs))
+        self._guests = 0
+
+    async def of(self, row: VtpmRow, running: Running | None, nonce: bytes, selection: int) -> bytes:
+        """Return the bundle of a deep quote for an administrator; the caller holds the vTPM's lock.
+
+        Raises:
+            UsageError: the nonce has not 1 to 64 bytes. ConflictError: it does not run, or its group has no key.
+            BusyError: its instance did not answer. DeniedError: its group is closed. TpmError: the hardware TPM.
+
+        """
+        try:
+            check_wish(nonce, selection)
+        except MessageError as error:
+            raise UsageError(f"{error}. Nothing was quoted") from error
+        group = next(group for group in self._registry.catalogue.groups() if group.uuid == row.group)
+        self._groups.refuse_closed(group)
+        key_of(self._groups.seal(row.group))  # before a guest's TPM is asked in vain
+        evidence = await _evidence(row, running, QuoteTask(nonce, selection))
+        return await self._bundle(row.uuid, nonce, evidence, for_guest=False)
+
+    async def for_guest(self, running: Running, request: m.Quote) -> m.Reply:
+        """Answer a guest's wish, or refuse it: too often, malformed, or not possible."""
+        if self._guests >= GUESTS_WAITING or not running.guest_quotes.take(time.monotonic()):
+            return m.Refusal(m.RefusalCode.LIMIT, "asked too often")
+        self._guests += 1
+        try:
+            check_wish(request.nonce, 1)
+            return m.QuoteReply(await self._bundle(running.vtpm, request.nonce, request.evidence, for_guest=True))
+        except MessageError as error:
+            return m.Refusal(m.RefusalCode.MALFORMED, str(error)[:200])
+        except (ManagerError, StorageError) as error:
+            return m.Refusal(m.RefusalCode.DENIED, str(error)[:200])
+        finally:
+            self._guests -= 1
+
+    async def _bundle(self, vtpm: UUID, nonce: bytes, untrusted: bytes, *, for_guest: bool) -> bytes:
+        """Have the hardware TPM sign. Raises MessageError: no evidence. ManagerError, StorageError."""
+        evidence = Evidence.unpack(untrusted)
+        facts = self._facts(vtpm)
+        seal = self._groups.seal(facts.group)
+        key = key_of(seal)
+
+        def statement(approval: int) -> Statement:
+            return Statement(
+                nonce=nonce,
+                vtpm=vtpm,
+                group=facts.group,
+                store=self._registry.committer.store.uuid,
+                approval=approval,
+                generation=facts.generation,
+                for_guest=for_guest,
+                guest=facts.guest,
+                frontend=facts.frontend,
+                startup=facts.startup,
+                hw_pcrs=facts.hw_pcrs,
+                manager=MANAGER,
+                evidence=hashlib.sha256(evidence.pack()).digest(),
+            )
+
+        def sign(tpm: HardwareTpm, key: AttestationKey) -> tuple[Statement, HardwareQuote]:
+            said = statement(_approval(tpm, seal))
+            return said, tpm.attester.quote(key, self._selection, said.digest())
+
+        said, quote = await self._hardware.lane.run(sign, self._hardware.tpm, key)
+        return Bundle(said, evidence, quote).pack()
+
+    def _facts(self, vtpm: UUID) -> _Facts:
+        row, attachment = self._registry.find(str(vtpm)), self._registry.catalogue.find_attachment(vtpm)
+        if attachment is None:
+            raise ConflictError(f"vTPM {row.name} is not attached to a guest; nothing was quoted")
+        return _facts(row, attachment, self._registry.record(vtpm).generation)
+
+
+def _facts(row: VtpmRow, attachment: AttachmentRow, generation: int) -> _Facts:
+    return _Facts(
+        row.uuid,
+        row.group,
+        generation,
+        attachment.guest,
+        attachment.frontend,
+        attachment.startup,
+        attachment.hw_pcrs,
+    )
+
+
+def _approval(tpm: HardwareTpm, seal: GroupSeal) -> int:
+    """Return the sequence of the newest installed approval that holds now, 0 where there is none."""
+    if not seal.approvals:
+        return 0
+    return sequence_in_use(seal, tpm.pcr_read(pcrs_of([seal])), time.time()) or 0
+
+
+async def _evidence(row: VtpmRow, running: Running | None, task: QuoteTask) -> bytes:
+    """Have a vTPM's instance make evidence."""
+    if running is None or running.stage is not Stage.RUNNING:
+        raise ConflictError(
+            f"vTPM {row.name} does not run, so there is nothing to quote; nothing was done. 'vtpm-show {row.name}' "
+            f"says how it is, 'vtpm-attach' starts it"
+        )
+    if running.report is None or not running.report.quotes:
+        raise ConflictError(
+            f"the instance of vTPM {row.name} was started by an earlier version, which makes no quotes; nothing was "
+            f"done. Detach it and attach it again"
+        )
+    running.order_quote(task)
+    with trio.move_on_after(EVIDENCE_SECONDS):
+        await task.done.wait()
+    running.quote = None
+    if not task.done.is_set():
+        raise BusyError(
+            f"the instance of vTPM {row.name} gave no evidence within {EVIDENCE_SECONDS:g} s: its guest keeps it busy, "
+            f"or it ended. Nothing was quoted; try again"
+        )
+    if task.problem:
+        told = "".join(character if character.isprintable() else "?" for character in task.problem)
+        raise ConflictError(f"vTPM {row.name} gives no evidence: {told}. Nothing was quoted")
+    return task.evidence
