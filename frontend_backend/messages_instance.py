@@ -21,6 +21,10 @@ TAG_REQUEST: Final = 0x01C1  # VTPM_TAG_REQ
 TAG_ANSWER: Final = 0x01C4  # VTPM_TAG_RSP
 
 
+IDLE: Final = "idle"  # reasons of a Report that says "ready"
+AWAKE: Final = "awake"
+
+
 class InstanceState(StrEnum):
     """How an instance describes itself in a report."""
 
@@ -36,6 +40,7 @@ class Orders(IntFlag):
     NONE = 0
     STOP = 1  # clean stop: TPM2_Shutdown(STATE), final commit, exit
     RESET = 2  # platform reset: load again, start up again
+    HIBERNATE = 4  # if nothing speaks against it: save everything, hand connections over, exit
 
 
 class RefusalCode(StrEnum):
@@ -48,6 +53,7 @@ class RefusalCode(StrEnum):
     STORE_FAILED = "store-failed"  # nothing was committed
     UNAVAILABLE = "unavailable"  # not now, or not offered by this manager
     LIMIT = "limit"
+    WANTED = "wanted"  # stay awake: there is something to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,16 @@ class Commit:
     digest: bytes
     lease: int
     final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hibernate:
+    """Commit that also says: the state holds the volatile part, and once this is answered the instance ends."""
+
+    generation: int
+    key: bytes = field(repr=False)
+    digest: bytes
+    lease: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +157,11 @@ class QuoteReply:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The instance's own state. `reason` is a word for programs, `text` a sentence for people."""
+    """The instance's own state. `reason` is a word for programs, `text` a sentence for people.
+
+    When it is "ready", the reason "idle" says that nothing was done since the last such report, and "awake" that an
+    order to hibernate is not followed now.
+    """
 
     state: InstanceState
     reason: str = ""
@@ -161,13 +181,13 @@ class Refusal:
     text: str
 
 
-Request = Load | Commit | Random | PcrRead | Quote | Report
+Request = Load | Commit | Hibernate | Random | PcrRead | Quote | Report
 Reply = LoadReply | CommitReply | RandomReply | PcrReadReply | QuoteReply | ReportReply | Refusal
 
-_NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET)
+_NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET | Orders.HIBERNATE)
 _HEADER: Final = CommandHeader.CODEC
 
-_REQUESTS = Protocol(VERSION, (Load, Commit, Random, PcrRead, Quote, Report))
+_REQUESTS = Protocol(VERSION, (Load, Commit, Hibernate, Random, PcrRead, Quote, Report))
 _REPLIES = Protocol(VERSION, (LoadReply, CommitReply, RandomReply, PcrReadReply, QuoteReply, ReportReply, Refusal))
 
 

@@ -15,6 +15,7 @@ from manager.errors import BusyError, DeniedError, IntegrityError, ManagerError,
 from manager.group_rows import follow_seals
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_setting import TctiKind, TctiSetting
+from manager.keeper_sockets import describe_all
 from manager.keys import BootArea, GroupSeal, catalogue_key
 from manager.opening import (
     Opened,
@@ -173,6 +174,7 @@ def check(layout: Layout, config: Config) -> list[Finding]:
     While a manager runs, the TPM and the store are its own: then only what is outside is checked.
     """
     findings = [*_check_settings(config), *_check_permissions(layout, config), _check_runtime(layout)]
+    findings += [Finding(f"keeper at {path}", Verdict.OK, said) for path, said in describe_all(layout)]
     findings += _check_confinement(config)
     try:
         with locked_store(layout) as descriptor:

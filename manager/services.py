@@ -8,6 +8,7 @@ from typing import Any
 from frontend_backend.messages_admin import Note
 from manager.attachments import Attachments
 from manager.config import Config, Layout
+from manager.hibernation import Hibernation
 from manager.registry import Registry
 
 Document = dict[str, Any]
@@ -33,6 +34,8 @@ class Services:
     stop: Callable[[], None]
     layout: Layout
     config: Config
+    upgrade: Callable[[], Awaitable[Document]]
+    hibernation: Hibernation
 
 
 # A verb answers with all its documents at once, or, where there are many or it takes long, one after the other with

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from storage.errors import RowTampered
@@ -27,6 +27,8 @@ class AttachmentRow:
     """Which guest a vTPM runs for, and how. `lease` grows with each start of an instance.
 
     `epoch` is the one that the vTPM's record in the store says (storage.store_records); 0 in rows of schema 1.
+    `hibernate_after`: seconds without a command, 0 for never, None for what the configuration says.
+    Quotas (commands and saves a second, bytes of NV) of 0 are none.
     """
 
     vtpm: UUID
@@ -38,6 +40,10 @@ class AttachmentRow:
     lease: int
     created: str = ""
     epoch: int = 0
+    hibernate_after: int | None = None
+    commands_per_second: int = 0
+    saves_per_second: int = 0
+    nv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +105,25 @@ class Listed:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+_YOUNGER: Final[dict[str, int | None]] = {
+    "epoch": 0,
+    "hibernate_after": None,
+    "commands_per_second": 0,
+    "saves_per_second": 0,
+    "nv_bytes": 0,
+}  # what rows without them stand for
+
+
 def canonical(table: str, values: Mapping[str, Any]) -> bytes:
     """Return what a row's MAC is over: table and row as JSON, keys sorted, UUIDs as text, no white space.
 
-    An `epoch` of 0 is left out: rows of schema 1 have none, and their MACs go on to hold.
+    An `epoch` of 0, a `hibernate_after` of None and quotas of 0 are left out: rows of older schemas have none, and
+    their MACs go on to hold.
     """
     parts = [
-        f'"{name}":{_json(value)}' for name, value in sorted(values.items()) if name != "epoch" or value
+        f'"{name}":{_json(value)}'
+        for name, value in sorted(values.items())
+        if name not in _YOUNGER or value != _YOUNGER[name]
     ]  # 3 us a row, a third of what json.dumps takes
     return f'["{table}",{{{",".join(parts)}}}]'.encode()
 

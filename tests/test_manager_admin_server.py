@@ -23,7 +23,8 @@ from manager import admin_server
 from manager.admin_server import AdminServer, check_arguments, role_of
 from manager.attachments import Attachments
 from manager.config import AdminConfig, Config, Layout
-from manager.errors import ConfigurationError, ManagerError, UsageError
+from manager.errors import ConfigurationError, ConflictError, ManagerError, UsageError
+from manager.hibernation import Hibernation
 from manager.registry import Registry
 from manager.services import Services
 from manager.sockets import Owner, SocketFolder, parse_mode
@@ -64,6 +65,10 @@ class Admin:
         return await self.talk(encode_admin(AdminRequest(verb, arguments)))
 
 
+async def no_upgrade() -> dict[str, Any]:
+    raise ConflictError("not in this test")
+
+
 async def answers(sock: socket.socket) -> list[Any]:
     received: list[Any] = []
     with trio.fail_after(10):
@@ -89,6 +94,8 @@ async def admin(config: AdminConfig | None = None) -> AsyncIterator[Admin]:
         lambda: None,
         Layout(path.parent, path.parent),
         Config(),
+        no_upgrade,
+        cast("Hibernation", None),
     )
     try:
         with admin_server.listen(path, settings) as listener:
@@ -250,7 +257,8 @@ async def test_a_listener_that_closes_ends_the_accepting_and_serves_who_is_there
     monkeypatch.setitem(HANDLERS, "status", slow)
     made = Admin(short / "a", [])
     registry, attachments = cast("Registry", None), cast("Attachments", None)
-    services = Services(registry, attachments, short, dict, lambda: None, Layout(short, short), Config())
+    layout, hibernation = Layout(short, short), cast("Hibernation", None)
+    services = Services(registry, attachments, short, dict, lambda: None, layout, Config(), no_upgrade, hibernation)
     listener = admin_server.listen(made.path, AdminConfig())
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
@@ -348,6 +356,10 @@ def test_defaults_fill_what_is_not_said() -> None:
         "owner": None,
         "mode": "0660",
         "startup": "clear",
+        "hibernate": None,
+        "commands_per_second": None,
+        "saves_per_second": None,
+        "nv_bytes": None,
     }
     with pytest.raises(UsageError):
         check_arguments(BY_NAME["remove"], {"vtpm": "v", "yes": 1})
