@@ -14,9 +14,11 @@ import os
 import select
 import socket
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, Protocol, Self
 
+from frontend_backend.descriptors import send_message
 from frontend_backend.errors import NotARingError
 
 _DING: Final = b"\0"
@@ -97,6 +99,15 @@ class SocketDoorbell:
         except ConnectionResetError:
             return False
 
+    def hand_over(self, data: bytes, descriptors: Sequence[int]) -> None:
+        """Send a datagram with descriptors, for a peer that looks for more than rings: `ring` and `drain` drop it.
+
+        Raises:
+            OSError: what sendmsg(2) says.
+
+        """
+        send_message(self._sock, data, descriptors)
+
     def wait(self) -> bool:
         """Sleep until the peer rings or goes."""
         _until_readable(self._sock.fileno())
@@ -143,8 +154,8 @@ class PipeDoorbell:
         return cls(first[0], second[1], patient=False), cls(second[0], first[1], patient=False)
 
     @classmethod
-    def adopt(cls, heard: int, rung: int) -> Self:
-        """Take the ends of two pipes over, as the end that waits.
+    def adopt(cls, heard: int, rung: int, *, patient: bool = True) -> Self:
+        """Take the ends of two pipes over, as the end that waits unless it is not `patient`.
 
         Raises:
             NotARingError: they are not that; they stay the caller's.
@@ -154,7 +165,7 @@ class PipeDoorbell:
             flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
             if not stat.S_ISFIFO(os.fstat(descriptor).st_mode) or flags & os.O_ACCMODE != access:
                 raise NotARingError("the doorbell is not the reading end of one pipe and the writing end of another")
-        return cls(heard, rung, patient=True)
+        return cls(heard, rung, patient=patient)
 
     def ring(self) -> None:
         """Wake the peer."""

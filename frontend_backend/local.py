@@ -32,7 +32,7 @@ class LocalRing:
     def __init__(self, memfd: int, page: memoryview, doorbell: Doorbell) -> None:
         """Take over a checked page, its mapping and a doorbell; use `pair` or `adopt` to make one."""
         self._memfd: int | None = memfd
-        self.page, self._doorbell = page, doorbell
+        self.page, self.doorbell = page, doorbell
         # The bell's own methods: a ring costs a system call, and should cost little more.
         self.ring, self.drain, self.wait, self.fileno = doorbell.ring, doorbell.drain, doorbell.wait, doorbell.fileno
 
@@ -58,10 +58,10 @@ class LocalRing:
         return cls(pages[0], front_view, front), cls(pages[1], back_view, back)
 
     @classmethod
-    def adopt(cls, memfd: int, *doorbell: int, mapper: Mapper = map_page) -> Self:
+    def adopt(cls, memfd: int, *doorbell: int, mapper: Mapper = map_page, patient: bool = True) -> Self:
         """Take over the descriptors of a page and a doorbell that a peer handed us; closes them if they are no ring.
 
-        One descriptor is a socket, two are the ends of pipes.
+        One descriptor is a socket, two are the ends of pipes; `patient`: see PipeDoorbell.
 
         Raises:
             NotARingError: no memfd, wrong size, missing seals, or no doorbell.
@@ -71,7 +71,9 @@ class LocalRing:
         try:
             cls._check_page(memfd)
             page = mapper(memfd)
-            return cls(memfd, page, cls._adopt_doorbell(doorbell))  # last: what fails must not own a descriptor yet
+            return cls(
+                memfd, page, cls._adopt_doorbell(doorbell, patient)
+            )  # last: what fails must not own a descriptor yet
         except (OSError, NotARingError) as error:
             if page is not None:
                 page.release()
@@ -90,12 +92,12 @@ class LocalRing:
             raise NotARingError(f"the page has {os.fstat(memfd).st_size} bytes, not {PAGE_SIZE}")
 
     @staticmethod
-    def _adopt_doorbell(descriptors: tuple[int, ...]) -> Doorbell:
+    def _adopt_doorbell(descriptors: tuple[int, ...], patient: bool) -> Doorbell:
         match descriptors:
             case (both,):
                 return SocketDoorbell.adopt(both)
             case (heard, rung):
-                return PipeDoorbell.adopt(heard, rung)
+                return PipeDoorbell.adopt(heard, rung, patient=patient)
         raise NotARingError(f"a doorbell has one descriptor or two, not {len(descriptors)}")
 
     def descriptors(self) -> tuple[int, ...]:
@@ -107,7 +109,7 @@ class LocalRing:
         """
         if self._memfd is None:
             raise NotARingError("this end gave its page descriptor up")
-        return self._memfd, *self._doorbell.descriptors()
+        return self._memfd, *self.doorbell.descriptors()
 
     def forget_page_descriptor(self) -> None:
         """Close the page's descriptor; the mapping stays. With `map_page` it keeps one of its own."""
@@ -117,7 +119,7 @@ class LocalRing:
 
     def close(self) -> None:
         """Close all descriptors; the page is unmapped with its last view."""
-        self._doorbell.close()
+        self.doorbell.close()
         self.forget_page_descriptor()
         self.page.release()
 

@@ -21,6 +21,10 @@ TAG_REQUEST: Final = 0x01C1  # VTPM_TAG_REQ
 TAG_ANSWER: Final = 0x01C4  # VTPM_TAG_RSP
 
 
+IDLE: Final = "idle"  # reasons of a Report that says "ready"
+AWAKE: Final = "awake"
+
+
 class InstanceState(StrEnum):
     """How an instance describes itself in a report."""
 
@@ -36,6 +40,7 @@ class Orders(IntFlag):
     NONE = 0
     STOP = 1  # clean stop: TPM2_Shutdown(STATE), final commit, exit
     RESET = 2  # platform reset: load again, start up again
+    HIBERNATE = 4  # if nothing speaks against it: save everything, hand connections over, exit
     QUOTE = 8  # ask by QuoteTask what is to be quoted; given only to instances whose reports say `quotes`
 
 
@@ -50,6 +55,7 @@ class RefusalCode(StrEnum):
     UNAVAILABLE = "unavailable"  # not now, or not offered by this manager
     LIMIT = "limit"
     DENIED = "denied"  # not for this vTPM, or not with this hardware TPM; asking again does not help
+    WANTED = "wanted"  # stay awake: there is something to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,16 @@ class Commit:
     digest: bytes
     lease: int
     final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hibernate:
+    """Commit that also says: the state holds the volatile part, and once this is answered the instance ends."""
+
+    generation: int
+    key: bytes = field(repr=False)
+    digest: bytes
+    lease: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +185,8 @@ class QuoteMade:
 class Report:
     """The instance's own state. `reason` is a word for programs, `text` a sentence for people.
 
-    `quotes` says that it knows the order QUOTE.
+    When it is "ready", the reason "idle" says that nothing was done since the last such report, and "awake" that an
+    order to hibernate is not followed now. `quotes` says that it knows the order QUOTE.
     """
 
     state: InstanceState
@@ -191,13 +208,13 @@ class Refusal:
     text: str
 
 
-Request = Load | Commit | Random | PcrRead | Quote | QuoteTask | QuoteMade | Report
+Request = Load | Commit | Hibernate | Random | PcrRead | Quote | QuoteTask | QuoteMade | Report
 Reply = LoadReply | CommitReply | RandomReply | PcrReadReply | QuoteReply | QuoteTaskReply | ReportReply | Refusal
 
-_NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET | Orders.QUOTE)
+_NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET | Orders.HIBERNATE | Orders.QUOTE)
 _HEADER: Final = CommandHeader.CODEC
 
-_REQUESTS = Protocol(VERSION, (Load, Commit, Random, PcrRead, Quote, QuoteTask, QuoteMade, Report))
+_REQUESTS = Protocol(VERSION, (Load, Commit, Hibernate, Random, PcrRead, Quote, QuoteTask, QuoteMade, Report))
 _REPLIES = Protocol(
     VERSION,
     (LoadReply, CommitReply, RandomReply, PcrReadReply, QuoteReply, QuoteTaskReply, ReportReply, Refusal),

@@ -43,7 +43,7 @@ class HelloReply:
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Start an instance. `vtpm` is the UUID's 16 bytes; `uid` 0 keeps the keeper's user.
+    """Start an instance. `vtpm` is the UUID's 16 bytes; `uid` 0 keeps the keeper's user; a quota of 0 is none.
 
     Descriptors, in this order: ring page, doorbell for the instance, doorbell for the manager, state image (locked),
     then one listening socket for each name in `listeners` ("data", "control", "ring").
@@ -58,6 +58,9 @@ class Spawn:
     owner_uid: int
     manager_uid: int
     listeners: tuple[str, ...]
+    commands_per_second: int = 0
+    saves_per_second: int = 0
+    nv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,10 @@ class List:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One instance as the keeper knows it; `status` is a wait status once it has ended (os.waitstatus_to_exitcode)."""
+    """One instance as the keeper knows it; `status` is a wait status once it has ended (os.waitstatus_to_exitcode).
+
+    `pid` is 0 for a hibernated vTPM, which has no process.
+    """
 
     vtpm: bytes
     lease: int
@@ -162,14 +168,116 @@ class ConfinementReply:
 
 
 @dataclass(frozen=True, slots=True)
+class Describe:
+    """Ask what this keeper is. One of before several keepers refuses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Answer to Describe: its code's release, the descriptors it may have, and the instances it has."""
+
+    release: str
+    descriptors_most: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """An instance has hibernated and ended: take in the connections it left, and watch its sockets."""
+
+    vtpm: bytes
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """It sleeps: `status` is its wait status, `connections` how many of them are open."""
+
+    status: int | None
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Watch the sockets of a hibernated vTPM.
+
+    With listening sockets (descriptors, one for each name in `listeners`) when the keeper has nothing of it, without
+    when it could not be woken.
+    """
+
+    vtpm: bytes
+    lease: int
+    frontend: str
+    listeners: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Armed:
+    """They are watched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Start the next instance of a hibernated vTPM, under its lease, with the sockets and connections that are kept.
+
+    `spawn` is as in Spawn, its `listeners` empty. Descriptors: ring page, doorbell for the instance, doorbell for the
+    manager, state image (locked). The answer is Spawned; until then the vTPM goes on to sleep, unwatched.
+    """
+
+    spawn: Spawn
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Tell of hibernated vTPMs that are wanted on the socket that comes with this, one Wanted a datagram."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watching:
+    """It is done; `asleep` vTPMs are hibernated here."""
+
+    asleep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A guest wants something of this hibernated vTPM. Not watched any more until Wake or Arm."""
+
+    vtpm: bytes
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
 class KeeperRefusal:
     """The keeper did not do it."""
 
     text: str
 
 
-KeeperRequest = Hello | Spawn | List | Fetch | Forget | Stop | Confinement
-KeeperReply = HelloReply | Spawned | ListReply | Fetched | Forgotten | Stopping | ConfinementReply | KeeperRefusal
+@dataclass(frozen=True, slots=True)
+class KeeperFull:
+    """The keeper did not do it, because it has no descriptors left for it: another keeper may."""
+
+    text: str
+
+
+KeeperRequest = Hello | Spawn | List | Fetch | Forget | Stop | Confinement | Describe | Park | Arm | Wake | Watch
+KeeperReply = (
+    HelloReply
+    | Spawned
+    | ListReply
+    | Fetched
+    | Forgotten
+    | Stopping
+    | ConfinementReply
+    | Description
+    | Parked
+    | Armed
+    | Watching
+    | Wanted
+    | KeeperRefusal
+    | KeeperFull
+)
 
 _PROTOCOL = Protocol(
     VERSION,
@@ -188,7 +296,18 @@ _PROTOCOL = Protocol(
         Stopping,
         Confinement,
         ConfinementReply,
+        Describe,
+        Description,
+        Park,
+        Parked,
+        Arm,
+        Armed,
+        Wake,
+        Watch,
+        Watching,
+        Wanted,
         KeeperRefusal,
+        KeeperFull,
     ),
 )
 

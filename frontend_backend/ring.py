@@ -248,6 +248,16 @@ class BackRing(_Page):
         return Answered(reason)
 
     @property
+    def answered(self) -> bool:
+        """Whether the last request on the page was answered, by us or by a back end before us."""
+        return self._page[SharedPage.STATE_OFFSET] == RingState.FINISH
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a request is on the page, or one in hand is not answered yet."""
+        return self._in_hand or self._page[SharedPage.STATE_OFFSET] in (RingState.SUBMIT, RingState.CANCEL)
+
+    @property
     def cancelled(self) -> bool:
         """Whether the front end asks to give the command in hand up; its answer is still owed."""
         return self._page[SharedPage.STATE_OFFSET] == RingState.CANCEL

@@ -37,10 +37,12 @@ class ResponseCode(IntEnum):
 
     SUCCESS = 0
     TPM12_FAIL = 0x009  # TPM 1.2 Part 2, 16: TPM_FAIL
+    TPM12_NOSPACE = 0x011
     TPM12_BAD_PARAM_SIZE = 0x019
     TPM12_RETRY = 0x800
     FAILURE = 0x101  # TPM 2.0 Part 2, 6.6.3: TPM_RC_FAILURE
     COMMAND_SIZE = 0x142
+    NV_SPACE = 0x14B
     NV_UNAVAILABLE = 0x923
 
 

@@ -1,4 +1,4 @@
-"""The command `vtpm-manager`: init, run, check, reseal, recover, status, stop."""
+"""The command `vtpm-manager`: init, run, check, reseal, recover, status, upgrade, stop."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from frontend_backend.messages_admin import ExitCode
 from manager import cli_approvals, cli_hierarchies, cli_rollback, cli_tpm
 from manager.cli import EXIT_CODES, add_verb_arguments, report, run_verb
 from manager.cli_store import add_verbs
+from manager.cli_upgrade import run_preflight, run_upgrade
 from manager.config import (
     SYSTEM_CONFIG,
     SYSTEM_RUNTIME_DIR,
@@ -125,11 +126,24 @@ def _init(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from manager.daemon import run  # noqa: PLC0415 - as above
+    from manager.upgrade import Command, become  # noqa: PLC0415
 
+    command = Command.of_this_process()
     layout = _layout(options)
     config = _config(options, layout)
-    run(layout, config)
+    if run(layout, config, command):
+        become(command)
     return int(ExitCode.OK)
+
+
+def _preflight(options: argparse.Namespace) -> int:
+    layout = _layout(options)
+    return run_preflight(layout, _config(options, layout), options.running)
+
+
+def _upgrade(options: argparse.Namespace) -> int:
+    _find_socket(options)
+    return run_upgrade(options)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -201,9 +215,13 @@ def _recover(options: argparse.Namespace) -> int:
     return _left_closed(done.left)
 
 
-def _verb(options: argparse.Namespace) -> int:
+def _find_socket(options: argparse.Namespace) -> None:
     if options.socket is None and options.runtime_dir != str(SYSTEM_RUNTIME_DIR):
         options.socket = str(_layout(options).admin_socket)
+
+
+def _verb(options: argparse.Namespace) -> int:
+    _find_socket(options)
     return run_verb(BY_NAME[options.verb], options)
 
 
@@ -267,6 +285,9 @@ def _parser() -> argparse.ArgumentParser:
     recover.add_argument("--key", required=True, metavar="FILE", help="the recovery key")
     recover.add_argument("--passphrase-file", metavar="FILE", help="passphrase of the recovery key")
     recover.add_argument("--tcti", help="the new hardware TPM, if it is reached in another way")
+    ready = verb("preflight", _preflight, "say whether this code can take over from a running manager (upgrade asks)")
+    ready.add_argument("--running", default="", metavar="JSON", help="what the running manager writes and speaks")
+    add_verb_arguments(verb("upgrade", _upgrade, BY_NAME["upgrade"].help), BY_NAME["upgrade"])
     for name in ("status", "stop", "backup", "scrub", "compact"):
         add_verb_arguments(verb(name, _verb, BY_NAME[name].help), BY_NAME[name])
     add_verbs(verb, _layout, _config)

@@ -1,38 +1,36 @@
 """Which vTPM runs for which guest: attach, detach, platform reset. What happens without being asked: supervision."""
 
 import logging
-import os
-import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 from weakref import WeakValueDictionary
 
 import trio
 
-from frontend_backend.messages_instance import Orders
-from manager import state_files
+from frontend_backend.release import RELEASE
 from manager.attachment_epochs import stale_removed
 from manager.attachment_marks import Marks, new_lease
+from manager.attachment_words import after_reset, parse_rest
 from manager.capacity import Capacity
 from manager.config import Config, Layout
 from manager.crash_budget import CrashBudget
 from manager.errors import (
-    BusyError,
     ConflictError,
     KeeperError,
     ManagerError,
-    QuarantinedError,
     UsageError,
 )
-from manager.hardware_pcrs import bit_map, parse_hw_pcrs
-from manager.instances import Instances, Launch
+from manager.hardware_pcrs import parse_hw_pcrs
+from manager.instances import Instances
+from manager.quotas import asked_for
 from manager.registry import Registry, check_name
 from manager.running import Running, Stage
-from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
+from manager.sleepers import Sleepers
+from manager.sockets import Owner, SocketFolder, parse_mode
+from manager.starts import Starts
 from storage.catalogue import AttachmentRow, Happened, VtpmRow
 from storage.errors import CatalogueError
-from storage.store_records import RecordFlags, next_epoch
+from storage.store_records import next_epoch
 
 _log = logging.getLogger("vtpm.life")
 
@@ -47,10 +45,8 @@ class AttachOptions:
     mode: str = "0660"
     startup: str = "clear"
     hwinitpcrs: str | None = None
-
-
-def _nothing() -> None:
-    """Nothing to record."""
+    hibernate: str | None = None
+    quota: tuple[int | None, int | None, int | None] = (None, None, None)  # as VtpmQuota's; None: as configured
 
 
 class Attachments:
@@ -64,37 +60,51 @@ class Attachments:
         config: Config,
         store: UUID,
         capacity: Capacity,
+        sleepers: Sleepers,
     ) -> None:
         """Keep attachments of `registry`'s vTPMs with `instances`; `store` is the store's UUID."""
+        self._starts = Starts(registry, instances, layout, config, store, capacity, sleepers)
         self._registry, self._instances = registry, instances
         self._catalogue, self._marks = registry.catalogue, Marks(registry)
-        self._layout, self._config, self._store = layout, config, store
-        self.capacity = capacity
-        self._starting = 0
+        self._layout, self._config = layout, config
+        self.capacity, self.sleepers = capacity, sleepers
         self._changing = WeakValueDictionary[UUID, trio.Lock]()  # of those that somebody holds or waits for
         self._budgets: dict[UUID, CrashBudget] = {}
-        self._reasons: dict[UUID, str] = {}
-        self.stopping = False
+        self.start_again, self.wake = self._starts.start_again, self._starts.wake
 
     def running(self, vtpm: UUID) -> Running | None:
         """Return the instance of a vTPM, None where there is none."""
         return self._instances.running.get(vtpm)
 
+    def release(self, vtpm: UUID) -> str | None:
+        """Return the release of the code that a vTPM's instance runs, None where there is none or it is not known."""
+        running = self.running(vtpm)
+        return None if running is None else self._instances.release_of(running)
+
+    def is_outdated(self, vtpm: UUID) -> bool:
+        """Tell whether a vTPM's instance runs other code than this manager: of before an upgrade."""
+        return self.running(vtpm) is not None and self.release(vtpm) != RELEASE
+
     @property
     def count(self) -> int:
         """How many vTPMs run or are being started."""
-        return len(self._instances.running) + self._starting
+        return self._starts.count
+
+    @property
+    def stopping(self) -> bool:
+        """Whether everything is being stopped, so that nothing is started any more."""
+        return self._starts.stopping
 
     def reason(self, vtpm: UUID) -> str | None:
         """Return in words why an attached vTPM is not as it should be, None where nothing is known to be wrong."""
         running = self.running(vtpm)
         if running is None:
-            return self._reasons.get(vtpm)
+            return self._starts.reasons.get(vtpm)
         return running.report.text or None if running.stage is Stage.NEEDS_RESET and running.report else None
 
     def note_down(self, vtpm: UUID, reason: str) -> None:
         """Keep what `reason` returns while no instance runs."""
-        self._reasons[vtpm] = reason
+        self._starts.reasons[vtpm] = reason
 
     def crashed(self, vtpm: UUID) -> float | None:
         """Count a crash; return how long to wait before the next start, None when it is to be left down."""
@@ -114,6 +124,8 @@ class Attachments:
         hw_pcrs = parse_hw_pcrs(options.hwinitpcrs)
         if hw_pcrs and options.startup == "none":
             raise UsageError("--hwinitpcrs needs a start that the host does: not --startup none. Nothing was done")
+        hibernate_after = parse_rest(options.hibernate)
+        quota = asked_for(options.quota, self._config.quota)
         async with self.lock(row.uuid):
             attached = self._catalogue.find_attachment(row.uuid)
             if attached is not None:
@@ -130,6 +142,8 @@ class Attachments:
                 lease=new_lease(),
                 epoch=next_epoch(record.epoch),
                 hw_pcrs=hw_pcrs,
+                hibernate_after=hibernate_after,
+                **quota._asdict(),
             )
             try:
                 await self._attach(row, attachment)
@@ -141,7 +155,7 @@ class Attachments:
 
     async def _attach(self, row: VtpmRow, attachment: AttachmentRow) -> None:
         """Start the instance, whose first commit marks the record, then add the row (manager.attachment_epochs)."""
-        running = await self.start(row, attachment, attachment.startup)
+        running = await self._starts.start(row, attachment, attachment.startup)
         await self._registry.mark_attached(row.uuid, attachment.epoch)
         if self.running(row.uuid) is not running:
             raise KeeperError(
@@ -164,84 +178,6 @@ class Attachments:
             return
         await self._marks.take_away(row.uuid)
 
-    async def start(
-        self, row: VtpmRow, attachment: AttachmentRow, startup: str, record: Callable[[], None] = _nothing
-    ) -> Running:
-        """Start an instance on fresh sockets and wait until its state is verified; the caller has the vTPM's lock.
-
-        `record` makes a new lease durable; that is waited for while the process is being made, and is done before the
-        instance is told anything. A crash between the two leaves an instance without its lease, which the next
-        manager ends.
-
-        Raises:
-            BusyError: there is no room, or we are stopping. And see `attach`.
-
-        """
-        if self.stopping:
-            raise BusyError("the manager is stopping; nothing was started")
-        self.capacity.check(self.count)
-        self._starting += 1
-        try:
-            running = await self._launch(row, attachment, startup, record)
-        finally:
-            self._starting -= 1
-        self._reasons.pop(row.uuid, None)
-        await self._verified(row, running)
-        return running
-
-    async def _launch(
-        self, row: VtpmRow, attachment: AttachmentRow, startup: str, record: Callable[[], None]
-    ) -> Running:
-        fresh = bool(self._registry.record(row.uuid).flags & RecordFlags.FRESH)
-        path = self._registry.image_path(row)
-        image = state_files.open_locked(path, create=fresh and not row.state_image)
-        sockets: list[socket.socket] = []
-        try:
-            if fresh:
-                state_files.make_image(image, path, row.uuid, self._store, row.family)
-            uid, gid = map(int, attachment.owner.split(":"))
-            folder = SocketFolder(self._layout.sockets, row.uuid, attachment.frontend)
-            sockets = folder.listen(Owner(uid, gid), parse_mode(attachment.mode))
-            launch = Launch(
-                vtpm=row.uuid,
-                lease=attachment.lease,
-                family=row.family,
-                frontend=attachment.frontend,
-                owner_uid=uid,
-                startup=startup,
-                after_reset=after_reset(attachment),
-                listeners=LISTENERS_OF[attachment.frontend],
-                epoch=attachment.epoch,
-                hw_pcrs=bit_map(attachment.hw_pcrs),
-            )
-            return await self._instances.start(launch, image, sockets, record)
-        finally:
-            os.close(image)
-            for sock in sockets:
-                sock.close()
-
-    async def _verified(self, row: VtpmRow, running: Running) -> None:
-        """Wait for an instance's first word; quarantine the vTPM if its state could not be loaded."""
-        try:
-            await self._instances.settle(running, self._config.instance.start_timeout)
-        except BusyError:
-            if running.stage is Stage.STARTING:
-                await self._instances.kill(running)
-            raise
-        if running.stage in (Stage.RUNNING, Stage.NEEDS_RESET):
-            return
-        await self._instances.see_off(running)
-        report = running.report
-        if running.stage is Stage.FAILED and report is not None:
-            await self._registry.flag(row.uuid, add=RecordFlags.QUARANTINED)
-            self._catalogue.log("quarantined", row.uuid, report.text)
-            raise QuarantinedError(
-                f"vTPM {row.name} is quarantined: {report.text}. Every byte of {self._registry.image_path(row)} is "
-                f"kept. Put the right image back and attach again, or give the vTPM up with "
-                f"'vtpm-reset {row.name} --yes'"
-            )
-        raise KeeperError(f"the instance of vTPM {row.name} ended before it was ready; look at the manager's log")
-
     async def detach(self, row: VtpmRow) -> None:
         """Stop a vTPM cleanly and forget its guest.
 
@@ -260,15 +196,13 @@ class Attachments:
             if running is None and self._marks.is_stale(attachment):
                 self._catalogue.detach(row.uuid, stale_removed(attachment, row.name))
                 return
-            clean = True
-            if running is not None:
-                clean = await self._instances.stop(running)
+            clean = await self._starts.stop(row, attachment)
             how = "cleanly" if clean else "without a clean stop"
             text = f"{row.name} from guest {attachment.guest}, {how}"
             self._catalogue.detach(row.uuid, Happened("detached", text))
             SocketFolder(self._layout.sockets, row.uuid, attachment.frontend).remove()
             self._budgets.pop(row.uuid, None)
-            self._reasons.pop(row.uuid, None)
+            self._starts.reasons.pop(row.uuid, None)
             await self._marks.take_away(row.uuid)
 
     async def _take_lone_mark(self, row: VtpmRow) -> None:
@@ -287,22 +221,19 @@ class Attachments:
         """
         async with self.lock(row.uuid):
             attachment = self._attachment(row)
-            running = self.running(row.uuid)
+            running = await self._starts.awake(row, attachment)
             self._budgets.pop(row.uuid, None)
             if running is None:
-                running = await self.start_again(row, attachment, after_reset(attachment))
+                running = await self._starts.start_again(row, attachment, after_reset(attachment))
+            elif self.is_outdated(row.uuid):  # of before an upgrade: this is the moment for one of the installed code
+                await self._instances.stop(running)
+                running = await self._starts.start_again(row, attachment, after_reset(attachment))
             else:
-                running.order(Orders.RESET)
-                await self._verified(row, running)
+                running = await self._starts.reset(row, attachment, running)
             if running.stage is Stage.NEEDS_RESET:
                 said = running.report.text if running.report is not None else ""
                 raise ManagerError(f"vTPM {row.name} did not come back: {said}. It answers failure; its state is kept")
             self._catalogue.log("platform-reset", row.uuid, row.name)
-
-    async def start_again(self, row: VtpmRow, attachment: AttachmentRow, startup: str) -> Running:
-        """Start an attached vTPM whose instance is gone, under a new lease. Raises what `start` does."""
-        renewed = self._marks.renewed(attachment)
-        return await self.start(row, renewed, startup, lambda: self._catalogue.renew(renewed))
 
     def _attachment(self, row: VtpmRow) -> AttachmentRow:
         attachment = self._catalogue.find_attachment(row.uuid)
@@ -316,7 +247,7 @@ class Attachments:
 
     async def stop_all(self) -> int:
         """Stop every instance cleanly; attachments stay. Returns how many did not stop cleanly."""
-        self.stopping = True
+        self._starts.stopping = True
         outcomes: list[bool] = []
 
         async def stop(vtpm: UUID) -> None:
@@ -333,8 +264,3 @@ class Attachments:
 
 def _not_attached(row: VtpmRow) -> ConflictError:
     return ConflictError(f"vTPM {row.name} is not attached; 'vtpm-attach {row.name} GUEST' attaches it")
-
-
-def after_reset(attachment: AttachmentRow) -> str:
-    """Return the startup after a platform reset: what the attachment asks for, but never an old state again."""
-    return "none" if attachment.startup == "none" else "clear"

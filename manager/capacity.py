@@ -1,8 +1,8 @@
 """How many vTPMs can run here: descriptors are counted before they are spent.
 
-A running vTPM costs the manager one descriptor (its ring's doorbell) and the keeper up to five (page, doorbell,
-pidfd, two listening sockets). Whoever runs into the limit at accept(2) or recvmsg(2) can neither serve nor say why;
-so the last ones are never given away.
+A running vTPM costs the manager one descriptor (its ring's doorbell) and its keeper up to five (page, doorbell, pidfd,
+two listening sockets); there are as many keepers as that takes (manager.keepers). Whoever runs into the limit at
+accept(2) or recvmsg(2) can neither serve nor say why; so the last ones are never given away.
 """
 
 import os
@@ -19,6 +19,7 @@ _KEEPERS_OWN: Final = 64
 _MAPPINGS_OWN: Final = 2000  # of memory in the manager: libraries, arenas, threads; a ring's page is one
 _MANAGERS_SHARE: Final = 1
 _KEEPERS_SHARE: Final = 5
+KEEPERS_MOST: Final = 64  # 1,000,000 descriptors at 20,000 each: far beyond what one manager serves
 _DEFAULT_MAPPINGS: Final = 65_530  # the kernel's vm.max_map_count, for a /proc without sys (systemd's ProcSubset=pid)
 
 
@@ -40,30 +41,39 @@ def descriptor_limit_of(pid: int) -> int | None:
     return int(found) if found.isdigit() else None
 
 
+def room_of_keeper(descriptors_most: int, per_keeper: int = 0) -> int:
+    """Return how many vTPMs a keeper may have that may have so many descriptors; `per_keeper` 0: no limit of ours."""
+    fit = max(0, (descriptors_most - _KEEPERS_OWN) // _KEEPERS_SHARE)
+    return min(fit, per_keeper) if per_keeper else fit
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """How many vTPMs fit, and why not more. 0 in the configuration means: as many as fit."""
+    """How many vTPMs fit, and why not more. 0 in the configuration means: as many as fit.
+
+    `keeper_limit` is the descriptors that a keeper started by this manager may have.
+    """
 
     configured: int
     manager_limit: int
     keeper_limit: int
     mappings: int
+    per_keeper: int = 0
 
     @classmethod
-    def found(cls, configured: int, manager_limit: int, keeper: int) -> "Capacity":
-        """Find out what this machine and `keeper`, a process id, allow; one that does not tell has our limit."""
-        theirs = descriptor_limit_of(keeper)
+    def found(cls, configured: int, manager_limit: int, per_keeper: int = 0) -> "Capacity":
+        """Find out what this machine allows; keepers inherit the manager's limit."""
         try:
             mappings = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
         except FileNotFoundError:
             mappings = _DEFAULT_MAPPINGS
-        return cls(configured, manager_limit, manager_limit if theirs is None else theirs, mappings)
+        return cls(configured, manager_limit, manager_limit, mappings, per_keeper)
 
     @property
     def by_descriptors(self) -> int:
-        """Running vTPMs that the descriptors of manager and keeper, and the manager's mappings, suffice for."""
+        """Running vTPMs that the descriptors of manager and keepers, and the manager's mappings, suffice for."""
         ours = (self.manager_limit - _MANAGERS_OWN) // _MANAGERS_SHARE
-        theirs = (self.keeper_limit - _KEEPERS_OWN) // _KEEPERS_SHARE
+        theirs = KEEPERS_MOST * room_of_keeper(self.keeper_limit, self.per_keeper)
         return max(0, min(ours, theirs, self.mappings - _MAPPINGS_OWN))
 
     @property
@@ -87,8 +97,8 @@ class Capacity:
             )
         raise BusyError(
             f"{running} vTPMs run, and there are no file descriptors for another (the manager may have "
-            f"{self.manager_limit}, the keeper {self.keeper_limit}, of which each vTPM takes {_KEEPERS_SHARE}); "
-            f"nothing was started. Detach one first, or raise LimitNOFILE of the manager's and the keeper's unit"
+            f"{self.manager_limit}, and so may each keeper); nothing was started. Detach one first, or raise "
+            f"LimitNOFILE of the manager's unit"
         )
 
 

@@ -63,6 +63,8 @@ class InstanceConfig:
     restart_seconds: float = 60.0
     spawn: str = "fork"  # "exec": each instance has an address layout of its own
     seccomp: str = "kill"  # what a system call does that an instance must not make: "kill", "errno", "log"
+    per_keeper: int = 0  # vTPMs that one keeper has at most, and that end with it; 0: as its descriptors allow
+    hibernate_after: float = 600.0  # seconds without a command; 0: never
     require: tuple[str, ...] = ()  # what must shut instances in (messages_keeper.FEATURES), or nothing starts
 
 
@@ -72,6 +74,9 @@ class QuotaConfig:
 
     vtpms_per_group: int = 0
     running: int = 0  # vTPMs that run at once
+    commands_per_second: int = 0  # of a vTPM whose attachment says nothing else; these three are kept with it
+    saves_per_second: int = 0
+    nv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

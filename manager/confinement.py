@@ -1,6 +1,7 @@
 """What shuts instances in: what the configuration wants, what the keeper has, and what `check` finds without one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import trio
 
 from frontend_backend import messages_keeper as m
 from frontend_backend.messages_keeper import FEATURES
+from frontend_backend.release import RELEASE
 from manager.config import InstanceConfig
 from manager.errors import ConfigurationError, DeniedError, KeeperError, KeeperRefusedError, ManagerError
 from manager.keeper_client import Keeper
@@ -54,7 +56,7 @@ async def ask(keeper: Keeper) -> m.ConfinementReply | None:
 async def connect(path: Path, config: InstanceConfig) -> tuple[Keeper, m.ConfinementReply | None]:
     """Connect to the keeper at `path` and check that it has what is required.
 
-    A keeper that runs already with other settings is replaced if it has no instances.
+    A keeper that runs already with other settings, or of another release, is replaced if it has no instances.
 
     Raises:
         DeniedError: what is required is not active; nothing was started.
@@ -65,8 +67,9 @@ async def connect(path: Path, config: InstanceConfig) -> tuple[Keeper, m.Confine
     keeper = await Keeper.connect(path, options)
     try:
         found = await ask(keeper)
-        if (not _as_configured(config, found) or required_but_missing(config, found)) and not await keeper.list():
-            await _end(keeper, path)
+        fits = _as_configured(config, found) and keeper.release == RELEASE
+        if (not fits or required_but_missing(config, found)) and not await keeper.list():
+            await end(keeper)
             keeper = await Keeper.connect(path, options)
             found = await ask(keeper)
         insist(config, found)
@@ -80,13 +83,21 @@ def _as_configured(config: InstanceConfig, found: m.ConfinementReply | None) -> 
     return found is not None and (found.mode, found.on_violation) == (config.spawn, config.seccomp)
 
 
-async def _end(keeper: Keeper, path: Path) -> None:
-    """Stop a keeper that nobody needs and wait until its place is free."""
-    await keeper.ask(m.Stop())
-    keeper.close()
-    with trio.move_on_after(_END_SECONDS):
-        while path.exists():  # noqa: ASYNC110, ASYNC240 - another process removes it
-            await trio.sleep(0.01)
+async def end(keeper: Keeper) -> None:
+    """Stop a keeper that nobody needs and wait until it has ended: its place is free then. Raises KeeperError."""
+    try:
+        pidfd = os.pidfd_open(keeper.pid)
+    except ProcessLookupError:
+        keeper.close()
+        return
+    try:
+        await keeper.ask(m.Stop())
+        keeper.close()
+        with trio.move_on_after(_END_SECONDS):
+            await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+    keeper.reap()
 
 
 def probe(config: InstanceConfig) -> m.ConfinementReply:

@@ -6,9 +6,9 @@ SIGTERM and SIGINT: clean stop of everything. SIGHUP: step down; instances go on
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 from uuid import UUID
@@ -16,6 +16,7 @@ from uuid import UUID
 import trio
 
 from frontend_backend import messages_keeper as k
+from frontend_backend.release import RELEASE
 from manager import admin_server, confinement
 from manager.admin_server import AdminServer
 from manager.anchor import Standing
@@ -28,13 +29,14 @@ from manager.capacity import Capacity, descriptors_in_use, raise_descriptor_limi
 from manager.catalogue_place import place_of, shown_place
 from manager.committer import Committer
 from manager.config import Config, Layout
-from manager.errors import ConfigurationError, KeeperError
+from manager.errors import ConfigurationError, ConflictError
 from manager.event_retention import keep_events
 from manager.group_rows import follow_store
 from manager.groups import Groups
 from manager.hardware import Hardware
+from manager.hibernation import Hibernation
 from manager.instances import Instances
-from manager.keeper_client import Keeper
+from manager.keepers import Keepers
 from manager.keys import catalogue_key
 from manager.notify import notify
 from manager.opening import Opened, integrity, locked_store, open_store, open_tpm
@@ -43,8 +45,10 @@ from manager.registry import Registry
 from manager.ring_server import RingServer
 from manager.running import Running
 from manager.services import Services
+from manager.sleepers import Sleepers
 from manager.supervision import Supervision
 from manager.tombstones import Tombstones
+from manager.upgrade import Command, ask_installed
 from manager.verb_table import SCHEMA_VERSION
 from manager.verbs import timestamp, uptime
 from storage.catalogue import Catalogue
@@ -56,15 +60,17 @@ READY: str = "Waiting for commands from vTPMs"
 class Daemon:
     """One running manager: made of its parts, wired here and nowhere else."""
 
-    def __init__(self, layout: Layout, config: Config, opened: Opened, hardware: Hardware) -> None:
-        """Build the parts that need no task yet."""
+    def __init__(
+        self, layout: Layout, config: Config, opened: Opened, hardware: Hardware, command: Command | None = None
+    ) -> None:
+        """Build the parts that need no task yet; `command` is how the process was started, for an upgrade in place."""
         self._layout, self._config, self._opened, self._hardware = layout, config, opened, hardware
         self._started = time.monotonic()
         self._stop_requested = trio.Event()
-        self._keep_instances = False
+        self._keep_instances = self._upgrading = False
+        self._command, self._run_id = command, secrets.token_hex(8)
         self._closing = contextlib.ExitStack()
-        self._keeper_pid: Callable[[], int] = lambda: 0
-        self._confinement: k.ConfinementReply | None = None
+        self._keepers: Keepers
         self._committer = Committer(opened.store, self._group_committed)
         self._anchoring = Anchoring(
             self._committer,
@@ -109,37 +115,41 @@ class Daemon:
     def _group_committed(self) -> None:
         self._anchoring.group_committed()
 
-    async def run(self) -> None:
-        """Serve until told to stop."""
+    async def run(self) -> bool:
+        """Serve until told to stop; returns whether the installed code is to take this process over."""
         unclean = self._opened.standing is not Standing.CLEAN
         if unclean:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
         await self._anchoring.write_opening(unclean=unclean)
-        keeper, self._confinement = await confinement.connect(self._layout.keeper_socket, self._config.instance)
-        self._keeper_pid = lambda: keeper.pid
+        self._keepers = await Keepers.connect(self._layout, self._config.instance)
         try:
             async with trio.open_nursery() as nursery:
-                await self._serve(nursery, keeper)
+                await self._serve(nursery, self._keepers)
                 nursery.cancel_scope.cancel()
         finally:
             self._closing.close()
-            keeper.close()
+            self._keepers.close()
             self._catalogue.close()
             self._opened.store.close()
             self._opened.secret.wipe()
+        return self._upgrading and self._keep_instances
 
-    async def _serve(self, nursery: trio.Nursery, keeper: Keeper) -> None:
+    async def _serve(self, nursery: trio.Nursery, keepers: Keepers) -> None:
         config = self._config
         rings = RingServer(self._committer, self._hardware, nursery, config.instance.commit_timeout)
         self._closing.callback(rings.close)
         rings.on_quote = self._quotes.for_guest
-        instances = Instances(keeper, rings, nursery, config.instance, self._ended)
+        instances = Instances(keepers, rings, nursery, config.instance, self._ended)
         self._closing.callback(instances.close)
-        capacity = Capacity.found(config.quota.running, self._descriptor_limit, keeper.pid)
+        sleepers = Sleepers(self._registry, instances, keepers, self._layout.sockets, config.instance)
+        capacity = Capacity.found(config.quota.running, self._descriptor_limit, config.instance.per_keeper)
         self._attachments = Attachments(
-            self._registry, instances, self._layout, config, self._opened.store.uuid, capacity
+            self._registry, instances, self._layout, config, self._opened.store.uuid, capacity, sleepers
         )
-        self._supervision = Supervision(self._registry, self._attachments, instances, nursery)
+        self._supervision = Supervision(self._registry, self._attachments, instances, nursery, config.instance)
+        hibernation = Hibernation(
+            self._registry, self._attachments, instances, keepers, nursery, self._supervision.later
+        )
         nursery.start_soon(self._committer.run)
         nursery.start_soon(self._tombstones.run)
         nursery.start_soon(rings.run)
@@ -148,7 +158,10 @@ class Daemon:
         nursery.start_soon(self._signals)
         nursery.start_soon(keep_events, self._catalogue, config.catalogue)
         await adopt_older_rows(self._committer, self._catalogue)
-        await self._supervision.take_over(await keeper.list())
+        await self._supervision.take_over(await keepers.list(), hibernation)
+        hibernation.listen()
+        nursery.start_soon(hibernation.run_idle)
+        nursery.start_soon(hibernation.events.run)
         services = Services(
             self._registry,
             self._attachments,
@@ -158,10 +171,12 @@ class Daemon:
             self._layout,
             config,
             self._groups,
-            self._start_group,
+            lambda group: self._start_group(group, hibernation),
             self._approvals,
             self._attestation,
             self._quotes,
+            self._upgrade,
+            hibernation,
         )
         await self._approvals.raise_used()  # from here on the platform has come up: what is older is revoked
         with admin_server.listen(self._layout.admin_socket, config.admin) as listener:
@@ -170,13 +185,14 @@ class Daemon:
             notify("READY=1")
             await self._stop_requested.wait()
             trio.lowlevel.notify_closing(listener)  # its number may soon be another descriptor's
-            notify("STOPPING=1")
+            # of a service that says it stops systemd expects that it ends
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}" if self._upgrading else "STOPPING=1")
             self._layout.admin_socket.unlink(missing_ok=True)
-        await self._wind_up(keeper)
+        await self._wind_up(keepers)
 
-    async def _start_group(self, group: UUID) -> int:
+    async def _start_group(self, group: UUID, hibernation: Hibernation) -> int:
         await adopt_older_rows(self._committer, self._catalogue)
-        return await self._supervision.start_group(group)
+        return await self._supervision.start_group(group, hibernation)
 
     async def _ended(self, running: Running, status: int | None) -> None:
         await self._supervision.ended(running, status)
@@ -190,8 +206,33 @@ class Daemon:
                 )
                 self._stop_requested.set()
 
-    async def _wind_up(self, keeper: Keeper) -> None:
-        """Stop instances (unless they are to go on), write the last anchor, end the keeper."""
+    async def _upgrade(self) -> dict[str, Any]:
+        """Step down for the installed code, if that can take over; see `manager.upgrade`.
+
+        Raises:
+            ConflictError: it cannot. TpmError: the durable anchor cannot be written. Nothing was changed.
+
+        """
+        if self._command is None:
+            raise ConflictError("this manager was not started by its command, so it cannot be upgraded in place")
+        release = await ask_installed(self._command)
+        await self._anchoring.write_durable()
+        if self._stop_requested.is_set():
+            raise ConflictError("the manager is stopping; it was not upgraded")
+        _log.info("stepping down for release %s", release)
+        self._keep_instances = self._upgrading = True
+        self._stop_requested.set()
+        return {
+            "schema": SCHEMA_VERSION,
+            "state": "upgrading",
+            "pid": os.getpid(),
+            "from_release": RELEASE,
+            "release": release,
+            "run": self._run_id,
+        }
+
+    async def _wind_up(self, keepers: Keepers) -> None:
+        """Stop instances (unless they are to go on), write the last anchor, end the keepers."""
         if self._keep_instances:
             await self._anchoring.write_durable()
             _log.info("instances go on without a manager; their saves wait for the next one")
@@ -199,8 +240,7 @@ class Daemon:
             unclean = await self._attachments.stop_all()
             if unclean:
                 _log.error("%d instances did not stop cleanly; what they acknowledged is durable", unclean)
-            with contextlib.suppress(KeeperError):
-                await keeper.ask(k.Stop())
+            await keepers.ask(k.Stop())
             await self._anchoring.write_final()
             _log.info("stopped; the hardware TPM's anchor stands for the store as it is now")
 
@@ -211,16 +251,25 @@ class Daemon:
         return {
             "schema": SCHEMA_VERSION,
             "pid": os.getpid(),
-            "keeper_pid": self._keeper_pid(),
+            "release": RELEASE,
+            "run": self._run_id,
+            "keeper_pid": self._keepers.first.pid,
+            "keepers": len(self._keepers.all),
+            "keepers_hold": self._keepers.describe(),
             "uptime_seconds": uptime(self._started),
             "state_dir": str(self._layout.state_dir),
             "store": str(store.uuid),
             "vtpms": self._catalogue.count_vtpms(),
             "catalogue": shown_place(self._layout, self._config),
-            **confinement.summary(self._config.instance, self._confinement),
+            **confinement.summary(self._config.instance, self._keepers.confinement),
             "running": self._attachments.count,
+            "hibernated": len(self._attachments.sleepers.asleep),
+            "hibernated_bytes_freed": self._attachments.sleepers.freed,
             "running_most": self._attachments.capacity.most,
             "vtpms_per_group_most": self._config.quota.vtpms_per_group or None,
+            "commands_per_second": self._config.quota.commands_per_second or None,
+            "saves_per_second": self._config.quota.saves_per_second or None,
+            "nv_bytes": self._config.quota.nv_bytes or None,
             "descriptors": descriptors_in_use(),
             "descriptors_most": self._descriptor_limit,
             "closed_groups": ", ".join(sorted(map(self._registry.group_name, self._opened.closed))) or None,
@@ -243,8 +292,8 @@ class Daemon:
         }
 
 
-def run(layout: Layout, config: Config) -> None:
-    """Run a manager until it is told to stop.
+def run(layout: Layout, config: Config, command: Command | None = None) -> bool:
+    """Run a manager until it is told to stop; returns whether the installed code is to take this process over.
 
     Raises:
         ManagerError: it could not start, or could not stop cleanly.
@@ -255,7 +304,7 @@ def run(layout: Layout, config: Config) -> None:
     with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
         layout.admin_socket.unlink(missing_ok=True)
         opened = open_store(descriptor, tpm, config)
-        trio.run(Daemon(layout, config, opened, Hardware(tpm)).run)
+        return trio.run(Daemon(layout, config, opened, Hardware(tpm), command).run)
 
 
 def make_runtime_directory(layout: Layout) -> None:

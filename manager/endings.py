@@ -12,7 +12,7 @@ import trio
 from frontend_backend import messages_keeper as k
 from frontend_backend.descriptors import close_all
 from manager.errors import KeeperError, KeeperRefusedError
-from manager.keeper_client import Keeper
+from manager.keeper_client import Asks
 
 _log = logging.getLogger("vtpm.instance")
 _STRAY_PAUSES: Final = (
@@ -26,7 +26,7 @@ LAST_BREATH: Final = 1.0  # seconds between the end of an instance's ring and th
 class Endings:
     """Ends instances, named by vTPM and lease."""
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Asks) -> None:
         """Ask `keeper`."""
         self._keeper = keeper
 
@@ -102,9 +102,14 @@ class Endings:
             _log.warning("vTPM %s: %s", vtpm, error)
             return None
         try:
-            pidfd = await self._pidfd(vtpm, lease)
+            await self._ended(vtpm, lease)
         except KeeperError:
             return None  # a keeper that does not know it is a new one: the instance ended with the old one
+        return await self.forget(vtpm, lease)
+
+    async def _ended(self, vtpm: UUID, lease: int) -> None:
+        """Wait for the end of a process that is about to end; one that lives on is killed. Raises KeeperError."""
+        pidfd = await self._pidfd(vtpm, lease)
         try:
             with trio.move_on_after(LAST_BREATH) as waiting:
                 await trio.lowlevel.wait_readable(pidfd)
@@ -114,7 +119,22 @@ class Endings:
                 await trio.lowlevel.wait_readable(pidfd)
         finally:
             os.close(pidfd)
-        return await self.forget(vtpm, lease)
+
+    async def park(self, vtpm: UUID, lease: int) -> bool:
+        """Have the keeper watch for one that hibernated, once its process has ended; returns False when it cannot."""
+        park = k.Park(vtpm.bytes, lease)
+        try:
+            try:
+                reply, _ = await self._keeper.ask(park)
+            except KeeperRefusedError:
+                await self._ended(vtpm, lease)  # it is about to end
+                reply, _ = await self._keeper.ask(park)
+        except KeeperError as error:
+            _log.warning("vTPM %s: its sockets are made anew, as its keeper does not have them: %s", vtpm, error)
+            return False
+        if isinstance(reply, k.Parked):
+            _log.debug("vTPM %s: hibernated, with %d connections open", vtpm, reply.connections)
+        return isinstance(reply, k.Parked)
 
     async def forget(self, vtpm: UUID, lease: int) -> int | None:
         """Let the keeper drop what it keeps of an ended instance; returns its exit status where known."""

@@ -91,3 +91,7 @@ class KeeperError(ManagerError):
 
 class KeeperRefusedError(KeeperError):
     """The keeper is there, and said no."""
+
+
+class KeeperFullError(KeeperRefusedError):
+    """The keeper is there, and has no descriptors left for this: another one may."""

@@ -5,8 +5,6 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 from uuid import UUID
 
@@ -21,30 +19,15 @@ from frontend_backend.messages_instance import Orders
 from manager import orphans
 from manager.config import InstanceConfig
 from manager.endings import LAST_BREATH, Endings
-from manager.errors import BusyError, KeeperError, KeeperRefusedError, ManagerError
-from manager.keeper_client import Keeper
+from manager.errors import BusyError, KeeperError, KeeperRefusedError
+from manager.keepers import Keepers
+from manager.launches import Adoption, Launch, Once, uid_of
 from manager.ring_server import RingServer
 from manager.running import Running, Stage
-from storage.errors import StorageError
 
 _log = logging.getLogger("vtpm.instance")
+_LAST_STEPS: Final = 30.0  # seconds that one has to hand its connections over, which end if it is killed
 _UIDS: Final = 65_536  # user ids from uid_base on that instances may get
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """What an instance is started with. `listeners` names the sockets handed to it."""
-
-    vtpm: UUID
-    lease: int
-    family: str
-    frontend: str
-    owner_uid: int
-    startup: str
-    after_reset: str
-    listeners: tuple[str, ...]
-    epoch: int = 0
-    hw_pcrs: int = 0
 
 
 class Instances:
@@ -52,7 +35,7 @@ class Instances:
 
     def __init__(
         self,
-        keeper: Keeper,
+        keeper: Keepers,
         rings: RingServer,
         nursery: trio.Nursery,
         config: InstanceConfig,
@@ -65,7 +48,8 @@ class Instances:
         self.running: dict[UUID, Running] = {}
         self._uids: set[int] = set()
         self._next_uid = 0
-        rings.on_hang_up = self._hung_up
+        self.on_asleep: Callable[[Running, bool], None] = _nobody_listens
+        rings.on_hang_up, rings.on_sleep = self._hung_up, self._sleeps
 
     async def start(
         self, launch: Launch, image: int, listeners: list[socket.socket], meanwhile: Callable[[], None]
@@ -92,11 +76,12 @@ class Instances:
             owner_uid=launch.owner_uid,
             manager_uid=os.geteuid(),
             listeners=launch.listeners,
+            **launch.quota._asdict(),
         )
         descriptors = (page, doorbell, back.fileno(), image, *(sock.fileno() for sock in listeners))
-        done = _Once(meanwhile)
+        done = Once(meanwhile)
         try:
-            pid = await self._spawn(spawn, descriptors, done.call)
+            pid = await self._spawn(k.Wake(spawn) if launch.wakes else spawn, descriptors, done.call)
             if done.error is not None:
                 await self.endings.end(launch.vtpm, launch.lease)
                 raise done.error
@@ -110,12 +95,12 @@ class Instances:
             front.close()
         back.forget_page_descriptor()
         running = Running(launch.vtpm, launch.lease, pid, back, launch.startup, launch.after_reset, uid or None)
-        running.epoch, running.start = launch.epoch, orphans.start_of(pid)
+        running.epoch, running.start, running.rest_after = launch.epoch, orphans.start_of(pid), launch.rest_after
         running.hw_pcrs = launch.hw_pcrs
         self._take_on(running)
         return running
 
-    async def _spawn(self, spawn: k.Spawn, descriptors: tuple[int, ...], meanwhile: Callable[[], None]) -> int:
+    async def _spawn(self, spawn: k.Spawn | k.Wake, descriptors: tuple[int, ...], meanwhile: Callable[[], None]) -> int:
         """Have the keeper start an instance; returns its process id."""
         reply, received = await self._keeper.ask(spawn, descriptors, meanwhile)
         close_all(received)  # a pidfd: the ring tells of the end, and costs no second descriptor
@@ -123,8 +108,11 @@ class Instances:
             raise KeeperError(f"unexpected answer {type(reply).__name__} to Spawn")
         return reply.pid
 
-    async def adopt(self, kept: k.Kept, after_reset: str, epoch: int = 0, hw_pcrs: int = 0) -> Running:
+    async def adopt(self, kept: k.Kept, adoption: Adoption, *, sleeps: bool = False) -> Running:
         """Take an instance over that an earlier manager started.
+
+        `sleeps`: its record says that the vTPM is hibernated. Then it is about to end, as it was told so by the last
+        answer on its page, or it has just been started to wake the vTPM, and has had no answer yet.
 
         Raises:
             KeeperError: the keeper does not hand it over, or what it kept is no ring any more; it was ended then.
@@ -139,14 +127,26 @@ class Instances:
             await self.endings.end(vtpm, kept.lease)
             raise KeeperError(f"what the keeper kept is no ring, so the instance was ended: {error}") from error
         ring.forget_page_descriptor()
-        # an instance that waits in Load is told what a reset would be told: it never resumes twice
-        uid = _uid_of(kept.pid)
-        running = Running(vtpm, kept.lease, kept.pid, ring, "failed", after_reset, uid)
-        running.epoch, running.start, running.hw_pcrs = epoch, orphans.start_of(kept.pid), hw_pcrs
+        # one that waits in Load may go on with a state that nobody has resumed; its record says whether there is one
+        uid = uid_of(kept.pid)
+        running = Running(vtpm, kept.lease, kept.pid, ring, adoption.startup, adoption.after_reset, uid)
+        running.epoch, running.start = adoption.epoch, orphans.start_of(kept.pid)
+        running.rest_after, running.hw_pcrs = adoption.rest_after, adoption.hw_pcrs
+        if sleeps and running.back.answered:
+            running.stage = Stage.HIBERNATED
+            self._sleeps(running)
         running.came_up = True  # if it was still starting, nobody waits for that any more
         self._take_on(running)
         running.ring.ring()  # "ask me": it reports how it is
         return running
+
+    def release_of(self, running: Running) -> str | None:
+        """Return the release of the code that an instance runs, None where its keeper does not tell."""
+        return self._keeper.release_of(running.vtpm.bytes, running.lease)
+
+    def can_hibernate(self, running: Running) -> bool:
+        """Tell whether an instance's code knows how to: releases that do not tell their number do not."""
+        return self.release_of(running) is not None
 
     def held(self) -> AbstractContextManager[None]:
         """Let every instance's requests wait meanwhile: see `RingServer.held`."""
@@ -164,18 +164,34 @@ class Instances:
     async def _clean_up(self, running: Running) -> None:
         """Clean up after an instance whose end of the ring is closed: it has ended, or is made to."""
         await self._rings.quiesce(running)
-        status = await self.endings.after_hang_up(running.vtpm, running.lease)
+        sleeps, parked, status = running.stage is Stage.HIBERNATED, False, None
+        if sleeps:
+            parked = await self.endings.park(running.vtpm, running.lease)
+        else:
+            status = await self.endings.after_hang_up(running.vtpm, running.lease)
         if self.running.get(running.vtpm) is running:
             del self.running[running.vtpm]
         if running.uid is not None:
             self._uids.discard(running.uid)
         last = running.stage
-        if last not in (Stage.STOPPED, Stage.FAILED):
+        if last not in (Stage.STOPPED, Stage.FAILED, Stage.HIBERNATED):
             running.stage = Stage.ENDED
         running.settled.set()
         running.ring.close()
+        if sleeps:
+            self.on_asleep(running, parked)
         running.ended.set()
-        await self._on_end(running, status)
+        if not sleeps:
+            await self._on_end(running, status)
+
+    def _sleeps(self, running: Running) -> None:
+        self._nursery.start_soon(self._see_to_end, running)
+
+    async def _see_to_end(self, running: Running) -> None:
+        """Kill one that has committed what it wakes up with, and lives on."""
+        if not await self._ends(running, _LAST_STEPS):
+            _log.error("vTPM %s: its instance said that it hibernates, but lives; killing it", running.vtpm)
+            await self.kill(running)
 
     def close(self) -> None:
         """Let go of the instances that go on without this manager; when no task uses them any more."""
@@ -207,7 +223,7 @@ class Instances:
         if not running.ended.is_set():
             _log.error("vTPM %s: did not stop within %g s; killing it", running.vtpm, self._config.stop_timeout)
             await self.kill(running)
-        return running.stage is Stage.STOPPED
+        return running.stage in (Stage.STOPPED, Stage.HIBERNATED)
 
     async def kill(self, running: Running) -> None:
         """End an instance at once (SIGKILL) and wait until it has been cleaned up after.
@@ -227,8 +243,8 @@ class Instances:
         await self.kill(running)
 
     @staticmethod
-    async def _ends(running: Running) -> bool:
-        with trio.move_on_after(LAST_BREATH):
+    async def _ends(running: Running, seconds: float = LAST_BREATH) -> bool:
+        with trio.move_on_after(seconds):
             await running.ended.wait()
         return running.ended.is_set()
 
@@ -257,27 +273,5 @@ class Instances:
         raise BusyError(f"all {_UIDS} user ids for instances are in use; nothing was started. Detach a vTPM first")
 
 
-def _uid_of(pid: int) -> int | None:
-    """Return the real user id of a process (proc(5)), None when it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("Uid:")), None)
-
-
-class _Once:
-    """Calls something at most once, keeping what it raises."""
-
-    def __init__(self, what: Callable[[], None]) -> None:
-        self._what: Callable[[], None] | None = what
-        self.error: Exception | None = None
-
-    def call(self) -> None:
-        what, self._what = self._what, None
-        if what is None:
-            return
-        try:
-            what()
-        except (ManagerError, StorageError, OSError) as error:
-            self.error = error
+def _nobody_listens(_running: Running, _parked: bool) -> None:
+    pass

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import trio
 
@@ -15,7 +15,8 @@ from frontend_backend import messages_keeper as m
 from frontend_backend.channel_trio import receive_message_trio, send_message_trio
 from frontend_backend.descriptors import MAX_DESCRIPTORS, close_all
 from frontend_backend.errors import ChannelClosedError, MessageError
-from manager.errors import BusyError, KeeperError, KeeperRefusedError
+from manager.capacity import descriptor_limit_of
+from manager.errors import BusyError, KeeperError, KeeperFullError, KeeperRefusedError
 
 _log = logging.getLogger("vtpm.keeper")
 _START_SECONDS: Final = 30.0  # importing and rehearsing takes about 0.6 s; a machine that boots much more
@@ -31,15 +32,30 @@ class _GoneError(KeeperError):
     """The keeper closed the connection before it answered."""
 
 
+class Asks(Protocol):
+    """Who answers questions to keepers: one, or all of them (manager.keepers)."""
+
+    async def ask(
+        self, message: m.KeeperRequest, descriptors: tuple[int, ...] = (), meanwhile: Callable[[], None] = _nothing
+    ) -> tuple[m.KeeperReply, list[int]]:
+        """Ask one question; see `Keeper.ask`."""
+
+
 class Keeper:
-    """A connection to the keeper. The keeper outlives it."""
+    """A connection to the keeper. The keeper outlives it.
+
+    `release` is that of the code it runs, None for one of before there were several; `descriptors_most` is its limit.
+    """
 
     def __init__(self, path: Path, sock: socket.socket, options: tuple[str, ...] = ()) -> None:
         """Use a connected, non-blocking socket; see `connect`."""
         self._path, self._sock, self._options = path, sock, options
         self._turn = trio.Lock()
         self._children: list[int] = []  # keepers that this process has started, and not seen end
+        self.path = path
         self.pid = 0
+        self.release: str | None = None
+        self.descriptors_most = 0
 
     @classmethod
     async def connect(cls, path: Path, options: tuple[str, ...] = ()) -> Self:
@@ -88,13 +104,13 @@ class Keeper:
                 self._sock.close()
                 self._sock = await _reach(self._path, self._options, self._children)
                 await self._greet()
-                self._reap()
+                self.reap()
             try:
                 return await self._ask_once(message, descriptors, meanwhile)
             except (OSError, ChannelClosedError) as error:
                 raise KeeperError(f"the keeper does not answer: {error}") from error
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
         """Collect keepers of ours that have ended: they would stay zombies as long as this process lives."""
         self._children = [pid for pid in self._children if not _has_ended(pid)]
 
@@ -105,6 +121,21 @@ class Keeper:
             raise _GoneError(f"the keeper does not answer: {error}") from error
         if isinstance(reply, m.HelloReply):
             self.pid = reply.pid
+            # a manager that was upgraded in place has the keepers of the one before as children, too
+            self._children = [*{*self._children, reply.pid}]
+            self.reap()
+        await self._ask_what_it_is()
+
+    async def _ask_what_it_is(self) -> None:
+        self.release, self.descriptors_most = None, descriptor_limit_of(self.pid) or 0
+        try:
+            reply, _ = await self._ask_once(m.Describe(), ())
+        except KeeperRefusedError:
+            return
+        except (OSError, ChannelClosedError) as error:
+            raise KeeperError(f"the keeper does not answer: {error}") from error
+        if isinstance(reply, m.Description):
+            self.release, self.descriptors_most = reply.release, reply.descriptors_most
 
     async def _ask_once(
         self, message: m.KeeperRequest, descriptors: tuple[int, ...], meanwhile: Callable[[], None] = _nothing
@@ -126,10 +157,16 @@ class Keeper:
             close_all(received)
             raise KeeperError(f"the keeper's answer cannot be read: {error}") from error
         match reply:
+            case m.KeeperFull(text):
+                close_all(received)
+                raise KeeperFullError(text)
             case m.KeeperRefusal(text):
                 close_all(received)
                 raise KeeperRefusedError(text)
-            case m.Hello() | m.Spawn() | m.List() | m.Fetch() | m.Forget() | m.Stop() | m.Confinement():
+            case (
+                m.Hello() | m.Spawn() | m.List() | m.Fetch() | m.Forget() | m.Stop() | m.Confinement() | m.Describe()
+                | m.Park() | m.Arm() | m.Wake() | m.Watch() | m.Wanted()
+            ):  # fmt: skip
                 close_all(received)
                 raise KeeperError("the keeper asks where it should answer")
             case _:

@@ -7,12 +7,14 @@ from uuid import UUID
 import trio
 
 from manager.attachment_epochs import staleness
+from manager.attachment_words import rest_after
 from manager.group_rows import find_group
 from manager.labels import flat, parse_filters
 from manager.removed import list_removed
 from manager.running import Running
 from manager.services import Arguments, Caller, Document, Services
 from manager.sockets import SocketFolder
+from manager.tombstones import iso
 from manager.verb_table import SCHEMA_VERSION
 from storage.catalogue_rows import AttachmentRow, Filter, Listed, VtpmRow
 from storage.errors import StorageError
@@ -23,10 +25,12 @@ _AT_ONCE: Final = 250  # rows between which others get a turn: about 10 ms
 READERS: Final = trio.CapacityLimiter(4)
 
 
-def state_of(running: Running | None, flags: RecordFlags, attached: bool) -> str:
+def state_of(running: Running | None, flags: RecordFlags, attached: bool, asleep: bool = False) -> str:
     """Return a vTPM's state in one word, as users see it (docs/states.md); `flags` are its record's."""
     if running is not None:
         return running.stage.value
+    if asleep:
+        return "hibernated"
     if flags & RecordFlags.QUARANTINED:
         return "quarantined"
     if attached:
@@ -60,7 +64,8 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             attachment = registry.catalogue.find_attachment(vtpm)  # the listing read it some time ago
             if attachment is not None and staleness(record, attachment):
                 return "stale", record.generation
-        return state_of(running, record.flags, attachment is not None), record.generation
+        asleep = vtpm in services.attachments.sleepers
+        return state_of(running, record.flags, attachment is not None, asleep), record.generation
 
     def describe_one(listed: Listed) -> Document:
         row, attachment = listed.vtpm, listed.attachment
@@ -80,8 +85,15 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "control": None,
             "pid": running.pid if running else None,
             "reason": registry.closed.get(row.group) if state == "closed" else services.attachments.reason(row.uuid),
+            "release": services.attachments.release(row.uuid),
+            "outdated": running is not None and services.attachments.is_outdated(row.uuid),
             "startup": attachment.startup if attachment else None,
             "hwinitpcrs": (attachment.hw_pcrs or None) if attachment else None,
+            "hibernate_after": rest_after(attachment, services.config.instance) if attachment else None,
+            "commands_per_second": attachment.commands_per_second or None if attachment else None,
+            "saves_per_second": attachment.saves_per_second or None if attachment else None,
+            "nv_bytes": attachment.nv_bytes or None if attachment else None,
+            "hibernated_since": _moment(services.attachments.sleepers.since(row.uuid)),
             "generation": generation,
             "state_image": str(registry.image_path(row)),
             "created": row.created,
@@ -93,6 +105,10 @@ def describer(services: Services) -> Callable[[Listed], Document]:
         return document | _places(services, row.uuid, attachment) if attachment else document
 
     return describe_one
+
+
+def _moment(seconds: float) -> str | None:
+    return iso(seconds) if seconds else None
 
 
 def _places(services: Services, vtpm: UUID, attachment: AttachmentRow) -> Document:

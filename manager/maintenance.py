@@ -11,6 +11,7 @@ from manager.errors import BusyError, DeniedError, ManagerError
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_localities import survey
 from manager.hwtpm_setting import TctiKind, TctiSetting
+from manager.keeper_sockets import describe_all
 from manager.keys import BootArea, GroupSeal
 from manager.opening import Opened, integrity, locked_store, open_store, open_tpm, permissions_problem, read_boot_area
 from manager.provision import PCRS_NONE
@@ -41,6 +42,7 @@ def check(layout: Layout, config: Config) -> list[Finding]:
     While a manager runs, the TPM and the store are its own: then only what is outside is checked.
     """
     findings = [*_check_settings(config), *_check_permissions(layout, config), _check_runtime(layout)]
+    findings += [Finding(f"keeper at {path}", Verdict.OK, said) for path, said in describe_all(layout)]
     findings += _check_confinement(config)
     try:
         with locked_store(layout) as descriptor:

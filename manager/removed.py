@@ -56,6 +56,12 @@ async def list_removed(services: Services, arguments: Arguments) -> AsyncGenerat
         await trio.lowlevel.checkpoint()
 
 
+_OF_ATTACHED: Final = (
+    *("guest", "frontend", "endpoint", "tcti", "control", "pid", "release", "outdated", "reason", "startup"),
+    *("hibernate_after", "hibernated_since", "commands_per_second", "saves_per_second", "nv_bytes"),
+)
+
+
 def _documents(services: Services, tombstones: list[Tombstone]) -> Iterator[Document]:
     catalogue = services.registry.catalogue
     groups = {row.uuid: row.name for row in catalogue.groups()}
@@ -69,7 +75,7 @@ def _documents(services: Services, tombstones: list[Tombstone]) -> Iterator[Docu
             "group": groups.get(found.group, str(found.group)),
             "tpm": "1.2" if found.flags & RecordFlags.TPM12 else "2.0",
             "state": "removed",
-            **dict.fromkeys(("guest", "frontend", "endpoint", "tcti", "control", "pid", "reason", "startup")),
+            **dict.fromkeys(_OF_ATTACHED),
             "generation": found.generation,
             **dict.fromkeys(("state_image", "created", "labels")),
             "removed": iso(found.removed),

@@ -22,16 +22,17 @@ from manager.committer import Committer
 from manager.errors import ManagerError
 from manager.hardware import Hardware
 from manager.hardware_pcrs import may_read
-from manager.running import Running
+from manager.ring_records import load_reply, marked, objection, same, same_triple
+from manager.running import Running, Stage
 from storage.errors import StorageError
 from storage.secrets import StateKey
 from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
 
 _log = logging.getLogger("vtpm.ring")
 _MAX_RANDOM: Final = 64  # bytes a Random may ask for
-_DIGEST_SIZE: Final = 32
 # as a number: `~` of an IntFlag has no bits that this version does not know, and those are to stay
-_STAY: Final = ~int(RecordFlags.FRESH | RecordFlags.RESUMABLE | RecordFlags.QUARANTINED)
+_SLEPT: Final = int(RecordFlags.RESUMABLE | RecordFlags.HIBERNATED)
+_STAY: Final = ~(int(RecordFlags.FRESH | RecordFlags.QUARANTINED) | _SLEPT)
 
 
 def _nothing(_running: Running) -> None:
@@ -43,7 +44,10 @@ async def _no_quote(_running: Running, _request: m.Quote) -> m.Reply:
 
 
 class RingServer:
-    """The back end of every instance's ring. `on_hang_up` is called once an instance's end is closed."""
+    """The back end of every instance's ring. `on_hang_up` is called once an instance's end is closed.
+
+    `on_sleep` is called when one has committed the state that it will wake up with, and is about to end.
+    """
 
     def __init__(self, committer: Committer, hardware: Hardware, nursery: trio.Nursery, commit_timeout: float) -> None:
         """Serve from `committer`'s store; verbs that need the hardware TPM run in `nursery`."""
@@ -55,11 +59,12 @@ class RingServer:
         self._released.set()
         self.on_hang_up: Callable[[Running], None] = _nothing
         self.on_quote: Callable[[Running, m.Quote], Awaitable[m.Reply]] = _no_quote
+        self.on_sleep: Callable[[Running], None] = _nothing
 
     def add(self, running: Running) -> None:
         """Serve this instance's ring from now on; a request that waits on its page is answered."""
         self._by_fileno[running.ring.fileno()] = running
-        self._epoll.register(running.ring.fileno(), select.EPOLLIN)
+        self._epoll.register(running.ring.fileno(), 0 if running.stage is Stage.HIBERNATED else select.EPOLLIN)
         if self._released.is_set():
             self._look_at(running)
             self._committer.proceed()
@@ -109,27 +114,28 @@ class RingServer:
                 running = self._by_fileno.get(fileno)
                 if running is None:
                     continue
-                alive = running.ring.drain()
-                self._look_at(running)
+                # what one that sleeps left on its doorbell is the keeper's, and its ring is only watched for its end
+                alive = running.stage is not Stage.HIBERNATED and running.ring.drain()
+                self._look_at(running, alive=alive)
                 if not alive:
                     self.remove(running)
                     self.on_hang_up(running)
             self._committer.proceed()  # what all of these rings want is one group
 
-    def _look_at(self, running: Running) -> None:
+    def _look_at(self, running: Running, *, alive: bool = True) -> None:
         if running.busy:
             return
         match running.back.take():
             case Request(packet, _):
                 running.busy = True
-                self._dispatch(running, packet)
+                self._dispatch(running, packet, alive=alive)
             case Answered(reason):
                 self._complain(running, f"ring request not obeyed: {reason}")
                 running.ring.ring()
             case None:
                 pass
 
-    def _dispatch(self, running: Running, packet: bytes) -> None:
+    def _dispatch(self, running: Running, packet: bytes, *, alive: bool) -> None:
         try:
             request = m.decode_request(packet)
         except MessageError as error:
@@ -139,23 +145,33 @@ class RingServer:
         match request:
             case m.Commit():
                 self._commit(running, request)
+            case m.Hibernate():
+                self._hibernate(running, request)
+            case m.Load() if not alive:  # a state that can be resumed once is not used up for a process that is gone
+                self._answer(running, m.Refusal(m.RefusalCode.UNAVAILABLE, "the instance has ended"))
             case m.Load():
                 self._load(running)
             case m.Report():
                 running.take_report(request)
                 self._answer(running, m.ReportReply())
-            case m.Random(count):
-                self._nursery.start_soon(self._random, running, count)
-            case m.Quote():
-                self._nursery.start_soon(self._quote, running, request)
+            case m.Random() | m.Quote() | m.PcrRead():
+                self._nursery.start_soon(self._ask_hardware, running, request)
             case m.QuoteTask():
                 self._answer(running, running.quote.taken() if running.quote is not None else m.QuoteTaskReply(0))
             case m.QuoteMade():
                 if running.quote is not None:
                     running.quote.made(request)
                 self._answer(running, m.ReportReply())
+
+    async def _ask_hardware(self, running: Running, request: m.Random | m.Quote | m.PcrRead) -> None:
+        """Answer what the hardware TPM is needed for; nobody else waits for it."""
+        match request:
+            case m.Random(count):
+                await self._random(running, count)
+            case m.Quote():
+                await self._quote(running, request)
             case m.PcrRead():
-                self._nursery.start_soon(self._pcr_read, running, request)
+                await self._pcr_read(running, request)
 
     def _answer(self, running: Running, reply: m.Reply) -> None:
         running.busy = False
@@ -174,9 +190,19 @@ class RingServer:
         except StorageError as error:
             return m.Refusal(m.RefusalCode.UNKNOWN_VTPM, str(error)[:200])
 
-    def _commit(self, running: Running, commit: m.Commit) -> None:
+    def _hibernate(self, running: Running, wanted: m.Hibernate) -> None:
+        """Commit a state to wake up with, unless the instance is wanted; one that is committed already stays so."""
         record = self._record(running.vtpm)
-        refusal = record if isinstance(record, m.Refusal) else _objection(running, record, commit)
+        commit = m.Commit(wanted.generation, wanted.key, wanted.digest, wanted.lease, final=True)
+        done = not isinstance(record, m.Refusal) and record.flags & RecordFlags.HIBERNATED
+        if running.may_hibernate or (done and not isinstance(record, m.Refusal) and same_triple(record, commit)):
+            self._commit(running, commit, sleeps=True)
+        else:
+            self._answer(running, m.Refusal(m.RefusalCode.WANTED, "it is wanted just now"))
+
+    def _commit(self, running: Running, commit: m.Commit, *, sleeps: bool = False) -> None:
+        record = self._record(running.vtpm)
+        refusal = record if isinstance(record, m.Refusal) else objection(running, record, commit)
         if refusal is not None or isinstance(record, m.Refusal):
             self._complain(running, f"commit of generation {commit.generation} refused: {refusal}")
             self._answer(running, refusal or m.Refusal(m.RefusalCode.UNKNOWN_VTPM, "no such vTPM"))
@@ -185,20 +211,34 @@ class RingServer:
         flags = RecordFlags(int(record.flags) & _STAY)
         if commit.final:
             flags |= RecordFlags.RESUMABLE
+        if sleeps:
+            flags |= RecordFlags.HIBERNATED
         new = replace(record, key=StateKey(commit.key), digest=commit.digest, generation=commit.generation, flags=flags)
-        new = _marked(new, running)
-        if _same(record, new):  # sent again, by an instance whose manager died before it could answer
-            self._answer(running, m.CommitReply(commit.generation))
+        new = marked(new, running)
+        if same(record, new):  # sent again, by an instance whose manager died before it could answer
+            self._acknowledge(running, commit, sleeps)
             return
 
         def acknowledge(error: Exception | None) -> None:
             if error is None:
-                self._answer(running, m.CommitReply(commit.generation))
+                self._acknowledge(running, commit, sleeps)
             else:
                 _log.error("vTPM %s: generation %d not committed: %s", running.vtpm, commit.generation, error)
                 self._answer(running, m.Refusal(m.RefusalCode.STORE_FAILED, str(error)[:200]))
 
         self._committer.enqueue((PutVtpm(new),), acknowledge)
+
+    def _acknowledge(self, running: Running, commit: m.Commit, sleeps: bool) -> None:
+        if sleeps:
+            self._let_sleep(running)
+        self._answer(running, m.CommitReply(commit.generation))
+
+    def _let_sleep(self, running: Running) -> None:
+        """Read no ring of this one any more: the next thing on its doorbell may be connections, for the keeper."""
+        running.stage = Stage.HIBERNATED
+        if self._by_fileno.get(running.ring.fileno()) is running:
+            self._epoll.modify(running.ring.fileno(), 0)
+        self.on_sleep(running)
 
     def _load(self, running: Running) -> None:
         """Answer Load; a resumable state is first marked consumed, the record attached, durably, in one commit."""
@@ -209,11 +249,11 @@ class RingServer:
         startup, running.startup = running.startup, running.after_reset
         if startup == "state" and not record.flags & RecordFlags.RESUMABLE:
             startup = "failed"  # consumed, or never saved: the same volatile state is not resumed twice
-        reply = _load_reply(running, record, startup, self._commit_timeout)
-        new = replace(record, flags=record.flags & ~RecordFlags.RESUMABLE)
+        reply = load_reply(running, record, startup, self._commit_timeout)
+        new = replace(record, flags=RecordFlags(int(record.flags) & ~_SLEPT))
         if not new.flags & RecordFlags.FRESH:  # a fresh one commits before its guest is answered
-            new = _marked(new, running)
-        if _same(record, new):
+            new = marked(new, running)
+        if same(record, new):
             self._answer(running, reply)
             return
 
@@ -255,48 +295,3 @@ class RingServer:
             return
         ours = os.urandom(count)
         self._answer(running, m.RandomReply(bytes(a ^ b for a, b in zip(ours, theirs, strict=True))))
-
-
-def _load_reply(running: Running, record: VtpmRecord, startup: str, commit_timeout: float) -> m.LoadReply:
-    fresh = bool(record.flags & RecordFlags.FRESH)
-    return m.LoadReply(
-        vtpm=record.uuid.bytes,
-        family="1.2" if record.flags & RecordFlags.TPM12 else "2.0",
-        lease=running.lease,
-        fresh=fresh,
-        key=b"" if fresh else record.key.reveal(),
-        digest=b"" if fresh else record.digest,
-        generation=record.generation,
-        startup=startup,
-        commit_timeout=commit_timeout,
-        hw_pcrs=running.hw_pcrs,
-    )
-
-
-def _objection(running: Running, record: VtpmRecord, commit: m.Commit) -> m.Refusal | None:
-    """Return why this commit may not be made, or None."""
-    if len(commit.key) != StateKey.size or len(commit.digest) != _DIGEST_SIZE:
-        return m.Refusal(m.RefusalCode.MALFORMED, "a key and a digest have 32 bytes")
-    if commit.lease != running.lease:
-        return m.Refusal(m.RefusalCode.STALE_LEASE, "another instance holds this vTPM")
-    if commit.generation not in (record.generation, record.generation + 1):
-        text = f"generation {commit.generation} cannot follow {record.generation}"
-        return m.Refusal(m.RefusalCode.STALE_GENERATION, text)
-    if commit.generation == record.generation and not _same_triple(record, commit):
-        return m.Refusal(m.RefusalCode.STALE_GENERATION, f"generation {commit.generation} is another state already")
-    return None
-
-
-def _same_triple(record: VtpmRecord, commit: m.Commit) -> bool:
-    return record.digest == commit.digest and record.key == StateKey(commit.key)
-
-
-def _same(old: VtpmRecord, new: VtpmRecord) -> bool:
-    return old.generation == new.generation and old.flags == new.flags and old.epoch == new.epoch
-
-
-def _marked(record: VtpmRecord, running: Running) -> VtpmRecord:
-    """Return the record as that of a vTPM attached with the epoch that its instance runs for."""
-    if not running.epoch:
-        return record
-    return replace(record, flags=record.flags | RecordFlags.ATTACHED, epoch=running.epoch)

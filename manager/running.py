@@ -8,7 +8,7 @@ from uuid import UUID
 import trio
 
 from frontend_backend.local import LocalRing
-from frontend_backend.messages_instance import InstanceState, Orders, Report, refusal_for_malformed
+from frontend_backend.messages_instance import IDLE, InstanceState, Orders, Report, refusal_for_malformed
 from frontend_backend.ring import BackRing
 from manager.quote_task import QuoteTask
 from manager.token_bucket import TokenBucket
@@ -19,6 +19,7 @@ PCR_READS_A_SECOND: Final = 1.0  # each takes the hardware TPM a handful of comm
 PCR_READS_AT_ONCE: Final = 5.0
 GUEST_QUOTES_A_SECOND: Final = 1.0
 GUEST_QUOTES_AT_ONCE: Final = 5.0
+_LOOK_AGAIN: Final = 0.02  # seconds: a stage can change without a report
 
 
 class Stage(StrEnum):
@@ -28,6 +29,7 @@ class Stage(StrEnum):
     RUNNING = "running"
     NEEDS_RESET = "needs-reset"
     STOPPING = "stopping"
+    HIBERNATED = "hibernated"  # its last state is committed, the volatile part too; its process is about to end
     STOPPED = "stopped"  # said so: its last state is committed
     FAILED = "failed"  # said so: its state could not be loaded
     ENDED = "ended"  # the process is gone
@@ -70,9 +72,14 @@ class Running:
     came_up: bool = False  # it has been running, or in failure; before that its end is its starter's affair
     awaited: bool = False  # somebody stops it, and deals with its end
     orders: Orders = Orders.NONE
+    rest_after: float = 0.0  # seconds without a command before it is hibernated, 0: never
+    idle_reports: int = 0  # how often, one after the other, it said that it had nothing to do
+    look_next: float = 0.0  # when it is asked next (trio.current_time)
+    private_bytes: int | None = None  # memory of its process for itself, before it was ordered to hibernate
     report: Report | None = None
     settled: trio.Event = field(default_factory=trio.Event)  # left STARTING, or left NEEDS_RESET after a reset
     ended: trio.Event = field(default_factory=trio.Event)  # the process is gone
+    reported: trio.Event = field(default_factory=trio.Event)  # replaced by another one with each report
     busy: bool = False  # a request of this ring is being worked on
     complaints: int = 0  # requests that were not obeyed
     quote: QuoteTask | None = None  # what the order QUOTE was for
@@ -89,19 +96,24 @@ class Running:
         """Move on by what the instance says of itself; its words may have been chosen by a guest."""
         self.report = replace(report, reason=_printable(report.reason), text=_printable(report.text))
         self.stage = ON_REPORT.get((self.stage, report.state), self.stage)
+        self.idle_reports = self.idle_reports + 1 if report.reason == IDLE else 0
+        self.reported.set()
+        self.reported = trio.Event()
         self.came_up |= self.stage in (Stage.RUNNING, Stage.NEEDS_RESET)
         # a report that came before the order to reset was handed over says how it was before
         if self.stage not in (Stage.STARTING, Stage.STOPPING) and not self.orders & Orders.RESET:
             self.settled.set()
 
     def take_orders(self) -> Orders:
-        """Return the orders for the next answer; a reset or a quote is ordered once, a stop until it is done."""
-        orders, self.orders = self.orders, self.orders & ~(Orders.RESET | Orders.QUOTE)
+        """Return the orders for the next answer; a stop is ordered until it is done, everything else once."""
+        orders, self.orders = self.orders, self.orders & Orders.STOP
         return orders
 
     def order(self, orders: Orders) -> None:
         """Give an order: it travels in the next answer, and the doorbell makes the instance ask for one."""
         self.orders |= orders
+        if orders & (Orders.STOP | Orders.RESET):
+            self.orders &= ~Orders.HIBERNATE
         if orders & Orders.STOP and self.stage in (Stage.STARTING, Stage.RUNNING, Stage.NEEDS_RESET):
             self.stage = Stage.STOPPING
         if orders & Orders.RESET:
@@ -112,6 +124,19 @@ class Running:
         """Order evidence for a quote; only an instance whose report says `quotes` knows the order."""
         self.quote = task
         self.order(Orders.QUOTE)
+
+    @property
+    def may_hibernate(self) -> bool:
+        """Whether nothing is wanted of it that it would not do any more."""
+        return self.stage is Stage.RUNNING and not self.orders & (Orders.STOP | Orders.RESET)
+
+    async def answered(self, reason: str) -> None:
+        """Wait until it has said this, or is not running any more."""
+        while self.stage is Stage.RUNNING:
+            with trio.move_on_after(_LOOK_AGAIN):
+                await self.reported.wait()
+                if self.report is not None and self.report.reason == reason:
+                    return
 
     def complain(self) -> bool:
         """Count a request that was not obeyed; returns whether to log it: a hostile instance must not fill the log."""

@@ -12,6 +12,7 @@ from manager.attachments import Attachments
 from manager.attestation import Attestation
 from manager.config import Config, Layout
 from manager.groups import Groups
+from manager.hibernation import Hibernation
 from manager.quoting import Quotes
 from manager.registry import Registry
 
@@ -43,6 +44,8 @@ class Services:
     approvals: Approvals
     attestation: Attestation
     quotes: Quotes
+    upgrade: Callable[[], Awaitable[Document]]
+    hibernation: Hibernation
 
 
 # A verb answers with all its documents at once, or, where there are many or it takes long, one after the other with

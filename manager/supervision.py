@@ -7,12 +7,17 @@ from uuid import UUID
 import trio
 
 from frontend_backend.messages_keeper import Kept
-from manager.attachments import Attachments, after_reset
+from manager.attachment_words import after_reset, rest_after
+from manager.attachments import Attachments
+from manager.config import InstanceConfig
 from manager.errors import BusyError, ConflictError, KeeperError, ManagerError, QuarantinedError
 from manager.hardware_pcrs import bit_map
+from manager.hibernation import Hibernation
 from manager.instances import Instances
+from manager.launches import Adoption
 from manager.registry import Registry
 from manager.running import Running, Stage
+from manager.sleepers import is_hibernated
 from storage.catalogue import AttachmentRow, VtpmRow
 from storage.errors import StorageError
 from storage.store_records import RecordFlags
@@ -25,9 +30,15 @@ class Supervision:
     """Starts attached vTPMs again, within their budgets. Whatever goes wrong with one is logged and shown with it."""
 
     def __init__(
-        self, registry: Registry, attachments: Attachments, instances: Instances, nursery: trio.Nursery
+        self,
+        registry: Registry,
+        attachments: Attachments,
+        instances: Instances,
+        nursery: trio.Nursery,
+        config: InstanceConfig,
     ) -> None:
         """Look after `attachments`; waits between two starts are tasks of `nursery`."""
+        self._config = config
         self._registry, self._attachments, self._instances = registry, attachments, instances
         self._catalogue, self._nursery = registry.catalogue, nursery
 
@@ -55,9 +66,9 @@ class Supervision:
         if running.stage is Stage.ENDED:
             _log.error("vTPM %s: its instance ended unexpectedly (status %s)", running.vtpm, status)
             self._catalogue.log("crashed", running.vtpm, f"instance {running.pid} ended with status {status}")
-        await self._later(row, f"its instance ended with status {status}")
+        await self.later(row, f"its instance ended with status {status}")
 
-    async def _later(self, row: VtpmRow, why: str) -> None:
+    async def later(self, row: VtpmRow, why: str) -> None:
         """Start a vTPM that should run after as long a wait as its crashes ask for, until it runs or may not."""
         while (delay := self._attachments.crashed(row.uuid)) is not None:
             self._attachments.note_down(row.uuid, f"{why}; it is started again in {delay:g} s")
@@ -74,6 +85,8 @@ class Supervision:
         async with self._attachments.lock(row.uuid):
             attachment = self._catalogue.find_attachment(row.uuid)
             if attachment is None or self._attachments.running(row.uuid) is not None or self._attachments.stopping:
+                return None
+            if row.uuid in self._attachments.sleepers:
                 return None
             try:
                 await self._start(row, attachment)
@@ -99,8 +112,11 @@ class Supervision:
         _log.error("vTPM %s: %s", vtpm, why)
         self._attachments.note_down(vtpm, why)
 
-    async def take_over(self, kept: list[Kept]) -> None:
-        """Adopt the instances that outlived the last manager, and start the attached ones that did not."""
+    async def take_over(self, kept: list[Kept], hibernation: Hibernation) -> None:
+        """Adopt the instances that outlived the last manager, and start the attached ones that did not.
+
+        Hibernated ones sleep on.
+        """
         with self._instances.held():
             for instance in kept:
                 try:
@@ -112,39 +128,65 @@ class Supervision:
         limit = trio.CapacityLimiter(_PARALLEL_STARTS)
         async with trio.open_nursery() as nursery:
             for attachment in self._catalogue.each_attachment():
-                if self._attachments.running(attachment.vtpm) is not None:
+                if (
+                    self._attachments.running(attachment.vtpm) is not None
+                    or attachment.vtpm in self._attachments.sleepers
+                ):
                     continue  # first of all: thousands were adopted, and their saves wait for this loop
                 row = self._catalogue.find_vtpm(attachment.vtpm)
                 if row is not None:
-                    nursery.start_soon(self._first_start, row, limit)
+                    nursery.start_soon(self._first_start, row, attachment, hibernation, limit)
 
-    async def start_group(self, group: UUID) -> int:
+    async def start_group(self, group: UUID, hibernation: Hibernation) -> int:
         """Start the attached vTPMs of a group that was just opened; returns how many. What fails is logged."""
         limit, count = trio.CapacityLimiter(_PARALLEL_STARTS), 0
         async with trio.open_nursery() as nursery:
             for attachment in self._catalogue.each_attachment():
                 row = self._catalogue.find_vtpm(attachment.vtpm)
                 if row is not None and row.group == group and self._attachments.running(row.uuid) is None:
-                    nursery.start_soon(self._first_start, row, limit)
+                    nursery.start_soon(self._first_start, row, attachment, hibernation, limit)
                     count += 1
         return count
 
-    async def _first_start(self, row: VtpmRow, limit: trio.CapacityLimiter) -> None:
+    async def _first_start(
+        self, row: VtpmRow, attachment: AttachmentRow, hibernation: Hibernation, limit: trio.CapacityLimiter
+    ) -> None:
         async with limit:
+            if await hibernation.find(row, attachment):
+                return
             failure = await self._try(row)
         if failure is not None:
-            self._nursery.start_soon(self._later, row, failure)  # nobody who administers waits for it
+            self._nursery.start_soon(self.later, row, failure)  # nobody who administers waits for it
 
     async def _take_over_one(self, instance: Kept) -> None:
         vtpm = UUID(bytes=instance.vtpm)
-        attachment = self._catalogue.find_attachment(vtpm)
+        row, attachment = self._catalogue.find_vtpm(vtpm), self._catalogue.find_attachment(vtpm)
+        holds_lease = attachment is not None and attachment.lease == instance.lease
+        flags = self._flags(vtpm)
+        sleeps = is_hibernated(flags)
         if not instance.alive:
-            await self._instances.endings.forget(vtpm, instance.lease)
-        elif attachment is None or attachment.lease != instance.lease:
+            if row is not None and holds_lease and sleeps and await self._parked(instance):
+                self._attachments.sleepers.found(row, instance.lease)
+            else:
+                await self._instances.endings.forget(vtpm, instance.lease)
+        elif attachment is None or not holds_lease:
             _log.error("vTPM %s: instance %d holds no lease; ending it", vtpm, instance.pid)
             await self._instances.endings.end(vtpm, instance.lease)
         else:
-            await self._instances.adopt(
-                instance, after_reset(attachment), attachment.epoch, bit_map(attachment.hw_pcrs)
-            )
+            startup = "state" if flags & RecordFlags.RESUMABLE else "failed"
+            rest = rest_after(attachment, self._config)
+            hw_pcrs = bit_map(attachment.hw_pcrs)
+            adoption = Adoption(startup, after_reset(attachment), attachment.epoch, rest, hw_pcrs)
+            await self._instances.adopt(instance, adoption, sleeps=sleeps)
             _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)
+
+    async def _parked(self, instance: Kept) -> bool:
+        """Tell whether the keeper watches for one that hibernated; one that has just ended is put under watch."""
+        return not instance.pid or await self._instances.endings.park(UUID(bytes=instance.vtpm), instance.lease)
+
+    def _flags(self, vtpm: UUID) -> RecordFlags:
+        """Return the flags of a record, none where it cannot be read: whoever starts the vTPM meets that."""
+        try:
+            return self._registry.record(vtpm).flags
+        except ManagerError:
+            return RecordFlags.NONE

@@ -25,7 +25,7 @@ SCHEMA_VERSION: Final = 1  # `schema` in every JSON document; grows when a field
 # docs/states.md; an attached vTPM's are the stages of its instance (manager.running)
 STATES: Final = (
     *("added", "starting", "running", "needs-reset", "stopping", "stopped", "failed", "ended", "down", "detached"),
-    *("quarantined", "closed", "missing", "stale"),
+    *("hibernated", "quarantined", "closed", "missing", "stale"),
 )
 
 
@@ -64,9 +64,19 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("mode", "permissions of the sockets, octal", default="0660"),
             Argument("startup", "TPM2_Startup done for the guest", default="clear", choices=("clear", "state", "none")),
             Argument("hwinitpcrs", "hardware PCRs that are put into the vTPM's at its start: all, none, 0,2,4-7"),
+            Argument("hibernate", "'never', or after how many seconds without a command (default: as configured)"),
+            Argument("commands_per_second", "answer no more on average; 0: as many as come (default: [quota])", "int"),
+            Argument("saves_per_second", "make no more durable on average; 0: no quota (default: [quota])", "int"),
+            Argument("nv_bytes", "NV that the guest may define; 0: as much as a TPM has (default: [quota])", "int"),
         ),
         prints="endpoint",
         columns=("uuid", "name", "guest", "state", "frontend", "endpoint", "tcti", "pid"),
+    ),
+    Verb(
+        "hibernate",
+        "save everything of an idle vTPM and end its process; the next command of its guest brings it back",
+        Role.OPERATOR,
+        (_VTPM,),
     ),
     Verb("detach", "stop a vTPM cleanly and take it from its guest", Role.OPERATOR, (_VTPM,)),
     Verb(
@@ -179,6 +189,12 @@ DAEMON_VERBS: Final[tuple[Verb, ...]] = (
     ),
     APPROVE,
     Verb("stop", "stop every instance cleanly, then the manager", Role.ADMINISTRATOR, prints="pid"),
+    Verb(
+        "upgrade",
+        "hand over to the code that is installed now, if it can take over; running vTPMs go on",
+        Role.ADMINISTRATOR,
+        prints="release",
+    ),
 )
 
 BY_NAME: Final = {verb.name: verb for verb in VERBS + DAEMON_VERBS}

@@ -74,6 +74,8 @@ async def attach(services: Services, caller: Caller, arguments: Arguments) -> li
         mode=arguments["mode"],
         startup=arguments["startup"],
         hwinitpcrs=arguments["hwinitpcrs"],
+        hibernate=arguments["hibernate"],
+        quota=(arguments["commands_per_second"], arguments["saves_per_second"], arguments["nv_bytes"]),
     )
     await services.attachments.attach(row, options, caller.uid)
     return [describe(services, row)]
@@ -90,6 +92,13 @@ async def reset_platform(services: Services, _caller: Caller, arguments: Argumen
     """Do what the reset of a guest's platform does."""
     row = services.registry.find(arguments["vtpm"])
     await services.attachments.reset_platform(row)
+    return [describe(services, row)]
+
+
+async def hibernate(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:
+    """Hibernate a vTPM now."""
+    row = services.registry.find(arguments["vtpm"])
+    await services.hibernation.hibernate(row)
     return [describe(services, row)]
 
 
@@ -132,12 +141,18 @@ async def stop(services: Services, _caller: Caller, _arguments: Arguments) -> li
     return [{"schema": SCHEMA_VERSION, "state": "stopping", "pid": os.getpid()}]
 
 
+async def upgrade(services: Services, _caller: Caller, _arguments: Arguments) -> list[Document]:
+    """Hand over to the installed code; the answer comes before it is done."""
+    return [await services.upgrade()]
+
+
 HANDLERS: Final[dict[str, Handler]] = {
     "add": add,
     "attach": attach,
     "detach": detach,
     "list": list_vtpms,
     "show": show,
+    "hibernate": hibernate,
     "reset-platform": reset_platform,
     "reset": reset,
     "remove": remove,
@@ -153,6 +168,7 @@ HANDLERS: Final[dict[str, Handler]] = {
     "compact": compact,
     "approve": approve,
     "stop": stop,
+    "upgrade": upgrade,
 }
 
 

@@ -28,6 +28,8 @@ class AttachmentRow:
 
     `epoch` is the one that the vTPM's record in the store says (storage.store_records); 0 in rows of schema 1.
     `hw_pcrs`: the hardware PCRs that are put into the vTPM at its start, as "0,2,7"; empty for none.
+    `hibernate_after`: seconds without a command, 0 for never, None for what the configuration says.
+    Quotas (commands and saves a second, bytes of NV) of 0 are none.
     """
 
     vtpm: UUID
@@ -40,6 +42,10 @@ class AttachmentRow:
     created: str = ""
     epoch: int = 0
     hw_pcrs: str = ""
+    hibernate_after: int | None = None
+    commands_per_second: int = 0
+    saves_per_second: int = 0
+    nv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +107,21 @@ class Listed:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-_YOUNGER: Final[dict[str, int | str | None]] = {"epoch": 0, "hw_pcrs": ""}  # what rows without them stand for
+_YOUNGER: Final[dict[str, int | str | None]] = {
+    "epoch": 0,
+    "hibernate_after": None,
+    "commands_per_second": 0,
+    "saves_per_second": 0,
+    "nv_bytes": 0,
+    "hw_pcrs": "",
+}  # what rows without them stand for
 
 
 def canonical(table: str, values: Mapping[str, Any]) -> bytes:
     """Return what a row's MAC is over: table and row as JSON, keys sorted, UUIDs as text, no white space.
 
-    An `epoch` of 0 and empty `hw_pcrs` are left out: rows of older schemas have none, and their MACs go on to hold.
+    An `epoch` of 0, a `hibernate_after` of None, quotas of 0 and empty `hw_pcrs` are left out: rows of older schemas
+    have none, and their MACs go on to hold.
     """
     parts = [
         f'"{name}":{_json(value)}'

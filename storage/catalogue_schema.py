@@ -63,6 +63,10 @@ attachments = sa.Table(
     sa.Column("created", sa.String(32), nullable=False),
     sa.Column("mac", sa.LargeBinary(32), nullable=False),
     sa.Column("epoch", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("hibernate_after", sa.Integer, nullable=True),
+    sa.Column("commands_per_second", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("saves_per_second", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("nv_bytes", sa.Integer, nullable=False, server_default="0"),
     sa.Column("hw_pcrs", sa.String(64), nullable=False, server_default=""),
 )
 events = sa.Table(

@@ -79,7 +79,7 @@ class SlotHeader(WireRecord):
 class BlobHeader(WireRecord):
     """Before each blob in the plaintext, which starts with the number of blobs (1 byte)."""
 
-    kind: int = wire("B", "1 permall, 2 savestate, 3 volatilestate; each at most once, ascending")
+    kind: int = wire("B", "1 permall, 2 savestate, 3 volatilestate, 4 resumption; each at most once, ascending")
     length: int = wire("I", "bytes that follow")
 
 
@@ -88,7 +88,8 @@ assert SlotHeader.size() == 96
 assert BlobHeader.size() == 5
 
 _CHECKED_BYTES: Final = SECTOR_BYTES - DIGEST_BYTES
-_KINDS: Final = {"permall": 1, "savestate": 2, "volatilestate": 3}  # names: libtpms tpm_nvfilename.h
+# names: libtpms tpm_nvfilename.h; `resumption` is ours, of a hibernated vTPM (vtpm_instance.slumber)
+_KINDS: Final = {"permall": 1, "savestate": 2, "volatilestate": 3, "resumption": 4}
 _NAMES: Final = {kind: name for name, kind in _KINDS.items()}
 _BLOB_OVERHEAD: Final = 1 + len(_KINDS) * BlobHeader.size()
 SLOT_OVERHEAD: Final = SlotHeader.size() + TAG_BYTES + _BLOB_OVERHEAD

@@ -22,10 +22,10 @@ class RecordFlags(IntFlag):
     NONE = 0
     FRESH = 1  # never started: the only case in which an empty TPM is right
     TPM12 = 2  # family 1.2; 2.0 without it
-    RESUMABLE = 4  # stopped cleanly, the state may be resumed
+    RESUMABLE = 4  # stopped cleanly: may be resumed, once (taken away, durably, before the key is handed out)
     QUARANTINED = 8  # not to be started
     TOMBSTONE = 16  # removed, kept until the retention time is over; set by BuryVtpm only
-    CONSUMED = 32  # the volatile state was resumed once and must not be again (design section 8)
+    HIBERNATED = 32  # with RESUMABLE: the state holds the volatile part too, and is kept until a command comes
     ATTACHED = 64  # the catalogue's attachment row that carries the record's epoch counts, and no other
 
 

@@ -68,6 +68,14 @@ class Installation:
             options = ("--recovery", f"{self.recovery}.pub", *options)
         return self.vtpm_manager("init", "--tcti", tcti, *options, check=check)
 
+    def configure(self, key: str, value: object) -> None:
+        """Set a number, word or truth value that the configuration has."""
+        file = self.state / "config.toml"
+        lines = file.read_text().splitlines()
+        assert sum(line.startswith(f"{key} = ") for line in lines) == 1, f"not one key {key}"
+        changed = [f"{key} = {json.dumps(value)}" if line.startswith(f"{key} = ") else line for line in lines]
+        file.write_text("\n".join(changed) + "\n")
+
     def spawn(self) -> None:
         """Start a manager without waiting for it."""
         assert self.manager is None

@@ -72,7 +72,7 @@ def test_orders_travel_with_every_reply(orders: Orders) -> None:
     assert decode_reply(encode_reply(Refusal(RefusalCode.LIMIT, "later"), orders))[1] is orders
 
 
-@pytest.mark.parametrize("code", [4, 5, 16, 0x101, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("code", [16, 17, 32, 0x101, 2**31, 2**32 - 1])
 def test_unknown_orders_are_refused(code: int) -> None:
     packet = bytearray(encode_reply(ReportReply()))
     packet[6:10] = code.to_bytes(4, "big")

@@ -23,7 +23,7 @@ from frontend_backend.messages_admin import AdminRequest, Done, ExitCode, Failur
 from manager import admin_server
 from manager.admin_server import AdminServer, check_arguments, role_of
 from manager.config import AdminConfig, Config, Layout
-from manager.errors import ConfigurationError, ManagerError, UsageError
+from manager.errors import ConfigurationError, ConflictError, ManagerError, UsageError
 from manager.services import Services
 from manager.sockets import Owner, SocketFolder, parse_mode
 from manager.verb_table import BY_NAME, Role
@@ -63,6 +63,10 @@ class Admin:
         return await self.talk(encode_admin(AdminRequest(verb, arguments)))
 
 
+async def no_upgrade() -> dict[str, Any]:
+    raise ConflictError("not in this test")
+
+
 async def answers(sock: socket.socket) -> list[Any]:
     received: list[Any] = []
     with trio.fail_after(10):
@@ -77,7 +81,8 @@ async def answers(sock: socket.socket) -> list[Any]:
 def services_in(folder: Path, status: Callable[[], dict[str, Any]]) -> Services:
     """Services of which only these parts are there: the socket's side of the server asks for no other."""
     absent: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Services))
-    there = {"sockets": folder, "status": status, "layout": Layout(folder, folder), "config": Config()}
+    layout = Layout(folder, folder)
+    there = {"sockets": folder, "status": status, "layout": layout, "config": Config(), "upgrade": no_upgrade}
     return Services(**absent | there)
 
 
@@ -350,6 +355,10 @@ def test_defaults_fill_what_is_not_said() -> None:
         "mode": "0660",
         "startup": "clear",
         "hwinitpcrs": None,
+        "hibernate": None,
+        "commands_per_second": None,
+        "saves_per_second": None,
+        "nv_bytes": None,
     }
     with pytest.raises(UsageError):
         check_arguments(BY_NAME["remove"], {"vtpm": "v", "yes": 1})

@@ -17,33 +17,41 @@ import trio
 from manager_rig import ModelTpm, installation, running_daemon
 
 from frontend_backend.messages_admin import ExitCode
-from manager.capacity import Capacity, descriptor_limit_of, descriptors_in_use
+from manager.capacity import Capacity, descriptor_limit_of, descriptors_in_use, room_of_keeper
 from manager.client import RemoteError
 from manager.config import InstanceConfig, QuotaConfig
 from manager.crash_budget import CrashBudget
 from manager.errors import BusyError
 
 
-def test_the_smaller_of_both_processes_counts() -> None:
-    assert Capacity(0, 20_000, 20_000, 65_530).most == 3987
+def test_the_manager_has_one_descriptor_for_each_and_as_many_keepers_as_it_takes() -> None:
+    assert Capacity(0, 20_000, 20_000, 65_530).most == 19_232
     assert Capacity(0, 1024, 20_000, 65_530).most == 256
     assert Capacity(10, 20_000, 20_000, 65_530).most == 10
-    assert Capacity(10_000, 20_000, 20_000, 65_530).most == 3987
+    assert Capacity(30_000, 20_000, 20_000, 65_530).most == 19_232
     assert Capacity(0, 100, 100, 65_530).most == 0
     assert Capacity(0, 524_288, 524_288, 65_530).most == 63_530, "each ring is a mapping"
+    assert Capacity(0, 20_000, 84, 65_530).most == 64 * 4, "as many keepers as there may be"
+    assert Capacity(0, 20_000, 20_000, 65_530, per_keeper=10).most == 640
 
 
-def test_what_is_found_is_this_processes() -> None:
-    found = Capacity.found(0, 20_000, os.getpid())
-    assert found.keeper_limit == descriptor_limit_of(os.getpid())
+def test_what_fits_into_a_keeper() -> None:
+    assert room_of_keeper(20_000) == 3987
+    assert room_of_keeper(20_000, per_keeper=100) == 100
+    assert room_of_keeper(84, per_keeper=100) == 4
+    assert room_of_keeper(0) == 0
+
+
+def test_what_is_found_is_this_machines() -> None:
+    found = Capacity.found(0, 20_000, 7)
+    assert (found.keeper_limit, found.per_keeper) == (20_000, 7)
     assert found.mappings > 0
-    assert Capacity.found(0, 20_000, 2**22 + 1).keeper_limit == 20_000, "a keeper that is gone"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a /proc of its own")
 def test_capacity_is_found_where_proc_shows_processes_only() -> None:
     """systemd's ProcSubset=pid hides /proc/sys."""
-    find = "import os; from manager.capacity import Capacity; print(Capacity.found(0, 20_000, os.getpid()).mappings)"
+    find = "import os; from manager.capacity import Capacity; print(Capacity.found(0, 20_000).mappings)"
     script = 'mount -t proc -o subset=pid proc /proc || exit 77; test ! -e /proc/sys && exec "$0" -c "$1"'
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script, sys.executable, find],

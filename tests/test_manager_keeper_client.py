@@ -12,6 +12,7 @@ import trio
 
 from frontend_backend.messages_keeper import (
     VERSION,
+    Description,
     Forget,
     Forgotten,
     HelloReply,
@@ -21,10 +22,12 @@ from frontend_backend.messages_keeper import (
     encode_keeper,
 )
 from manager import keeper_client
+from manager.capacity import descriptor_limit_of
 from manager.errors import BusyError, KeeperError
 from manager.keeper_client import Keeper
 
 HELLO = encode_keeper(HelloReply(VERSION, 4711))
+WHAT = encode_keeper(Description("9.9", 1000, 0))
 EMPTY = encode_keeper(ListReply((), 0))
 Script = list[list[bytes | None]]  # one list a connection: the answer to each request, None for silence
 
@@ -65,31 +68,31 @@ def keeper(script: Script) -> Iterator[tuple[Path, list[str]]]:
 
 async def test_an_answer_that_comes_too_late_is_not_that_of_the_next_question(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 0.05)
-    with keeper([[HELLO, None], [HELLO, EMPTY]]) as (path, asked):
+    with keeper([[HELLO, WHAT, None], [HELLO, WHAT, EMPTY]]) as (path, asked):
         made = await Keeper.connect(path)
         with pytest.raises(KeeperError, match="does not answer"):
             await made.ask(Forget(bytes(16), 1))
         monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 5)
         assert await made.list() == []
         made.close()
-    assert asked == ["Hello", "Forget", "Hello", "List"]
+    assert asked == ["Hello", "Describe", "Forget", "Hello", "Describe", "List"]
 
 
 async def test_a_question_that_was_cancelled_leaves_no_answer_behind() -> None:
-    with keeper([[HELLO, None], [HELLO, EMPTY]]) as (path, asked):
+    with keeper([[HELLO, WHAT, None], [HELLO, WHAT, EMPTY]]) as (path, asked):
         made = await Keeper.connect(path)
         with trio.move_on_after(0.05):
             await made.ask(Forget(bytes(16), 1))
         assert await made.list() == []
         made.close()
-    assert asked == ["Hello", "Forget", "Hello", "List"]
+    assert asked == ["Hello", "Describe", "Forget", "Hello", "Describe", "List"]
 
 
 @pytest.mark.parametrize(
     "answer", [lambda: b"\xc1", lambda: encode_keeper(Forget(bytes(16), 1)), lambda: encode_keeper(KeeperRefusal("no"))]
 )
 async def test_an_answer_that_is_none_is_an_error_and_the_next_is_served(answer: Callable[[], bytes]) -> None:
-    with keeper([[HELLO, answer(), encode_keeper(Forgotten(0))]]) as (path, _):
+    with keeper([[HELLO, WHAT, answer(), encode_keeper(Forgotten(0))]]) as (path, _):
         made = await Keeper.connect(path)
         with pytest.raises(KeeperError):
             await made.ask(Forget(bytes(16), 1))
@@ -99,11 +102,23 @@ async def test_an_answer_that_is_none_is_an_error_and_the_next_is_served(answer:
 
 async def test_a_keeper_that_is_just_ending_is_not_taken_for_one_that_cannot_answer() -> None:
     """A start right after a stop: the last keeper still listens, and is gone a moment later."""
-    with keeper([[], [HELLO, EMPTY]]) as (path, asked):
+    with keeper([[], [HELLO, WHAT, EMPTY]]) as (path, asked):
         made = await Keeper.connect(path)
         assert await made.list() == []
         made.close()
-    assert asked == ["Hello", "List"]
+    assert asked == ["Hello", "Describe", "List"]
+
+
+async def test_a_keeper_tells_what_it_is_and_one_of_an_older_release_does_not() -> None:
+    with keeper([[HELLO, WHAT]]) as (path, _):
+        made = await Keeper.connect(path)
+        assert (made.release, made.descriptors_most) == ("9.9", 1000)
+        made.close()
+    refusal = encode_keeper(KeeperRefusal("unknown kind of message 'Describe'"))
+    with keeper([[encode_keeper(HelloReply(VERSION, os.getpid())), refusal]]) as (path, _):
+        made = await Keeper.connect(path)
+        assert (made.release, made.descriptors_most) == (None, descriptor_limit_of(os.getpid()))
+        made.close()
 
 
 async def test_a_keeper_that_serves_another_is_busy() -> None:

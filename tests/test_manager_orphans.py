@@ -92,7 +92,7 @@ async def test_one_that_outlives_its_keeper_is_ended_and_comes_back(model: Model
     async with running_daemon(model, place) as running:
         instance = await attached(running)
         os.kill(instance.pid, signal.SIGSTOP)
-        os.kill(running.daemon._keeper_pid(), signal.SIGKILL)
+        os.kill(running.daemon._keepers.first.pid, signal.SIGKILL)
         with trio.fail_after(SECONDS):
             await running.ask("detach", vtpm="web")
             await running.ask("attach", vtpm="web", guest="another")
@@ -134,11 +134,11 @@ async def test_one_that_was_made_too_late_is_ended(
 
         async def let_it_go_on() -> None:
             await trio.sleep(2.5)
-            os.kill(keeper.pid, signal.SIGCONT)
+            os.kill(keeper.first.pid, signal.SIGCONT)
 
         with trio.fail_after(SECONDS):
             async with trio.open_nursery() as nursery:
-                os.kill(keeper.pid, signal.SIGSTOP)
+                os.kill(keeper.first.pid, signal.SIGSTOP)
                 nursery.start_soon(let_it_go_on)
                 with pytest.raises(RemoteError, match="does not answer"):
                     await running.ask("attach", vtpm="web", guest="g")

@@ -244,7 +244,7 @@ def test_every_edited_column_of_a_vtpm_is_refused(catalogue: Catalogue, site: Si
 def test_every_edited_column_of_an_attachment_is_refused(catalogue: Catalogue, site: Site, column: str) -> None:
     catalogue.attach(AT_ONE)
     catalogue.close()
-    value: object = {"vtpm": site.uuid(TWO.uuid), "lease": 99, "epoch": 99}.get(column, "other")
+    value: object = {"vtpm": site.uuid(TWO.uuid)}.get(column, 99 if column in NUMBERS else "other")
     site.edit(f'update attachments set "{column}" = ?', value)
     assert_tampered(site, "attachments")
 
@@ -254,6 +254,30 @@ def test_an_epoch_cannot_be_taken_from_a_row_or_given_to_one(catalogue: Catalogu
     catalogue.attach(replace(AT_ONE, epoch=0) if epoch == 1 else AT_ONE)
     catalogue.close()
     site.edit("update attachments set epoch = ?", epoch)
+    assert_tampered(site, "attachments")
+
+
+NUMBERS = ("lease", "epoch", "hibernate_after", "commands_per_second", "saves_per_second", "nv_bytes")
+
+
+@pytest.mark.parametrize("column", ["commands_per_second", "saves_per_second", "nv_bytes"])
+@pytest.mark.parametrize(("kept", "put"), [(0, 5), (5, 0), (5, 6)])
+def test_a_quota_cannot_be_taken_from_a_row_or_given_to_one(
+    catalogue: Catalogue, site: Site, column: str, kept: int, put: int
+) -> None:
+    catalogue.attach(replace(AT_ONE, **{column: kept}))  # type: ignore[arg-type]
+    catalogue.close()
+    site.edit(f"update attachments set {column} = ?", put)
+    assert_tampered(site, "attachments")
+
+
+@pytest.mark.parametrize(("kept", "put"), [(None, 0), (None, 5), (0, None), (5, None), (5, 6)])
+def test_a_time_to_hibernate_cannot_be_taken_from_a_row_or_given_to_one(
+    catalogue: Catalogue, site: Site, kept: int | None, put: int | None
+) -> None:
+    catalogue.attach(replace(AT_ONE, hibernate_after=kept))
+    catalogue.close()
+    site.edit("update attachments set hibernate_after = ?", put)
     assert_tampered(site, "attachments")
 
 

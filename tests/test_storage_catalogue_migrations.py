@@ -91,6 +91,31 @@ def test_schema_1_is_adopted_with_every_row_and_its_mac(old: Path) -> None:
     assert not old.with_name("catalogue.sqlite.schema-1.2").exists(), "migrated once"
 
 
+def test_schema_2_is_adopted_with_the_rows_and_macs_that_it_wrote(old: Path) -> None:
+    """Its attachments had an epoch in their MAC, and knew neither quotas nor a time to hibernate."""
+    database = Database(old)
+    with database.define() as connection:
+        config = alembic_config(connection)
+        command.stamp(config, "0001")
+        command.upgrade(config, "0002")
+        row = dict(connection.execute(sa.text("select * from attachments")).mappings().first() or {})
+        row["epoch"] = 77
+        said = {name: value for name, value in row.items() if name != "mac"} | {"vtpm": str(UUID(row["vtpm"]))}
+        text = json.dumps(["attachments", said], separators=(",", ":"), sort_keys=True)
+        mac = hmac.digest(KEY, text.encode(), "sha256")
+        changed = sa.text("update attachments set epoch = 77, mac = :mac where vtpm = :vtpm")
+        connection.execute(changed, {"mac": mac, "vtpm": row["vtpm"]})
+    database.close()
+    with Catalogue.open(old, KEY, STORE) as catalogue:
+        found = catalogue.find_attachment(UUID(row["vtpm"]))
+        assert found is not None
+        assert (found.epoch, found.guest, found.hibernate_after) == (77, row["guest"], None)
+        assert (found.commands_per_second, found.saves_per_second, found.nv_bytes) == (0, 0, 0)
+        assert not catalogue.audit().tampered
+        assert differences(catalogue._database) == []
+    assert old.with_name("catalogue.sqlite.schema-2").exists()
+
+
 def test_a_row_that_was_edited_before_the_migration_is_refused_after_it(old: Path) -> None:
     with closing(sqlite3.connect(old)) as database, database:
         database.execute("update attachments set guest = 'thief'")

@@ -116,11 +116,11 @@ def test_vtpms_are_listed_by_group(store: Store) -> None:
 
 
 def test_all_flags_are_kept_unknown_ones_too(disk: MemoryDisk, store: Store) -> None:
-    flags = RecordFlags.TPM12 | RecordFlags.CONSUMED | RecordFlags(1 << 7)
+    flags = RecordFlags.TPM12 | RecordFlags.HIBERNATED | RecordFlags(1 << 7)
     store.commit([PutVtpm(replace(record_of(V1, A), flags=flags, epoch=EPOCHS - 1))])
     again = reopen(disk).get(V1)
     assert (again.flags, again.epoch) == (flags, EPOCHS - 1)
-    store.commit([PutVtpm(replace(again, flags=flags & ~RecordFlags.CONSUMED, generation=again.generation + 1))])
+    store.commit([PutVtpm(replace(again, flags=flags & ~RecordFlags.HIBERNATED, generation=again.generation + 1))])
     assert reopen(disk).get(V1).epoch == EPOCHS - 1
 
 

@@ -21,11 +21,14 @@ from frontend_backend.descriptors import close_all, receive_message, send_messag
 from frontend_backend.errors import ChannelClosedError
 from frontend_backend.messages_instance import InstanceState
 from frontend_backend.messages_keeper import (
+    Describe,
+    Description,
     Fetch,
     Forget,
     Forgotten,
     Hello,
     HelloReply,
+    KeeperFull,
     KeeperRefusal,
     List,
     ListReply,
@@ -34,6 +37,7 @@ from frontend_backend.messages_keeper import (
     Stopping,
     decode_keeper,
 )
+from frontend_backend.release import RELEASE
 from vtpm_instance.keeper import EXIT_BUSY, main
 
 
@@ -78,6 +82,15 @@ def test_another_users_connection_is_turned_away(keeper: KeeperProcess) -> None:
     keeper.path.chmod(0o600)
     assert decode_keeper(run.stdout) == KeeperRefusal("user 4321 is not the keeper's")
     keeper.client = KeeperClient(keeper.path)
+
+
+def test_it_tells_its_release_its_limit_and_how_many_it_has(keeper: KeeperProcess) -> None:
+    most = resource.prlimit(keeper.process.pid, resource.RLIMIT_NOFILE)[0]
+    assert keeper.client.call(Describe())[0] == Description(RELEASE, most, 0)
+    bench = Bench(keeper)
+    bench.spawn()
+    assert keeper.client.call(Describe())[0] == Description(RELEASE, most, 1)
+    bench.close()
 
 
 def test_another_version_is_refused(keeper: KeeperProcess) -> None:
@@ -279,7 +292,7 @@ def test_without_free_descriptors_it_refuses_and_recovers(keeper: KeeperProcess)
     resource.prlimit(keeper.process.pid, resource.RLIMIT_NOFILE, (lowest_free, hard))
     with connect(keeper.path, socket.SOCK_SEQPACKET) as second:
         assert second.recv(1) == b""
-    assert isinstance(keeper.client.call(spawn_request(), [0] * 6)[0], KeeperRefusal)
+    assert isinstance(keeper.client.call(spawn_request(), [0] * 6)[0], KeeperFull)
     assert rc(bench.run(get_random())) == 0
     resource.prlimit(keeper.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
     assert open_descriptors(keeper.process.pid) == used

@@ -24,6 +24,7 @@ from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import RefusalCode
 from frontend_backend.tpmhdr import TpmFamily
 from storage.state_image import Emulator, Family, StateImage
+from vtpm_instance.condition import TRANSITIONS, Change, Condition
 from vtpm_instance.control import FrontEnd
 from vtpm_instance.errors import (
     CommitRefusedError,
@@ -37,7 +38,7 @@ from vtpm_instance.managerlink import ManagerLink
 from vtpm_instance.server import Server
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import Startup
-from vtpm_instance.vtpm import TRANSITIONS, Change, Condition, Vtpm
+from vtpm_instance.vtpm import Vtpm
 
 INDEX = 0x01500001
 
@@ -248,7 +249,9 @@ def test_a_stop_signal_stays_readable_so_that_the_last_commit_waits_no_longer_th
     vtpm = parts.vtpm()
     vtpm.start()
     wakeup, wake = os.pipe()
-    server = Server(vtpm, parts.link, FrontEnd.SOCKET, frozenset(), wakeup, lambda: None, lambda: None)
+    server = Server(
+        vtpm, parts.link, FrontEnd.SOCKET, frozenset(), wakeup, lambda: None, lambda _why: None, lambda: None
+    )
     os.write(wake, b"x")
     server.run()
     server.close()

@@ -15,6 +15,7 @@ from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import (
     Commit,
     CommitReply,
+    Hibernate,
     InstanceState,
     Load,
     LoadReply,
@@ -152,6 +153,8 @@ class SmallManager:
                 )
             case Commit() as commit:
                 return self._commit(commit)
+            case Hibernate(generation, key, digest, lease):
+                return self._commit(Commit(generation, key, digest, lease, final=True))
             case Report() as report:
                 record.reports.append(report)
                 return ReportReply()

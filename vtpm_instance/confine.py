@@ -17,6 +17,7 @@ from typing import Any, Final
 from vtpm_instance import landlock, seccomp, syscalls
 from vtpm_instance._libtpms import ffi
 
+_PRIO_PROCESS: Final = 0  # linux/resource.h
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NAME: Final = 15
@@ -28,6 +29,7 @@ _SPAWNERS: Final = frozenset({_CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP})  # to giv
 _CAPABILITIES: Final = 64  # bits of a set; the kernel knows fewer and says so
 _CAPABILITY_VERSION: Final = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
+NICE: Final = 5  # a third of the weight of nice 0; what it does is in docs/benchmarks.md, "Floods"
 MAX_DESCRIPTORS: Final = 64  # an instance has 3 standard ones, 3 of its state, 2 listeners and at most 16 connections
 MAX_PROCESSES: Final = 4  # of its own user: its threads
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024  # no state image is larger than 1 MiB, no ring than a page
@@ -53,13 +55,16 @@ class Confinement:
     kept: tuple[Any, ...]
 
 
-def confinement(landlock_rules: int | None, program: Any | None, name: str) -> Confinement:
-    """Prepare the calls; `landlock_rules` and `program` are None where they are not to be had."""
+def confinement(landlock_rules: int | None, program: Any | None, name: str, *, yields: bool = True) -> Confinement:
+    """Prepare the calls; `landlock_rules` and `program` are None where they are not to be had.
+
+    `yields`: it gives way to manager, keeper and guests (`call_to_yield`).
+    """
     number = syscalls.number_of
     prctl, capset = number("prctl"), number("capset")
     header, sets = _capability_words(0)
     short = ffi.new("char[]", name.encode("ascii")[:_NAME_BYTES])
-    before: list[tuple[int, ...]] = []
+    before: list[tuple[int, ...]] = [call_to_yield()] if yields else []
     if landlock_rules is not None:
         before.append(landlock.call_to_enter(landlock_rules))
     if os.geteuid() == 0 and capabilities() >> _CAP_SETPCAP & 1:  # without it an empty permitted set has to do
@@ -72,6 +77,14 @@ def confinement(landlock_rules: int | None, program: Any | None, name: str) -> C
     )
     last = () if program is None else (seccomp.call_to_load(program),)
     return Confinement(landlock_rules, tuple(before), after, last, (header, sets, short, program))
+
+
+def call_to_yield() -> tuple[int, ...]:
+    """Return the call that lowers a process's share of the processors for good (setpriority(2), nice(2)).
+
+    Who floods its instance is then outweighed by the manager, which all others wait for.
+    """
+    return syscalls.number_of("setpriority"), _PRIO_PROCESS, 0, NICE
 
 
 def limit() -> None:

@@ -34,6 +34,13 @@ class Session(Protocol):
     def closing(self) -> bool:
         """Whether nothing more can be read: the connection then ends after the last answer."""
 
+    @property
+    def note(self) -> int:
+        """What the next session on this connection has to know, 0 to 255; only when nothing is pending."""
+
+    def take_up(self, note: int) -> None:
+        """Go on where the session was that had this note."""
+
     def exchange(self, size: int) -> bytes | None:
         """Take the first `size` bytes of `buffer`, which were just received, then do as `next_answer`."""
 
@@ -110,6 +117,17 @@ class Connection:
     def held(self) -> bool:
         """Whether its next request waits for the command that runs."""
         return self._session.held and not self._waiting_turn
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it is between two requests, with nothing received or to be sent that could get lost."""
+        session = self._session
+        return not (self._unsent or self._waiting_turn or session.pending or session.held or session.closing)
+
+    @property
+    def note(self) -> int:
+        """What the next one to serve this connection has to know."""
+        return self._session.note
 
     def step(self) -> None:
         """Answer at most one request of those that are here already."""
@@ -189,7 +207,13 @@ class Port:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        connection = Connection(sock, self._serve(PeerCredentials.of(sock)), self._host)
+        return self.adopt(sock)
+
+    def adopt(self, sock: socket.socket, note: int = 0) -> Connection:
+        """Serve a connection that was accepted before, where the one before us left off."""
+        session = self._serve(PeerCredentials.of(sock))
+        session.take_up(note)
+        connection = Connection(sock, session, self._host)
         self.connections.add(connection)
         return connection
 

@@ -176,8 +176,17 @@ class ControlSession:
 
     @property
     def pending(self) -> bool:
-        """Whether bytes are there that no answer was given to."""
-        return bool(self._buffer)
+        """Whether bytes are there that no answer was given to, or a body is still to come."""
+        return bool(self._buffer or self._skip)
+
+    @property
+    def note(self) -> int:
+        """What the next session on the same connection has to know, when nothing is pending: see `take_up`."""
+        return int(self._may_pad)
+
+    def take_up(self, note: int) -> None:
+        """Go on where the session was that had this note."""
+        self._may_pad = bool(note & 1)
 
     def next_answer(self) -> bytes | None:
         """Execute the next whole command and return its answer, or None until more is fed."""

@@ -55,6 +55,30 @@ class StartupRefusedError(InstanceError):
         self.kind, self.code = kind, code
 
 
+class ResumeRefusedError(InstanceError):
+    """The emulator does not take the volatile state that a hibernated vTPM left."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"this vTPM was hibernated, and its volatile state cannot be resumed ({why}); what it stored is kept; a "
+            "platform reset starts it with Startup(CLEAR)"
+        )
+
+
+class SlumberUnreadableError(ResumeRefusedError):
+    """What was saved beside the volatile state is not what this release writes."""
+
+    def __init__(self) -> None:
+        super().__init__("what was saved with it is of another release")
+
+
+class NotNowError(InstanceError):
+    """Nobody's fault: an order to hibernate comes at a moment, or meets a vTPM, that does not allow it."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+
+
 class SaveError(InstanceError):
     """A state could not be made durable; the last acknowledged state is untouched."""
 

@@ -12,9 +12,10 @@ import socket
 from typing import Final
 
 from frontend_backend.local import LocalRing
-from frontend_backend.messages_instance import InstanceState, Report
+from frontend_backend.messages_instance import AWAKE, IDLE, InstanceState, Report
 from storage.errors import StorageError
 from storage.state_image import Emulator
+from vtpm_instance.condition import Condition
 from vtpm_instance.control import FrontEnd
 from vtpm_instance.errors import (
     CommitUnansweredError,
@@ -24,15 +25,18 @@ from vtpm_instance.errors import (
     ManagerGoneError,
     ManagerSilentError,
 )
+from vtpm_instance.handover import Handed, pack
 from vtpm_instance.journal import note, speak_as
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.metered import Limits, MeteredVtpm
 from vtpm_instance.order import InstanceOrder
 from vtpm_instance.quoting import Quoter
+from vtpm_instance.rest import take_up
 from vtpm_instance.server import Server
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import Startup
-from vtpm_instance.vtpm import Condition, Vtpm
+from vtpm_instance.vtpm import Vtpm
 
 EXIT_OK: Final = 0
 EXIT_FAILURE: Final = 1  # the last state could not be saved; the last acknowledged one counts
@@ -126,7 +130,11 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
         if condition is not Condition.STOPPED:
             link.report(report_on(condition, cause))
 
-    vtpm = Vtpm(emulator, keeper, order.family, after_reset, announce)
+    limits = Limits(order.commands_per_second, order.saves_per_second, order.nv_bytes)
+    if limits:
+        vtpm: Vtpm = MeteredVtpm(emulator, keeper, order.family, after_reset, announce, limits)
+    else:
+        vtpm = Vtpm(emulator, keeper, order.family, after_reset, announce)
     try:
         _claim_image(order)
         vtpm.start()
@@ -135,13 +143,22 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
     owners = frozenset({0, order.manager_uid, order.owner_uid})
 
     def on_asked() -> None:
-        link.report(report_on(vtpm.condition, vtpm.cause))
+        report = report_on(vtpm.condition, vtpm.cause)
+        idle = server.activity.was_idle() and vtpm.condition is Condition.RUNNING
+        link.report(Report(report.state, IDLE) if idle else report)
 
     quoter = Quoter(vtpm, link, str(version))
-    server = Server(vtpm, link, order.front_end, owners, wakeup, on_asked, quoter.serve)
+
+    def on_awake(why: str) -> None:
+        link.report(Report(_STATES[vtpm.condition], AWAKE, why[:_TEXT_LIMIT]))
+
+    server = Server(vtpm, link, order.front_end, owners, wakeup, on_asked, on_awake, quoter.serve)
     try:
         _open_ports(server, order)
+        take_up(server, order.connections)
         server.run()
+        if server.asleep is not None:
+            return _sleep(link, server.asleep)
         return _stop(vtpm, link)
     except ManagerGoneError as error:
         note(str(error))
@@ -154,6 +171,16 @@ def _open_ports(server: Server, order: InstanceOrder) -> None:
     add = {"data": server.add_data_port, "control": server.add_control_port, "ring": server.add_ring_port}
     for name, descriptor in order.listeners.items():
         add[name](socket.socket(fileno=descriptor))
+
+
+def _sleep(link: ManagerLink, connections: list[Handed]) -> int:
+    """Leave the connections with the keeper; the state is committed, so they are all that could get lost now."""
+    if connections:
+        try:
+            link.hand_over(*pack(connections))
+        except OSError as error:
+            note(f"{len(connections)} connections of the guest end, as they cannot be handed over: {error}")
+    return EXIT_OK
 
 
 def _give_up(link: ManagerLink, error: Exception) -> int:

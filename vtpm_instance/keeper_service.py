@@ -12,46 +12,27 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Final
-from uuid import UUID
 
 from frontend_backend.descriptors import PeerCredentials, close_all, receive_message, send_message
-from frontend_backend.errors import ChannelClosedError, MessageError
+from frontend_backend.errors import ChannelClosedError, MessageError, MessageTruncatedError
 from frontend_backend.messages_keeper import (
-    VERSION,
-    Confinement,
-    Fetch,
-    Fetched,
-    Forget,
-    Forgotten,
-    Hello,
-    HelloReply,
+    KeeperFull,
     KeeperRefusal,
     KeeperReply,
-    KeeperRequest,
-    List,
-    Spawn,
-    Spawned,
-    Stop,
     Stopping,
     decode_keeper,
     encode_keeper,
 )
-from vtpm_instance.errors import (
-    BadRequestError,
-    InstanceError,
-    KeeperStoppingError,
-    SpawnerLostError,
-    WrongDescriptorsError,
-)
+from vtpm_instance.errors import InstanceError
 from vtpm_instance.journal import note
+from vtpm_instance.keeper_requests import Requests
 from vtpm_instance.kept import Keeping, KeptInstance
-from vtpm_instance.order import order_of, uuid_of
+from vtpm_instance.parking import Parking
 from vtpm_instance.reserve import Reserve
 from vtpm_instance.spawner_link import Spawner, SpawnSettings
 
 STOP_TIMEOUT: Final = 30.0  # seconds that instances have for their clean stop
 _MAX_DESCRIPTORS: Final = 16  # of one request
-_MANAGERS_DOORBELL: Final = 2  # place among the descriptors of a Spawn: page, instance's doorbell, this, image
 _EXIT_OK: Final = 0
 _EXIT_LEFT: Final = 1  # instances were left behind that did not end in time
 
@@ -72,7 +53,10 @@ class Keeper:
         listener.setblocking(False)
         self._watch(listener.fileno(), self._on_connect)
         self._watch(wakeup, self._on_wakeup)
+        self._parking = Parking()
+        self._watch(self._parking.fileno(), self._parking.on_event)
         self._spawner = Spawner(settings, self._spawner_changed)
+        self._requests = Requests(self._keeping, self._parking, self._spawner, self._began, self._on_end)
 
     def prepare(self) -> None:
         """Start the spawner and wait until it can make instances.
@@ -122,10 +106,10 @@ class Keeper:
 
     def _seconds_left(self) -> float:
         """Return how long to wait for the next event, 0 when it is time to end."""
-        alive = any(kept.alive for kept in self._keeping)
         if self._stop_by is not None:
+            alive = any(kept.alive for kept in self._keeping)
             return max(0.0, self._stop_by - time.monotonic()) if alive else 0.0
-        if alive or self._manager is not None:
+        if self._manager is not None or any(kept.alive or kept.asleep for kept in self._keeping):
             self._unused_since = time.monotonic()
             return float("inf")
         return max(0.0, self._unused_since + self._linger - time.monotonic())
@@ -138,9 +122,13 @@ class Keeper:
         if self._stop_by is not None:
             return
         self._stop_by = time.monotonic() + STOP_TIMEOUT
+        self._requests.stopping = True
         for kept in self._keeping:
             if kept.alive:
                 signal.pidfd_send_signal(kept.pidfd, signal.SIGTERM)
+
+    def _began(self, kept: KeptInstance) -> None:
+        self._watch(kept.pidfd, lambda: self._on_end(kept))
 
     def _on_end(self, kept: KeptInstance) -> None:
         kept.reap()
@@ -205,6 +193,9 @@ class Keeper:
         except (ChannelClosedError, ConnectionResetError):
             self._drop_manager()
             return
+        except MessageTruncatedError:
+            self._reply(KeeperFull("this keeper has no file descriptors left for what came with the request"))
+            return
         except MessageError as error:
             self._reply(KeeperRefusal(str(error)))
             return
@@ -215,9 +206,7 @@ class Keeper:
         handed_out: list[int] = []
         try:
             request = decode_keeper(data)
-            if not isinstance(request, Spawn) and descriptors:
-                raise WrongDescriptorsError(0, len(descriptors))
-            answer = self._do(request, descriptors, handed_out)
+            answer = self._requests.do(request, descriptors, handed_out)
         except (InstanceError, MessageError, OSError) as error:
             close_all(descriptors)
             answer = KeeperRefusal(str(error))
@@ -239,68 +228,10 @@ class Keeper:
             return False
         return True
 
-    # requests
-
-    def _do(self, request: KeeperRequest | KeeperReply, descriptors: list[int], handed_out: list[int]) -> KeeperReply:
-        answer: KeeperReply
-        match request:
-            case Hello(version):
-                if version != VERSION:
-                    raise BadRequestError(f"the manager speaks version {version}, this keeper {VERSION}")
-                answer = HelloReply(VERSION, os.getpid())
-            case Spawn():
-                answer = self._spawn(request, descriptors, handed_out)
-            case List(offset):
-                answer = self._keeping.listed_from(offset)
-            case Fetch(vtpm, lease):
-                kept = self._keeping.get(uuid_of(vtpm), lease)
-                handed_out.extend(kept.descriptors)
-                answer = Fetched(kept.describe())
-            case Forget(vtpm, lease):
-                answer = self._forget(uuid_of(vtpm), lease)
-            case Stop():
-                answer = Stopping()
-            case Confinement():
-                answer = self._spawner.wait_ready()
-            case _:
-                raise BadRequestError(f"{type(request).__name__} is no request")
-        return answer
-
-    def _forget(self, vtpm: UUID, lease: int) -> Forgotten:
-        kept = self._keeping.get(vtpm, lease)
-        if kept.alive:
-            self._on_end(kept)  # the manager watches the pidfd too and may have seen the end before this loop did
-        return Forgotten(self._keeping.forget(vtpm, lease))
-
-    def _spawn(self, request: Spawn, descriptors: list[int], handed_out: list[int]) -> Spawned:
-        if self._stop_by is not None:
-            raise KeeperStoppingError
-        if len(descriptors) <= _MANAGERS_DOORBELL:
-            raise WrongDescriptorsError(_MANAGERS_DOORBELL + 2 + len(request.listeners), len(descriptors))
-        for_instance = descriptors[:_MANAGERS_DOORBELL] + descriptors[_MANAGERS_DOORBELL + 1 :]
-        order = order_of(request, for_instance)
-        self._keeping.refuse_second(order.vtpm, order.lease)
-        if request.uid not in (0, os.geteuid()) and os.geteuid() != 0:
-            raise BadRequestError(f"only root can start an instance as user {request.uid}")
-        try:
-            pid, pidfd = self._spawner.spawn(order)
-        except SpawnerLostError:
-            self._keeping.end_strays(self._spawner.pid)
-            raise
-        # The instance's own ends: a copy here would keep its lock and its doorbell alive after its death.
-        close_all((order.image, order.doorbell))
-        doorbell = descriptors[_MANAGERS_DOORBELL]
-        kept = KeptInstance(
-            order.vtpm, order.lease, pid, pidfd, request.frontend, order.page, doorbell, dict(order.listeners)
-        )
-        self._keeping.add(kept)
-        self._watch(pidfd, lambda: self._on_end(kept))
-        handed_out.append(pidfd)
-        return Spawned(pid)
-
     def close(self) -> None:
         """Close the manager's connection and the listener, end the spawner."""
         self._spawner.close()
         self._drop_manager()
         self._listener.close()
+        self._parking.close()
         self._reserve.close()

@@ -6,22 +6,26 @@ Descriptors are plain numbers here, not socket objects: they are passed on and c
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
 from frontend_backend.descriptors import close_all
 from frontend_backend.messages_keeper import Kept, ListReply
 from vtpm_instance.errors import AlreadyKeptError, BadRequestError, NoSuchInstanceError, StillRunningError
+from vtpm_instance.handover import Handed
 from vtpm_instance.journal import note
 
 _LIST_CHUNK: Final = 400  # instances an answer, below 128 KiB
 _CORE_DUMPED: Final = 0x80  # the bit of a wait status (waitpid(2), WCOREDUMP)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class KeptInstance:
-    """One instance. `status` is its wait status (waitpid(2)) once it has ended, None before."""
+    """One instance. `status` is its wait status (waitpid(2)) once it has ended, None before.
+
+    One that is `asleep` is a hibernated vTPM: there is no process and no ring (-1), but the connections it had.
+    """
 
     vtpm: UUID
     lease: int
@@ -32,6 +36,8 @@ class KeptInstance:
     doorbell: int
     listeners: dict[str, int]
     status: int | None = None
+    asleep: bool = False
+    connections: list[Handed] = field(default_factory=list)
 
     @property
     def alive(self) -> bool:
@@ -43,11 +49,16 @@ class KeptInstance:
         """What Fetch hands over: page, manager's doorbell, pidfd, listeners in their order."""
         return [self.page, self.doorbell, self.pidfd, *self.listeners.values()]
 
+    @property
+    def all_descriptors(self) -> list[int]:
+        """Everything that is open of it."""
+        connected = (descriptor for each in self.connections for descriptor in each.descriptors)
+        return [*(descriptor for descriptor in self.descriptors if descriptor >= 0), *connected]
+
     def describe(self) -> Kept:
-        """Return the entry for a list."""
-        return Kept(
-            self.vtpm.bytes, self.lease, self.pid, self.frontend, tuple(self.listeners), self.alive, self.status
-        )
+        """Return the entry for a list; process 0 says that it is hibernated."""
+        pid = 0 if self.asleep else self.pid
+        return Kept(self.vtpm.bytes, self.lease, pid, self.frontend, tuple(self.listeners), self.alive, self.status)
 
     def reap(self) -> None:
         """Collect the wait status of an instance that has ended."""
@@ -74,6 +85,7 @@ class Keeping:
     def __init__(self) -> None:
         """Keep nothing yet."""
         self._instances: dict[tuple[UUID, int], KeptInstance] = {}
+        self._leases: dict[UUID, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self._instances)
@@ -88,13 +100,14 @@ class Keeping:
             AlreadyKeptError: one runs, or an ended one has the same lease.
 
         """
-        for kept in self._instances.values():
-            if kept.vtpm == vtpm and (kept.alive or kept.lease == lease):
+        for kept in (self._instances[vtpm, known] for known in self._leases.get(vtpm, ())):
+            if kept.alive or kept.asleep or kept.lease == lease:
                 raise AlreadyKeptError(vtpm, kept.lease)
 
     def add(self, kept: KeptInstance) -> None:
         """Keep one more."""
         self._instances[kept.vtpm, kept.lease] = kept
+        self._leases.setdefault(kept.vtpm, []).append(kept.lease)
 
     def listed_from(self, offset: int) -> ListReply:
         """Return a part of what is kept, from the `offset`th on.
@@ -129,6 +142,18 @@ class Keeping:
         except KeyError:
             raise NoSuchInstanceError(vtpm, lease) from None
 
+    def asleep(self, vtpm: UUID, lease: int) -> KeptInstance:
+        """Return a hibernated one.
+
+        Raises:
+            NoSuchInstanceError: it is not kept. BadRequestError: it is not hibernated.
+
+        """
+        kept = self.get(vtpm, lease)
+        if not kept.asleep:
+            raise BadRequestError(f"vTPM {vtpm} with lease {lease} is not hibernated")
+        return kept
+
     def forget(self, vtpm: UUID, lease: int) -> int | None:
         """Drop an ended instance, close what was kept of it, return its wait status.
 
@@ -141,7 +166,10 @@ class Keeping:
         if kept.alive:
             raise StillRunningError(vtpm, kept.pid)
         del self._instances[vtpm, lease]
-        close_all(kept.descriptors)
+        self._leases[vtpm].remove(lease)
+        if not self._leases[vtpm]:
+            del self._leases[vtpm]
+        close_all(kept.all_descriptors)
         return kept.status
 
 

@@ -8,8 +8,10 @@ given back is sent again until its deadline. Orders that travel with any answer 
 import os
 import select
 import time
+from collections.abc import Sequence
 from typing import Final
 
+from frontend_backend.doorbell import SocketDoorbell
 from frontend_backend.errors import MessageError, PageError, RingCancelledError, RingError
 from frontend_backend.front import RingFrontEnd
 from frontend_backend.local import LocalRing
@@ -110,6 +112,17 @@ class ManagerLink:
         """Send a report without waiting; while another request is on the page the newest report is kept for later."""
         self._queued = report
         self._send_queued()
+
+    def hand_over(self, data: bytes, descriptors: Sequence[int]) -> None:
+        """Leave connections with whoever holds the other end of the ring when this process has ended: the keeper.
+
+        Raises:
+            OSError: what sendmsg(2) says.
+
+        """
+        doorbell = self._front.ring.doorbell
+        assert isinstance(doorbell, SocketDoorbell), "the manager's rings have sockets"
+        doorbell.hand_over(data, descriptors)
 
     def take_asked(self) -> bool:
         """Return whether the manager has rung without giving an answer since the last call: it wants a report."""

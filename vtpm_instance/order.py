@@ -4,15 +4,17 @@ What lives here: the order and its checks. What must not: libtpms or anything el
 """
 
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from frontend_backend.messages_keeper import Spawn
 from frontend_backend.tpmhdr import TpmFamily
+from vtpm_instance import handover
 from vtpm_instance.control import FrontEnd
 from vtpm_instance.errors import BadRequestError, WrongDescriptorsError
+from vtpm_instance.handover import Handed
 
 # The spawner's answer to an order: the process id, or 0 and then a text in UTF-8. Not a message of the protocol with
 # the manager: making one writes to pages that the spawner shares with its children.
@@ -45,22 +47,32 @@ class InstanceOrder:
     listeners: Mapping[str, int]
     uid: int = 0
     gid: int = 0
+    connections: list[Handed] = field(default_factory=list)
+    commands_per_second: int = 0
+    saves_per_second: int = 0
+    nv_bytes: int = 0
 
-    CODEC: ClassVar[struct.Struct] = struct.Struct("=16sQIIIIBBB")
+    CODEC: ClassVar[struct.Struct] = struct.Struct("=16sQIIIIBBBIII")  # then the connections (vtpm_instance.handover)
 
     def pack(self) -> bytes:
         """Return what the spawner is sent, beside `descriptors`. Keeper and spawner are always of one version."""
         listeners = sum(1 << LISTENERS.index(name) for name in self.listeners)
-        return self.CODEC.pack(
-            self.vtpm.bytes,
-            self.lease,
-            self.owner_uid,
-            self.manager_uid,
-            self.uid,
-            self.gid,
-            _FAMILIES.index(self.family),
-            _FRONT_ENDS.index(self.front_end),
-            listeners,
+        return (
+            self.CODEC.pack(
+                self.vtpm.bytes,
+                self.lease,
+                self.owner_uid,
+                self.manager_uid,
+                self.uid,
+                self.gid,
+                _FAMILIES.index(self.family),
+                _FRONT_ENDS.index(self.front_end),
+                listeners,
+                self.commands_per_second,
+                self.saves_per_second,
+                self.nv_bytes,
+            )
+            + handover.pack(self.connections)[0]
         )
 
     @classmethod
@@ -68,12 +80,13 @@ class InstanceOrder:
         """Return the order that `pack` made of a checked one.
 
         Raises:
-            struct.error, ValueError: it is none.
+            struct.error, ValueError, BadRequestError: it is none.
 
         """
-        vtpm, lease, owner_uid, manager_uid, uid, gid, family, front_end, mask = cls.CODEC.unpack(data)
+        vtpm, lease, owner_uid, manager_uid, uid, gid, family, front_end, mask, *quotas = cls.CODEC.unpack_from(data)
         page, doorbell, image, *handed = descriptors
         names = [name for bit, name in enumerate(LISTENERS) if mask >> bit & 1]
+        connections = handover.unpack(data[cls.CODEC.size :], handed[len(names) :])
         return cls(
             UUID(bytes=vtpm),
             lease,
@@ -84,15 +97,18 @@ class InstanceOrder:
             page,
             doorbell,
             image,
-            dict(zip(names, handed, strict=True)),
+            dict(zip(names, handed[: len(names)], strict=True)),
             uid,
             gid,
+            connections,
+            *quotas,
         )
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """All descriptors of the order, listeners in the order of LISTENERS."""
-        return (self.page, self.doorbell, self.image, *self.listeners.values())
+        """All descriptors of the order, listeners in the order of LISTENERS, then those of the connections."""
+        connected = handover.pack(self.connections)[1]
+        return (self.page, self.doorbell, self.image, *self.listeners.values(), *connected)
 
 
 def uuid_of(raw: bytes) -> UUID:
@@ -107,6 +123,21 @@ def uuid_of(raw: bytes) -> UUID:
     return UUID(bytes=raw)
 
 
+def named_listeners(names: Sequence[str], descriptors: list[int]) -> dict[str, int]:
+    """Return listening sockets by name, in the order of LISTENERS.
+
+    Raises:
+        WrongDescriptorsError, BadRequestError: descriptors and names do not fit, or are none.
+
+    """
+    if len(descriptors) != len(names):
+        raise WrongDescriptorsError(len(names), len(descriptors))
+    if len(set(names)) != len(names) or not set(LISTENERS).issuperset(names):
+        raise BadRequestError(f"listeners are of {sorted(LISTENERS)}, each once, not {list(names)}")
+    named = dict(zip(names, descriptors, strict=True))
+    return {name: named[name] for name in LISTENERS if name in named}
+
+
 def order_of(request: Spawn, descriptors: list[int]) -> InstanceOrder:
     """Return the order that a request with its descriptors (page, doorbell, image, listeners) makes, checked.
 
@@ -114,19 +145,19 @@ def order_of(request: Spawn, descriptors: list[int]) -> InstanceOrder:
         WrongDescriptorsError, BadRequestError: it makes none.
 
     """
-    wanted = _BEFORE_LISTENERS + len(request.listeners)
-    if len(descriptors) != wanted:
-        raise WrongDescriptorsError(wanted, len(descriptors))
-    if len(set(request.listeners)) != len(request.listeners) or not set(LISTENERS).issuperset(request.listeners):
-        raise BadRequestError(f"listeners are of {sorted(LISTENERS)}, each once, not {list(request.listeners)}")
+    if len(descriptors) < _BEFORE_LISTENERS:
+        raise WrongDescriptorsError(_BEFORE_LISTENERS + len(request.listeners), len(descriptors))
+    page, doorbell, image, *listeners = descriptors
+    named = named_listeners(request.listeners, listeners)
     if not all(0 <= number < _NO_ID for number in (request.uid, request.gid)):
         raise BadRequestError(f"user {request.uid} and group {request.gid} are no identities")
+    quotas = (request.commands_per_second, request.saves_per_second, request.nv_bytes)
+    if not all(0 <= quota < _NO_ID for quota in quotas):
+        raise BadRequestError(f"{quotas} are no quotas")
     try:
         family, front_end = TpmFamily(request.family), FrontEnd(request.frontend)
     except ValueError as error:
         raise BadRequestError(str(error)) from error
-    page, doorbell, image, *listeners = descriptors
-    named = dict(zip(request.listeners, listeners, strict=True))
     return InstanceOrder(
         vtpm=uuid_of(request.vtpm),
         lease=request.lease,
@@ -137,7 +168,10 @@ def order_of(request: Spawn, descriptors: list[int]) -> InstanceOrder:
         page=page,
         doorbell=doorbell,
         image=image,
-        listeners={name: named[name] for name in LISTENERS if name in named},
+        listeners=named,
         uid=request.uid,
         gid=request.gid,
+        commands_per_second=request.commands_per_second,
+        saves_per_second=request.saves_per_second,
+        nv_bytes=request.nv_bytes,
     )

@@ -18,6 +18,7 @@ from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import (
     Commit,
     CommitReply,
+    Hibernate,
     LoadReply,
     Orders,
     Reply,
@@ -34,6 +35,7 @@ from vtpm_instance import instance
 from vtpm_instance.confine import die_with_parent
 from vtpm_instance.control import FrontEnd
 from vtpm_instance.errors import RehearsalError
+from vtpm_instance.handover import Handed, Kind
 from vtpm_instance.order import InstanceOrder
 
 SECONDS: Final = 20.0  # without progress, before a rehearsal is given up
@@ -70,13 +72,17 @@ _COMMANDS: Final = {TpmFamily.TPM_2_0: _COMMANDS_20, TpmFamily.TPM_1_2: _COMMAND
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What is known of the last save of a throw-away vTPM; key, digest and generation are empty when it is fresh."""
+    """What is known of the last save of a throw-away vTPM; key, digest and generation are empty when it is fresh.
+
+    `lives` counts those that have ended: every other one hibernates, and the one after it resumes.
+    """
 
     family: TpmFamily
     image: int
     key: bytes = b""
     digest: bytes = b""
     generation: int = 0
+    lives: int = 0
 
 
 def fresh(family: TpmFamily) -> State:
@@ -92,7 +98,7 @@ def release(state: State) -> None:
 
 
 def live_once(state: State) -> State:
-    """Let an instance live from its start to its clean stop; returns the state it left.
+    """Let an instance live from its start until it stops cleanly or hibernates; returns the state it left.
 
     Raises:
         RehearsalError: it did not end as it should; no real one would.
@@ -100,12 +106,15 @@ def live_once(state: State) -> State:
     """
     front, back = LocalRing.pair()
     listeners = {name: _listener(kind) for name, kind in _KINDS.items()}
+    guest, connected = socket.socketpair()
     told, tell = os.pipe2(os.O_CLOEXEC)
     spawner = os.getpid()
     player = os.fork()
     if player == 0:
         front.close()  # a copy here would keep the instance's end open after it has stopped
-        _child_plays(state, back, listeners, tell, spawner)
+        connected.close()
+        _child_plays(state, back, guest, listeners, tell, spawner)
+    guest.close()
     os.close(tell)
     back.close()
     page, *doorbell = (os.dup(descriptor) for descriptor in front.descriptors())
@@ -121,6 +130,7 @@ def live_once(state: State) -> State:
         doorbell=doorbell[0],
         image=state.image,
         listeners={name: listener.detach() for name, listener in listeners.items()},
+        connections=[Handed(Kind.DATA, (connected.detach(),))],
     )
     try:
         status = instance.run(order)
@@ -131,7 +141,7 @@ def live_once(state: State) -> State:
     if status or ended or len(left) != _RECORD.size:
         raise RehearsalError(status, ended)
     key, digest, generation = _RECORD.unpack(left)
-    return replace(state, key=key, digest=digest, generation=generation)
+    return replace(state, key=key, digest=digest, generation=generation, lives=state.lives + 1)
 
 
 _KINDS: Final = {"data": socket.SOCK_STREAM, "control": socket.SOCK_STREAM, "ring": socket.SOCK_SEQPACKET}
@@ -145,7 +155,12 @@ def _listener(kind: socket.SocketKind) -> socket.socket:
 
 
 def _child_plays(
-    state: State, ring: LocalRing, listeners: dict[str, socket.socket], tell: int, spawner: int
+    state: State,
+    ring: LocalRing,
+    guest: socket.socket,
+    listeners: dict[str, socket.socket],
+    tell: int,
+    spawner: int,
 ) -> NoReturn:
     """Be manager and guest until the instance has stopped."""
     status = 1
@@ -154,8 +169,8 @@ def _child_plays(
             os._exit(status)
         signal.alarm(int(SECONDS))
         play = _Play(state, ring)
-        play.guest({name: listener.getsockname() for name, listener in listeners.items()})
-        play.stop()
+        play.guest(guest, {name: listener.getsockname() for name, listener in listeners.items()})
+        play.end(Orders.STOP if state.lives % 2 else Orders.HIBERNATE)
         os.write(tell, _RECORD.pack(play.state.key, play.state.digest, play.state.generation))
         status = 0
     finally:
@@ -170,13 +185,13 @@ class _Play:
         self._back = BackRing(ring.page, refusal_for_malformed)
         self._orders = Orders.NONE
 
-    def guest(self, places: dict[str, bytes | str]) -> None:
-        """Use every way in."""
-        with _connected(places["data"]) as data, _connected(places["data"]) as another:
+    def guest(self, kept: socket.socket, places: dict[str, bytes | str]) -> None:
+        """Use every way in; `kept` is a connection from before, and stays open."""
+        with _connected(places["data"]) as data:
             for packet in _COMMANDS[self.state.family]:
                 for _ in range(2):
                     self._exchange(data, packet)
-                    self._exchange(another, packet)
+                    self._exchange(kept, packet)
         with _connected(places["control"]) as control:
             self._exchange(control, _GET_INFO)
         front = RingFrontEnd.connect(os.fsdecode(places["ring"]))
@@ -224,15 +239,15 @@ class _Play:
                     startup,
                     9.0,
                 )
-            case Commit(generation, key, digest):
+            case Commit(generation, key, digest) | Hibernate(generation, key, digest):
                 self.state = replace(state, key=key, digest=digest, generation=generation)
                 return CommitReply(generation)
             case _:
                 return ReportReply()
 
-    def stop(self) -> None:
-        """Order the clean stop, and serve until the instance is gone."""
-        self._orders = Orders.STOP
+    def end(self, orders: Orders) -> None:
+        """Order the end, in each answer until it is obeyed, and serve until the instance is gone."""
+        self._orders = orders
         self._ring.ring()
         poll = select.poll()
         poll.register(self._ring.fileno(), select.POLLIN)

@@ -87,6 +87,15 @@ class ServedRing:
         if events & select.EPOLLHUP:
             self._gone(self)
 
+    def quiet(self) -> bool:
+        """Tell whether it is between two commands; a ring that comes after this is heard by whoever looks next."""
+        self._ring.drain()
+        return not self._back.awaited
+
+    def descriptors(self) -> tuple[int, ...]:
+        """Return the page and the pipes' ends, to hand them over; they stay ours."""
+        return self._ring.descriptors()
+
     def _refusal(self, size: int) -> bytes:
         if size >= HEADER_SIZE and announced(self._commands)[0] == size:
             return error_response(self._vtpm.family, _BAD_LOCALITY[self._vtpm.family])
@@ -140,8 +149,20 @@ class RingPort:
                     # Who asked for a ring is gone. No line in the log: a guest could fill it that way.
                     back.close()
                     return None
-        back.forget_page_descriptor()
-        served = ServedRing(back, self._vtpm, gone)
+        return self._serve(back, gone)
+
+    def adopt(self, descriptors: tuple[int, ...], gone: Callable[[ServedRing], None]) -> ServedRing:
+        """Serve a ring that an earlier instance made, and whose guest has been waiting since perhaps.
+
+        Raises:
+            NotARingError: it is none; its descriptors are closed.
+
+        """
+        page, heard, rung = descriptors
+        return self._serve(LocalRing.adopt(page, heard, rung, patient=False), gone)
+
+    def _serve(self, ring: LocalRing, gone: Callable[[ServedRing], None]) -> ServedRing:
+        served = ServedRing(ring, self._vtpm, gone)
         self.rings[served.fileno()] = served
         return served
 

@@ -19,9 +19,17 @@ from frontend_backend.messages_instance import Orders
 from storage.errors import StorageError
 from vtpm_instance.connection import Connection, Port
 from vtpm_instance.control import FrontEnd, Role
-from vtpm_instance.errors import InstanceError, ManagerConfusedError
+from vtpm_instance.errors import (
+    CommitRefusedError,
+    InstanceError,
+    ManagerConfusedError,
+    NotNowError,
+    StateNotWrittenError,
+)
+from vtpm_instance.handover import Handed
 from vtpm_instance.journal import note
 from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.rest import Activity, connections
 from vtpm_instance.ring_port import RingPort, ServedRing, rings_anew
 from vtpm_instance.sessions import ControlPortSession, DataSession
 from vtpm_instance.stand_in import StandIn
@@ -42,21 +50,26 @@ class Server:
         owners: frozenset[int],
         wakeup: int,
         on_asked: Callable[[], None],
+        on_awake: Callable[[str], None],
         on_quote: Callable[[], None],
     ) -> None:
         """Serve `vtpm`; `owners` are the uids that may reset its platform, `wakeup` is readable after SIGTERM.
 
-        `on_asked` sends a report when the manager wants one, `on_quote` evidence when it has ordered a quote.
+        `on_asked` sends a report when the manager wants one; `on_awake` says why an order to hibernate is not followed;
+        `on_quote` sends evidence when the manager has ordered a quote.
         """
         self.vtpm, self._link, self._front_end, self._owners = vtpm, link, front_end, owners
-        self._on_asked, self._on_quote = on_asked, on_quote
-        self.locality = 0
+        self._on_asked, self._on_awake, self._on_quote = on_asked, on_awake, on_quote
+        self.locality = vtpm.locality
+        self.activity = Activity()
+        self.asleep: list[Handed] | None = None  # once it is: the connections that it had
         self._stopping = False
         self._ports: list[Port] = []
+        self.data_ports: list[Port] = []
         self.control_ports: list[Port] = []
         self._stand_in = StandIn(self, vtpm.cancel)
         vtpm.beside_long = self._stand_in.on_duty
-        self._ring_ports: list[RingPort] = []
+        self.ring_ports: list[RingPort] = []
         self._busy: list[Connection] = []
         self._epoll = select.epoll()
         self._deaf: list[Port | RingPort] = []  # ports that could not accept, and when to try again
@@ -97,7 +110,7 @@ class Server:
 
     def add_data_port(self, listener: socket.socket) -> None:
         """Take TPM commands on `listener`."""
-        self._add_port(Port(listener, lambda _peer: DataSession(self), self))
+        self.data_ports.append(self._add_port(Port(listener, lambda _peer: DataSession(self), self)))
 
     def add_control_port(self, listener: socket.socket) -> None:
         """Take control commands on `listener`."""
@@ -111,23 +124,27 @@ class Server:
     def add_ring_port(self, listener: socket.socket) -> None:
         """Hand rings out on `listener`."""
         port = RingPort(listener, self.vtpm)
-        self._ring_ports.append(port)
+        self.ring_ports.append(port)
         self._watch(port.fileno(), partial(self._on_ring_listener, port))
 
     def _on_ring_listener(self, port: RingPort, _events: int) -> None:
         try:
-            ring = port.accept(partial(self._on_ring_gone, port))
+            ring = port.accept(partial(self.on_ring_gone, port))
         except OSError:
             self._go_deaf(port)
             return
-        if ring is None:
-            return
+        if ring is not None:
+            self.take_on_ring(port, ring)
+
+    def take_on_ring(self, port: RingPort, ring: ServedRing) -> None:
+        """Serve one more ring of a port."""
         events = select.EPOLLIN | (select.EPOLLET if rings_anew() else 0)
         self._watch(ring.fileno(), ring.on_doorbell, events)
         if port.full:
             self._epoll.unregister(port.fileno())
 
-    def _on_ring_gone(self, port: RingPort, ring: ServedRing) -> None:
+    def on_ring_gone(self, port: RingPort, ring: ServedRing) -> None:
+        """Forget a ring whose guest has left."""
         if port.full:
             self._epoll.register(port.fileno(), select.EPOLLIN)
         descriptor = ring.fileno()
@@ -166,8 +183,11 @@ class Server:
         except OSError:
             self._go_deaf(port)
             return
-        if connection is None:
-            return
+        if connection is not None:
+            self.take_on(port, connection)
+
+    def take_on(self, port: Port, connection: Connection) -> None:
+        """Serve one more connection of a port."""
         self._watch(connection.fileno(), connection.on_event)
         if port.full:
             self._epoll.unregister(port.fileno())
@@ -213,6 +233,7 @@ class Server:
     # manager and signals
 
     def _on_doorbell(self, _events: int) -> None:
+        self.activity.rung()
         try:
             self._link.on_doorbell()
         except ManagerConfusedError as error:
@@ -230,13 +251,29 @@ class Server:
             self._on_quote()
         if orders & Orders.STOP:
             self._stopping = True
-        if self._link.take_asked():
+        if orders & Orders.HIBERNATE and not self._stopping:
+            self._hibernate()
+        if self._link.take_asked() and not self._stopping:
             self._on_asked()
+
+    def _hibernate(self) -> None:
+        """Go to sleep if nothing speaks against it. Between two turns no command is under way."""
+        try:
+            if self._busy:
+                raise NotNowError("commands are waiting")
+            handed = connections(self)
+            self.vtpm.hibernate(self.locality)
+        except (NotNowError, StateNotWrittenError, CommitRefusedError) as error:
+            self._on_awake(str(error))
+        except (InstanceError, StorageError) as error:
+            note(f"hibernating failed: {error}")
+        else:
+            self.asleep, self._stopping = handed, True
 
     # the loop
 
     def run(self) -> None:
-        """Serve until SIGTERM or the manager's order to stop.
+        """Serve until SIGTERM, the manager's order to stop, or until it sleeps (`asleep`).
 
         Raises:
             ManagerGoneError: manager and keeper are gone.
@@ -261,6 +298,6 @@ class Server:
         """Close all ports."""
         for port in self._ports:
             port.close()
-        for ring_port in self._ring_ports:
+        for ring_port in self.ring_ports:
             ring_port.close()
         self._epoll.close()

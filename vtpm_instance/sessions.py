@@ -31,6 +31,10 @@ class DataSession:
         self._execute, self._execute_placed = server.vtpm.execute, server.vtpm.execute_placed
         self._stream = CommandStream()
         self.pending = self.closing = self.held = False
+        self.note = 0
+
+    def take_up(self, note: int) -> None:
+        """Go on where another session was; between two commands there is nothing to know."""
 
     def exchange(self, size: int) -> bytes | None:
         """Take what was received, then do as `next_answer`."""

@@ -15,6 +15,7 @@ from typing import Any, Final
 from frontend_backend.descriptors import close_all, receive_message, send_message
 from frontend_backend.errors import ChannelClosedError
 from frontend_backend.messages_keeper import FEATURES, ConfinementReply, Feature, encode_keeper
+from frontend_backend.release import RELEASE
 from vtpm_instance import confine, landlock, namespaces, seccomp, syscalls
 from vtpm_instance.confine import Confinement
 from vtpm_instance.errors import InstanceError
@@ -28,7 +29,7 @@ from vtpm_instance.warm import freeze_heap, warm_up
 CHANNEL: Final = 3  # the descriptor of the keeper's end
 _NULL: Final = 0  # standard input: the null device in spawner and instance
 MODES: Final = ("fork", "exec")
-_MAX_DESCRIPTORS: Final = 8  # page, doorbell, image, three listeners; two more would be wrong
+_MAX_DESCRIPTORS: Final = 9  # page, doorbell, image, three listeners, connections: see handover.MAX_HANDED
 _EXIT_OK, _EXIT_FAILURE, _EXIT_USAGE, _EXIT_BUG = 0, 1, 2, 255
 
 
@@ -55,7 +56,17 @@ def prepare(on_violation: seccomp.OnViolation, *, shared: bool = True) -> tuple[
     confine.gain_nothing()
     rules, missing["landlock"] = _landlock()
     program, missing["seccomp"] = _seccomp(on_violation)
-    return confine.confinement(rules, program, PROCESS_NAME), missing
+    return confine.confinement(rules, program, PROCESS_NAME, yields=_may_yield()), missing
+
+
+def _may_yield() -> bool:
+    """Tell whether instances may be given less of the processors; where not, they have as much as everybody."""
+    try:
+        _try_out(confine.call_to_yield())
+    except OSError as error:
+        note(f"instances have as much of the processors as the manager: {error}")
+        return False
+    return True
 
 
 def _landlock() -> tuple[int | None, str | None]:
@@ -103,8 +114,17 @@ def _try_out(step: tuple[int, ...]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve the keeper at descriptor CHANNEL. `arguments`: mode, what a wrong system call does, the keeper, a label."""
+    """Serve the keeper at descriptor CHANNEL.
+
+    `arguments`: mode, what a wrong system call does, the keeper's process id and release, a label.
+    """
     mode, on_violation, parent = arguments[0], seccomp.OnViolation(arguments[1]), int(arguments[2])
+    if arguments[3] != RELEASE:  # an order is not read as another release wrote it
+        note(
+            f"this spawner is of release {RELEASE}, its keeper of another: the installed code was replaced under it. "
+            "'vtpm-manager upgrade' starts a keeper of this release"
+        )
+        return _EXIT_USAGE
     if mode not in MODES or not confine.die_with_parent(parent):
         return _EXIT_USAGE
     confinement, missing = prepare(on_violation, shared=mode == "fork")

@@ -17,6 +17,7 @@ from typing import Final, NoReturn
 from frontend_backend.descriptors import close_all, receive_message, send_message
 from frontend_backend.errors import ChannelClosedError, MessageError
 from frontend_backend.messages_keeper import ConfinementReply, decode_keeper
+from frontend_backend.release import RELEASE
 from vtpm_instance.errors import SpawnerLostError, SpawnRefusedError
 from vtpm_instance.journal import note
 from vtpm_instance.order import STARTED, InstanceOrder
@@ -73,7 +74,7 @@ class Spawner:
         self._changed(None, ours.fileno())
 
     def _command(self) -> list[str]:
-        words = [self._settings.mode, self._settings.on_violation, str(os.getpid()), self._settings.label]
+        words = [self._settings.mode, self._settings.on_violation, str(os.getpid()), RELEASE, self._settings.label]
         return [sys.executable, "-I", "-S", "-c", _PROGRAM, ":".join(_places()), *words]
 
     def wait_ready(self) -> ConfinementReply:

@@ -7,14 +7,14 @@ the hook raises, libtpms is told TPM_FAIL, and the state is not known to count o
 asked again (`load`). Nothing here decides what the guest sees then; that is `vtpm`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 from uuid import UUID
 
 from frontend_backend.deep_quote import bits
-from frontend_backend.messages_instance import Commit, CommitReply, Load, LoadReply, PcrRead, PcrReadReply
+from frontend_backend.messages_instance import Commit, CommitReply, Hibernate, Load, LoadReply, PcrRead, PcrReadReply
 from storage.errors import StorageError, StorageFull
 from storage.secrets import StateKey
 from storage.state_image import Blobs, Emulator, Saved, StateImage
@@ -25,11 +25,13 @@ from vtpm_instance.errors import (
     ManagerConfusedError,
     ManagerRefusedError,
     ManagerSilentError,
+    SlumberUnreadableError,
     StateNotWrittenError,
     WrongLeaseError,
     WrongVtpmError,
 )
 from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.slumber import Slumber
 from vtpm_instance.tpm_commands import MARGIN
 
 LOAD_TIMEOUT: Final = 30.0  # seconds for the first Load; later ones have the commit's deadline
@@ -51,12 +53,14 @@ class StateKeeper:
         self._gathering = False
         self._dirty = False
         self._timeout = LOAD_TIMEOUT
+        self._slumber: Slumber | SlumberUnreadableError | None = None
         self.blobs: dict[str, bytes] = {}
 
     def load(self) -> LoadReply:
         """Ask the manager which state counts, and read that one into `blobs`. Writes nothing.
 
-        The reply that is returned has lost its key. `blobs` is empty when the reply is fresh.
+        The reply that is returned has lost its key. `blobs` is empty when the reply is fresh. What a hibernated vTPM
+        left beside them is for `take_slumber`, and is gone with the next load.
 
         Raises:
             ManagerError: see ManagerLink.ask.
@@ -82,6 +86,10 @@ class StateKeeper:
                 blobs = dict(image.load(key, reply.digest, reply.generation))
             finally:
                 key.wipe()
+        try:
+            self._slumber = Slumber.taken_from(blobs)
+        except SlumberUnreadableError as error:
+            self._slumber = error  # a platform reset needs nothing of it
         self._image, self.blobs = image, blobs
         self._generation, self._timeout, self._dirty = reply.generation, reply.commit_timeout, False
         self._measure()
@@ -131,6 +139,29 @@ class StateKeeper:
         if self._dirty:
             self.commit()
 
+    def take_slumber(self) -> Slumber | None:
+        """Return what a hibernated vTPM left, once; None when the loaded state is not that of one.
+
+        Raises:
+            SlumberUnreadableError: it is one's, and cannot be read.
+
+        """
+        slumber, self._slumber = self._slumber, None
+        if isinstance(slumber, SlumberUnreadableError):
+            raise slumber
+        return slumber
+
+    def commit_slumber(self, slumber: Slumber) -> None:
+        """Make `blobs` and `slumber` durable as the state to wake up with; nothing may be committed after it.
+
+        Raises what `commit` raises; after StateNotWrittenError and CommitRefusedError one can go on as if nothing had
+        been tried.
+        """
+        saved = self._save(self.blobs | slumber.blobs())
+        message = Hibernate(saved.generation, saved.key.reveal(), saved.digest, self._lease)
+        saved.key.wipe()
+        self._tell_manager(message)
+
     def commit(self, *, final: bool = False) -> None:
         """Make `blobs` durable and covered by the store; `final` marks the state of a clean stop.
 
@@ -141,27 +172,31 @@ class StateKeeper:
             ManagerGoneError, ManagerConfusedError: see ManagerLink.ask.
 
         """
-        image, generation = self._opened(), self._generation + 1
-        try:
-            image.ensure_room(sum(map(len, self.blobs.values())))
-            saved = image.save(Blobs(self.blobs), generation, self._emulator)
-        except StorageError as error:
-            raise StateNotWrittenError(generation) from error
-        self._tell_manager(saved, final=final)
-        image.switch()
-        self._generation, self._dirty = generation, False
-        self._measure()
-
-    def _tell_manager(self, saved: Saved, *, final: bool) -> None:
+        saved = self._save(self.blobs)
         message = Commit(saved.generation, saved.key.reveal(), saved.digest, self._lease, final)
         saved.key.wipe()
+        self._tell_manager(message)
+        self._opened().switch()
+        self._generation, self._dirty = saved.generation, False
+        self._measure()
+
+    def _save(self, blobs: Mapping[str, bytes]) -> Saved:
+        """Write the slot that is not live. Raises StateNotWrittenError."""
+        image, generation = self._opened(), self._generation + 1
+        try:
+            image.ensure_room(sum(map(len, blobs.values())))
+            return image.save(Blobs(blobs), generation, self._emulator)
+        except StorageError as error:
+            raise StateNotWrittenError(generation) from error
+
+    def _tell_manager(self, message: Commit | Hibernate) -> None:
         try:
             reply = self._link.ask(message, self._timeout)
         except ManagerSilentError as error:
-            raise CommitUnansweredError(saved.generation, error.seconds) from error
+            raise CommitUnansweredError(message.generation, error.seconds) from error
         except ManagerRefusedError as error:
-            raise CommitRefusedError(saved.generation, error.code, error.text) from error
-        if not isinstance(reply, CommitReply) or reply.generation != saved.generation:
+            raise CommitRefusedError(message.generation, error.code, error.text) from error
+        if not isinstance(reply, CommitReply) or reply.generation != message.generation:
             raise ManagerConfusedError("Commit", repr(reply))
 
     def make_room(self) -> bool:

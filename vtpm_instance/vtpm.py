@@ -7,7 +7,6 @@ rings, files. Conditions change by one table; a command is given to libtpms at m
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from enum import Enum, auto
 from typing import Final, Protocol
 
 from frontend_backend import deep_quote
@@ -15,19 +14,26 @@ from frontend_backend.deep_quote import Evidence
 from frontend_backend.tpmhdr import ResponseCode, TpmFamily, error_response
 from storage.errors import StorageError
 from vtpm_instance import tpm_commands as tpm
+from vtpm_instance.condition import TRANSITIONS, Change, Condition, without_frames
 from vtpm_instance.errors import (
+    CommitRefusedError,
     CrashedBeforeError,
     HardwarePcrsError,
     InstanceError,
     ManagerConfusedError,
+    NotNowError,
     QuoteRefusedError,
+    ResumeRefusedError,
     SaveError,
     StartupRefusedError,
+    StateNotWrittenError,
+    StateRefusedError,
     WrongFamilyError,
 )
 from vtpm_instance.evidence import gather
 from vtpm_instance.hardware_pcrs import put_in
 from vtpm_instance.libtpms import Tpm
+from vtpm_instance.slumber import VOLATILE, Slumber
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import CODE_END, CODE_OFFSET, Startup
 
@@ -36,49 +42,12 @@ ENTROPY: Final = (
 )
 
 
-class Condition(Enum):
-    """What a vTPM is doing."""
-
-    OFF = auto()
-    RUNNING = auto()
-    FAILED = auto()  # every command is answered with a failure until a platform reset
-    STOPPED = auto()
-
-
-class Change(Enum):
-    """What can happen to a vTPM."""
-
-    STARTED = auto()
-    FAILED = auto()
-    STOPPED = auto()
-
-
-TRANSITIONS: Final[dict[tuple[Condition, Change], Condition]] = {
-    (Condition.OFF, Change.STARTED): Condition.RUNNING,
-    (Condition.OFF, Change.FAILED): Condition.FAILED,
-    (Condition.RUNNING, Change.STARTED): Condition.RUNNING,  # platform reset of a healthy vTPM
-    (Condition.RUNNING, Change.FAILED): Condition.FAILED,
-    (Condition.RUNNING, Change.STOPPED): Condition.STOPPED,
-    (Condition.FAILED, Change.STARTED): Condition.RUNNING,  # platform reset
-    (Condition.FAILED, Change.FAILED): Condition.FAILED,
-    (Condition.FAILED, Change.STOPPED): Condition.STOPPED,
-}
-
 _FAILURES: Final = {TpmFamily.TPM_2_0: ResponseCode.FAILURE, TpmFamily.TPM_1_2: ResponseCode.TPM12_FAIL}
 _NO_ROOM: Final = {TpmFamily.TPM_2_0: ResponseCode.NV_UNAVAILABLE, TpmFamily.TPM_1_2: ResponseCode.TPM12_RETRY}
 _BAD_SIZES: Final = {
     TpmFamily.TPM_2_0: ResponseCode.COMMAND_SIZE,
     TpmFamily.TPM_1_2: ResponseCode.TPM12_BAD_PARAM_SIZE,
 }
-
-
-def _without_frames(error: Exception) -> Exception:
-    """Drop the tracebacks of an exception and of what led to it, and with them the local variables they keep alive."""
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
 
 
 class Cancellable(Protocol):
@@ -128,6 +97,7 @@ class Vtpm:
         self._cause: Exception | None = None
         self._guest_shut_down = False
         self._stirred = False
+        self.locality = 0  # of the data channel, when it was hibernated
 
     @property
     def condition(self) -> Condition:
@@ -143,7 +113,7 @@ class Vtpm:
         self._condition = TRANSITIONS[self._condition, change]
         self._serving = self._condition is Condition.RUNNING
         # Without its traceback, whose frames hold the command, the blobs and the commit's key until the next change.
-        self._cause = cause and _without_frames(cause)
+        self._cause = cause and without_frames(cause)
         self._announce(self._condition, cause)
 
     # starting
@@ -151,8 +121,9 @@ class Vtpm:
     def start(self) -> None:
         """Load the state the manager names and start up as it says.
 
-        A refused Startup(STATE) leaves the vTPM FAILED, never silently cleared; so does "failed", and so does a
-        sound state that cannot be saved (a full disk): the next platform reset tries again.
+        "state" of a hibernated vTPM is no Startup: it goes on where it was. A refused Startup(STATE) or resumption
+        leaves the vTPM FAILED, never silently cleared; so does "failed", and so does a sound state that cannot be saved
+        (a full disk): the next platform reset tries again.
 
         Raises:
             InstanceError, StorageError: the vTPM cannot be loaded; nothing was changed.
@@ -174,11 +145,36 @@ class Vtpm:
             self._change(Change.FAILED, CrashedBeforeError())
             return
         try:
-            self._power_on(kind, fresh=reply.fresh)
-        except (StartupRefusedError, SaveError, HardwarePcrsError) as error:
+            slumber = self._keeper.take_slumber() if kind is Startup.STATE else None
+            if slumber is None:
+                self._power_on(kind, fresh=reply.fresh)
+            else:
+                self._resume(slumber)
+        except (StartupRefusedError, ResumeRefusedError, SaveError, HardwarePcrsError) as error:
             self._fail(error)
             return
         self._change(Change.STARTED)
+
+    def _resume(self, slumber: Slumber) -> None:
+        """Go on where a hibernated vTPM was, unnoticed by its guest; the manager has seen to it that this is once.
+
+        Raises:
+            ResumeRefusedError: libtpms does not take the volatile part. StateRefusedError: nor the permanent one.
+
+        """
+        blobs = self._keeper.blobs
+        blobs[VOLATILE] = slumber.volatile
+        try:
+            self._tpm.start(self.family, blobs, self._keeper.changed)
+        except StateRefusedError as error:
+            del blobs[VOLATILE]
+            self._try_out()
+            raise ResumeRefusedError(str(error)) from error
+        del blobs[VOLATILE]
+        self._stir()  # or it would draw what the one before it would have drawn
+        self._guest_shut_down, self.locality = slumber.shut_down, slumber.locality
+        if slumber.firmware:
+            self._after_reset = Startup.NONE
 
     def _try_out(self) -> None:
         """Check that libtpms takes the state, without changing it."""
@@ -305,6 +301,32 @@ class Vtpm:
             if code in (0, tpm.not_started_code(self.family)):
                 return True
         return False
+
+    def hibernate(self, locality: int) -> None:
+        """Save everything, the volatile part too, and power off; a guest is to notice nothing, so no Shutdown is sent.
+
+        `locality` is the data channel's. Until the commit is acknowledged nothing has changed.
+
+        Raises:
+            NotNowError: it is failed, or not started. StateNotWrittenError, CommitRefusedError: it was not to be.
+            SaveError, ManagerError: whether the state counts is not known; the vTPM is FAILED then.
+
+        """
+        if self._condition is not Condition.RUNNING:
+            raise NotNowError("it answers failure until a platform reset, so there is nothing to hibernate")
+        if self.family is TpmFamily.TPM_2_0 and tpm.code_of(self._tpm.process(tpm.read_clock())):
+            raise NotNowError("its TPM has not been started up by its guest, or is in failure mode")
+        volatile = self._tpm.volatile()
+        firmware = self._after_reset is Startup.NONE
+        try:
+            self._keeper.commit_slumber(Slumber(volatile, self._guest_shut_down, firmware, locality))
+        except (StateNotWrittenError, CommitRefusedError):
+            raise
+        except InstanceError as error:
+            self._fail(error)
+            raise
+        self._tpm.terminate()
+        self._change(Change.STOPPED)
 
     def stop(self) -> bool:
         """Clean stop: save the volatile state, one final commit, power off. Returns whether it was clean.

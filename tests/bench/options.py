@@ -11,6 +11,7 @@ class Options:
     instances: int = 50
     quick: bool = False
     active: int = 1000  # instances that save at once
+    attached: int = 5000  # vTPMs, most of them hibernated
 
     def rounds(self, wanted: int) -> int:
         """Return how many rounds to take."""

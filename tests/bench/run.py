@@ -13,7 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_attach
+import bench_flood
 import bench_hardware
+import bench_hibernate
+import bench_keepers
 import bench_many
 import bench_memory
 import bench_rings
@@ -43,6 +46,9 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "store": bench_store.run,
     "many": bench_many.run,
     "slowdisk": bench_slowdisk.run,
+    "flood": bench_flood.run,
+    "keepers": bench_keepers.run,
+    "hibernate": bench_hibernate.run,
     "many-large": bench_many.run_large,
 }
 ON_DEMAND = frozenset({"many-large"})  # minutes: only when it is named
@@ -56,6 +62,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names and end")
     parser.add_argument("--instances", type=int, default=50, metavar="N", help="for memory; at most 500 (default 50)")
     parser.add_argument("--active", type=int, default=1000, metavar="N", help="for slowdisk (default 1000)")
+    parser.add_argument("--attached", type=int, default=5000, metavar="N", help="for hibernate (default 5000)")
     parser.add_argument("--quick", action="store_true", help="a few calls each: shows that the tool works, no more")
     parser.add_argument("--no-write", action="store_true", help=f"leave {DOCUMENT.name} as it is, as --quick does")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write this run's sections to FILE instead")
@@ -80,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     if asked.redraw:
         write(document.load_entries(RESULTS))
         return 0
-    options = Options(asked.instances, asked.quick, asked.active)
+    options = Options(asked.instances, asked.quick, asked.active, asked.attached)
     names = asked.names or [name for name in BENCHES if name not in ON_DEMAND]
     machine, started = surroundings.machine(), time.monotonic()
     entries: dict[str, document.Entry] = {}

@@ -53,7 +53,7 @@ def _descriptors(pid: int) -> Counter[str]:
         for entry in os.listdir(f"/proc/{pid}/fd"):
             with suppress(OSError):
                 target = os.readlink(f"/proc/{pid}/fd/{entry}")
-                if not target.endswith(_PASSING):
+                if not target.endswith((*_PASSING, ".sqlite")):  # the catalogue's pool: one or two, 15 at most
                     kinds[re.sub(r"\[?\d+\]?|[0-9a-f-]{36}", "", target)] += 1
     return kinds
 

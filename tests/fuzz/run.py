@@ -1,8 +1,9 @@
 """`./dev fuzz [TARGET] [OPTIONS]`: runs every fuzz target beside this file, or one of them with its own options.
 
 Targets: frontend_backend (parsers and pages), instance (hostile commands in real instances), kill (kill -9 under load),
-anchors (power cuts and TPM resets between any two TPM commands), quotes (bundles and enrolment documents).
-All take --seconds N and --seed S; instance and kill --minutes M; instance --replay FILE.
+anchors (power cuts and TPM resets between any two TPM commands), quotes (bundles and enrolment documents),
+hibernation (kill -9 at each step of going to sleep and waking).
+All take --seconds N and --seed S; instance, kill and hibernation --minutes M; instance --replay FILE.
 """
 
 import argparse

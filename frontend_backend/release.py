@@ -1,0 +1,5 @@
+"""Which release this code is. Running processes of different releases meet after an upgrade in place."""
+
+from typing import Final
+
+RELEASE: Final = "0.1.0"  # as in pyproject.toml, which a running process cannot read

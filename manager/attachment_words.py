@@ -1,0 +1,35 @@
+"""What an attachment's row says of its instance, in the words the instance or the sweep understands."""
+
+from manager.config import InstanceConfig
+from manager.errors import UsageError
+from storage.catalogue_rows import AttachmentRow
+
+_NEVER = "never"
+_MOST_SECONDS = 10 * 365 * 86_400  # a number of 32 bits in the catalogue, and longer than any host stays up
+
+
+def after_reset(attachment: AttachmentRow) -> str:
+    """Return the startup after a platform reset: what the attachment asks for, but never an old state again."""
+    return "none" if attachment.startup == "none" else "clear"
+
+
+def rest_after(attachment: AttachmentRow, config: InstanceConfig) -> float:
+    """Return after how many seconds without a command its vTPM is hibernated, 0 for never."""
+    own = attachment.hibernate_after
+    return max(config.hibernate_after, 0.0) if own is None else float(own)
+
+
+def parse_rest(text: str | None) -> int | None:
+    """Read --hibernate: None (as configured), "never" (0) or seconds.
+
+    Raises:
+        UsageError: it is neither.
+
+    """
+    if text is None:
+        return None
+    if text == _NEVER:
+        return 0
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text[:12]) <= _MOST_SECONDS:
+        raise UsageError(f"'{text[:40]}' is no time to hibernate after: write never, or whole seconds from 1")
+    return int(text)

@@ -1,0 +1,168 @@
+"""Hibernated vTPMs: which there are, and the steps of putting them under watch and of waking them.
+
+What lives here: what the manager knows of each, and single steps with the keeper. When they are taken: `hibernation`.
+A sleeping vTPM has no process and no ring; its keeper has its listening sockets and open connections. It keeps its
+lease: the process that had it has ended for certain (the keeper reaped it) before there is another with the same.
+"""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from frontend_backend import messages_keeper as k
+from frontend_backend.release import RELEASE
+from manager import state_files
+from manager.attachment_words import after_reset, rest_after
+from manager.config import InstanceConfig
+from manager.endings import Endings
+from manager.errors import KeeperError
+from manager.hardware_pcrs import bit_map
+from manager.instances import Instances
+from manager.keepers import Keepers
+from manager.launches import Launch
+from manager.quotas import quota_of
+from manager.registry import Registry
+from manager.running import Running
+from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
+from storage.catalogue import AttachmentRow, VtpmRow
+from storage.store_records import RecordFlags
+
+_ASLEEP: Final = RecordFlags.RESUMABLE | RecordFlags.HIBERNATED
+
+
+@dataclass(slots=True)
+class Asleep:
+    """One hibernated vTPM.
+
+    `since`: seconds since 1970; `freed`: bytes of memory that its process had for itself, None where not known;
+    `failures`: how often, one after the other, it did not wake.
+    """
+
+    lease: int
+    since: float
+    freed: int | None = None
+    failures: int = 0
+
+
+def is_hibernated(flags: RecordFlags) -> bool:
+    """Tell whether a record says that its state is that of a hibernated vTPM, not resumed yet."""
+    return flags & _ASLEEP == _ASLEEP
+
+
+class Sleepers:
+    """Every hibernated vTPM, as far as its manager has seen to it."""
+
+    def __init__(
+        self, registry: Registry, instances: Instances, keepers: Keepers, sockets: Path, config: InstanceConfig
+    ) -> None:
+        """Know of none yet."""
+        self._registry, self._instances, self._keepers = registry, instances, keepers
+        self._sockets, self._config = sockets, config
+        self._endings = Endings(keepers)
+        self.asleep: dict[UUID, Asleep] = {}
+
+    def __contains__(self, vtpm: UUID) -> bool:
+        return vtpm in self.asleep
+
+    @property
+    def freed(self) -> int:
+        """Bytes of memory that the processes of those that sleep had for themselves, as far as it was seen."""
+        return sum(entry.freed or 0 for entry in self.asleep.values())
+
+    def since(self, vtpm: UUID) -> float:
+        """Return since when a vTPM sleeps, in seconds since 1970; 0 when it does not."""
+        entry = self.asleep.get(vtpm)
+        return 0.0 if entry is None else entry.since
+
+    def fell_asleep(self, running: Running) -> None:
+        """Take note of one whose instance has committed and ended."""
+        self.asleep[running.vtpm] = Asleep(running.lease, time.time(), running.private_bytes)
+
+    def found(self, row: VtpmRow, lease: int) -> None:
+        """Take note of one that slept before this manager was there: since its state image was written."""
+        try:
+            since = self._registry.image_path(row).stat().st_mtime
+        except OSError:
+            since = time.time()  # whoever wakes it meets that, with words of his own
+        self.asleep[row.uuid] = Asleep(lease, since)
+
+    # steps
+
+    async def arm(self, row: VtpmRow, attachment: AttachmentRow) -> None:
+        """Have new listening sockets watched: the keeper has nothing of this one.
+
+        Raises:
+            KeeperError, BusyError: no keeper takes them. ManagerError: they cannot be made.
+
+        """
+        uid, gid = map(int, attachment.owner.split(":"))
+        folder = SocketFolder(self._sockets, row.uuid, attachment.frontend)
+        made = folder.listen(Owner(uid, gid), parse_mode(attachment.mode))
+        names = LISTENERS_OF[attachment.frontend]
+        try:
+            arm = k.Arm(row.uuid.bytes, attachment.lease, attachment.frontend, names)
+            await self._keepers.ask(arm, tuple(sock.fileno() for sock in made))
+        finally:
+            for sock in made:
+                sock.close()
+        if row.uuid not in self.asleep:
+            self.found(row, attachment.lease)
+
+    async def watch_again(self, row: VtpmRow, attachment: AttachmentRow) -> None:
+        """Have one watched that could not be woken, with new sockets where its keeper has died; see `arm`."""
+        if self._keepers.release_of(row.uuid.bytes, attachment.lease) != RELEASE:
+            # of before an upgrade: its keeper's spawner may be gone, and would be of code that it does not understand
+            await self._endings.forget(row.uuid, attachment.lease)
+            await self.arm(row, attachment)
+            return
+        try:
+            await self._keepers.ask(k.Arm(row.uuid.bytes, attachment.lease, attachment.frontend, ()))
+        except KeeperError:
+            await self.arm(row, attachment)
+
+    async def launch(self, row: VtpmRow, attachment: AttachmentRow) -> Running:
+        """Start the next instance of one that sleeps, on what its keeper has; from then on it is no sleeper.
+
+        Raises:
+            KeeperError, BusyError, ConflictError: it was not started, and goes on to sleep, unwatched.
+
+        """
+        image = state_files.open_locked(self._registry.image_path(row), create=False)
+        try:
+            launch = Launch(
+                vtpm=row.uuid,
+                lease=attachment.lease,
+                family=row.family,
+                frontend=attachment.frontend,
+                owner_uid=int(attachment.owner.split(":")[0]),
+                startup="state",
+                after_reset=after_reset(attachment),
+                listeners=(),
+                epoch=attachment.epoch,
+                hw_pcrs=bit_map(attachment.hw_pcrs),
+                rest_after=rest_after(attachment, self._config),
+                quota=quota_of(attachment),
+                wakes=True,
+            )
+            running = await self._instances.start(launch, image, _NO_SOCKETS, _nothing)
+        finally:
+            os.close(image)
+        self.asleep.pop(row.uuid, None)
+        return running
+
+    async def forget(self, vtpm: UUID) -> None:
+        """Let go of one, its sockets and connections with it: it could not be woken to be stopped."""
+        entry = self.asleep.pop(vtpm, None)
+        if entry is not None:
+            await self._endings.forget(vtpm, entry.lease)
+
+
+_NO_SOCKETS: Final[list[socket.socket]] = []
+
+
+def _nothing() -> None:
+    """Nothing to record: the lease stays."""
