@@ -131,8 +131,8 @@ def _run(options: argparse.Namespace) -> int:
     command = Command.of_this_process()
     layout = _layout(options)
     config = _config(options, layout)
-    if run(layout, config, command):
-        become(command)
+    while run(layout, config, command):
+        command = become(command)  # comes back when the installed code cannot be run: ours goes on
     return int(ExitCode.OK)
 
 

@@ -241,6 +241,11 @@ class Attachments:
             raise _not_attached(row)
         return attachment
 
+    async def awake(self, row: VtpmRow) -> Running | None:
+        """Return a vTPM's instance, woken where it sleeps; None where there is none. The caller holds its lock."""
+        attachment = self._catalogue.find_attachment(row.uuid)
+        return None if attachment is None else await self._starts.awake(row, attachment)
+
     def lock(self, vtpm: UUID) -> trio.Lock:
         """Return the lock that whoever starts, stops, resets or removes this vTPM holds meanwhile."""
         return self._changing.setdefault(vtpm, trio.Lock())

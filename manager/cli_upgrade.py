@@ -33,6 +33,11 @@ def run_upgrade(options: argparse.Namespace) -> int:
     try:
         (before,) = request(where, verb.name, {}, on_note=lambda text: print(text, file=sys.stderr))
         after = _wait(where, before)
+        if after["upgrade_failed"]:
+            raise ManagerError(
+                f"{after['upgrade_failed']}. The code of before, release {after['release']}, serves again; running "
+                f"vTPMs went on. Install a release that can be run, and try again"
+            )
     except ManagerError as error:
         return report(error, options.form, "vtpm-manager upgrade")
     document = before | {"state": "upgraded", "pid": after["pid"], "release": after["release"]}

@@ -122,6 +122,8 @@ class Daemon:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
         await self._anchoring.write_opening(unclean=unclean)
         self._keepers = await Keepers.connect(self._layout, self._config.instance)
+        # a dead manager's: keepers serve us, so no other manager lives in this directory, with a store of its own perhaps
+        self._layout.admin_socket.unlink(missing_ok=True)
         try:
             async with trio.open_nursery() as nursery:
                 await self._serve(nursery, self._keepers)
@@ -132,7 +134,7 @@ class Daemon:
             self._catalogue.close()
             self._opened.store.close()
             self._opened.secret.wipe()
-        return self._upgrading and self._keep_instances
+        return self._upgrading
 
     async def _serve(self, nursery: trio.Nursery, keepers: Keepers) -> None:
         config = self._config
@@ -200,7 +202,11 @@ class Daemon:
     async def _signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
             async for number in received:
-                self._keep_instances = number == signal.SIGHUP and not self._stop_requested.is_set()
+                if number != signal.SIGHUP:
+                    self._keep_instances = False
+                elif not self._stop_requested.is_set():
+                    self._keep_instances = True
+                self._upgrading = False  # who sends a signal wants this process to end
                 _log.info(
                     "%s: %s", signal.Signals(number).name, "stepping down" if self._keep_instances else "stopping"
                 )
@@ -235,6 +241,7 @@ class Daemon:
         """Stop instances (unless they are to go on), write the last anchor, end the keepers."""
         if self._keep_instances:
             await self._anchoring.write_durable()
+        if self._keep_instances:  # unless a stop of everything was asked for meanwhile
             _log.info("instances go on without a manager; their saves wait for the next one")
         else:
             unclean = await self._attachments.stop_all()
@@ -253,6 +260,7 @@ class Daemon:
             "pid": os.getpid(),
             "release": RELEASE,
             "run": self._run_id,
+            "upgrade_failed": self._command.failed if self._command else None,
             "keeper_pid": self._keepers.first.pid,
             "keepers": len(self._keepers.all),
             "keepers_hold": self._keepers.describe(),
@@ -302,7 +310,6 @@ def run(layout: Layout, config: Config, command: Command | None = None) -> bool:
     layout.check()
     make_runtime_directory(layout)
     with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
-        layout.admin_socket.unlink(missing_ok=True)
         opened = open_store(descriptor, tpm, config)
         return trio.run(Daemon(layout, config, opened, Hardware(tpm), command).run)
 

@@ -28,7 +28,7 @@ from manager.keepers import Keepers
 from manager.memory import private_bytes
 from manager.registry import Registry
 from manager.running import Running, Stage
-from manager.sleepers import is_hibernated
+from manager.sleepers import LONGEST_RETRY, is_hibernated
 from storage.catalogue import AttachmentRow, VtpmRow
 from storage.errors import StorageError
 
@@ -37,8 +37,7 @@ LOOKS: Final = 4  # at an instance, in the time after which it is hibernated, th
 _LONGEST_PAUSE: Final = 1.0  # seconds between two looks at who is to be asked
 _SHORTEST_PAUSE: Final = 0.1
 ORDER_SECONDS: Final = 30.0  # that an instance may take to go to sleep, or to say why not: an RSA key takes some
-_RETRY_SECONDS: Final = 1.0  # before one that could not be woken is watched again; twice as long after each time
-_LONGEST_RETRY: Final = 60.0
+_RETRY_SECONDS: Final = 1.0  # before a keeper that did not answer is asked again
 
 Later = Callable[[VtpmRow, str], Awaitable[None]]
 
@@ -226,7 +225,18 @@ class Hibernation:
             except (ManagerError, StorageError, OSError) as error:
                 self._not_woken(row, attachment, error)
                 return
-        self.events.note("resumed", vtpm, f"{row.name}: instance {running.pid} goes on with it", time.time())
+        self._resumed(row, running)
+
+    async def awake(self, row: VtpmRow) -> Running | None:
+        """Return a vTPM's instance for who needs it, woken where it sleeps; the caller holds the vTPM's lock."""
+        before = self._attachments.running(row.uuid)
+        running = await self._attachments.awake(row)
+        if running is not None and running is not before:
+            self._resumed(row, running)
+        return running
+
+    def _resumed(self, row: VtpmRow, running: Running) -> None:
+        self.events.note("resumed", row.uuid, f"{row.name}: instance {running.pid} goes on with it", time.time())
 
     def _rows(self, vtpm: UUID) -> tuple[VtpmRow, AttachmentRow] | None:
         """Return the rows of a vTPM that sleeps, None where it does not, or nothing is to be started any more."""
@@ -240,7 +250,7 @@ class Hibernation:
         _log.error("vTPM %s: it is hibernated, and the catalogue cannot be read: %s", vtpm, error)
 
         async def later() -> None:
-            await trio.sleep(_LONGEST_RETRY / 2)
+            await trio.sleep(LONGEST_RETRY / 2)
             await again(vtpm)
 
         self._nursery.start_soon(later)
@@ -250,9 +260,7 @@ class Hibernation:
         self._attachments.note_down(row.uuid, f"it was wanted, and did not wake: {error}")
         entry = self._sleepers.asleep.get(row.uuid)
         if entry is not None:
-            entry.failures += 1
-            pause = min(_RETRY_SECONDS * 2 ** (entry.failures - 1), _LONGEST_RETRY)
-            self._nursery.start_soon(self._watch_later, row, attachment, pause)
+            self._nursery.start_soon(self._watch_later, row, attachment, entry.pause())
         elif not isinstance(error, QuarantinedError):
             self._nursery.start_soon(self._later, row, str(error))
 

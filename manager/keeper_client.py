@@ -145,9 +145,12 @@ class Keeper:
                 await send_message_trio(self._sock, m.encode_keeper(message), descriptors)
                 meanwhile()
                 data, received = await receive_message_trio(self._sock, max_descriptors=MAX_DESCRIPTORS)
-        except (MessageError, trio.TooSlowError) as error:
+        except trio.TooSlowError as error:
             self._sock.close()  # its answer may still come, and must not be taken for that of the next question
-            raise KeeperError(f"the keeper does not answer: {error}") from error
+            raise KeeperError(self._silence()) from error
+        except MessageError as error:
+            self._sock.close()
+            raise KeeperError(f"the keeper at {self.path} does not answer: {error}") from error
         except trio.Cancelled:
             self._sock.close()
             raise
@@ -171,6 +174,13 @@ class Keeper:
                 raise KeeperError("the keeper asks where it should answer")
             case _:
                 return reply, received
+
+    def _silence(self) -> str:
+        who = f"the keeper at {self.path}" + (f" (process {self.pid})" if self.pid else "")
+        return (
+            f"{who} gave no answer within {_ANSWER_SECONDS:g} s; its running vTPMs go on. If it hangs for good, kill its "
+            f"process: they stop cleanly then, and the manager starts another keeper and them again"
+        )
 
     async def list(self) -> list[m.Kept]:
         """Return every instance the keeper has, ended ones included."""

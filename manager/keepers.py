@@ -46,6 +46,7 @@ class Keepers:
         self._all: dict[int, Keeper] = {}
         self._pids: dict[Keeper, int] = {}  # those that the places are about
         self._places = Places()
+        self._silent: set[Keeper] = set()  # gave no answer the last time: others come first
         self._choosing = trio.Lock()
         self.on_new: Callable[[Keeper], None] = _nobody_told
         self.confinement: k.ConfinementReply | None = None
@@ -111,7 +112,16 @@ class Keepers:
         self, keeper: Keeper, message: k.KeeperRequest, descriptors: tuple[int, ...], meanwhile: Callable[[], None]
     ) -> Answer:
         try:
-            return await keeper.ask(message, descriptors, meanwhile)
+            answer = await keeper.ask(message, descriptors, meanwhile)
+        except KeeperRefusedError:
+            self._silent.discard(keeper)
+            raise
+        except KeeperError:
+            self._silent.add(keeper)
+            raise
+        else:
+            self._silent.discard(keeper)
+            return answer
         finally:
             if keeper.pid != self._pids.get(keeper, keeper.pid):
                 self._pids[keeper] = keeper.pid
@@ -181,7 +191,7 @@ class Keepers:
             while True:
                 fit = [keeper for keeper in self.all if self.load_of(keeper) < self.room_of(keeper)]
                 if fit:
-                    keeper = min(fit, key=self.load_of)
+                    keeper = min(fit, key=lambda one: (one in self._silent, self.load_of(one)))
                     self._places.reserve(keeper)
                     return keeper
                 await self._start_next()
@@ -209,6 +219,7 @@ class Keepers:
                 return
             del self._all[number]
             del self._pids[keeper]
+            self._silent.discard(keeper)
             try:
                 await confinement.end(keeper)
             except KeeperError as error:

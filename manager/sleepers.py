@@ -31,6 +31,9 @@ from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
 from storage.catalogue import AttachmentRow, VtpmRow
 from storage.store_records import RecordFlags
 
+_RETRY_SECONDS: Final = 1.0
+LONGEST_RETRY: Final = 60.0  # seconds
+_DOUBLINGS: Final = 6  # that reach it
 _ASLEEP: Final = RecordFlags.RESUMABLE | RecordFlags.HIBERNATED
 
 
@@ -46,6 +49,12 @@ class Asleep:
     since: float
     freed: int | None = None
     failures: int = 0
+
+    def pause(self) -> float:
+        """Count another failure; return the seconds before it is watched again, twice as many after each."""
+        pause = _RETRY_SECONDS * 2.0 ** min(self.failures, _DOUBLINGS)
+        self.failures += 1
+        return min(pause, LONGEST_RETRY)
 
 
 def is_hibernated(flags: RecordFlags) -> bool:

@@ -97,8 +97,10 @@ class Starts:
         renewed = self._marks.renewed(attachment)
         return await self.start(row, renewed, startup, lambda: self._catalogue.renew(renewed))
 
-    async def wake(self, row: VtpmRow, attachment: AttachmentRow) -> Running:
+    async def wake(self, row: VtpmRow, attachment: AttachmentRow, *, briefly: bool = False) -> Running:
         """Have a hibernated vTPM go on, as its guest knows it; the caller has its lock.
+
+        One that is woken `briefly`, to be stopped, needs no room: to make some is why others are detached.
 
         Raises:
             BusyError, KeeperError, ConflictError: it was not started, and sleeps on, or it ended before it was ready.
@@ -108,7 +110,8 @@ class Starts:
         if self.stopping:
             raise BusyError("the manager is stopping; nothing was started")
         self._marks.refuse_stale(attachment)
-        self.capacity.check(self.count)
+        if not briefly:
+            self.capacity.check(self.count)
         self._starting += 1
         try:
             running = await self.sleepers.launch(row, attachment)
@@ -118,14 +121,14 @@ class Starts:
         await self._verified(row, running)
         return running
 
-    async def awake(self, row: VtpmRow, attachment: AttachmentRow) -> Running | None:
+    async def awake(self, row: VtpmRow, attachment: AttachmentRow, *, briefly: bool = False) -> Running | None:
         """Return the instance, having woken a hibernated vTPM for it; None where there is none, or it cannot be had."""
         running = self.running(row.uuid)
         if running is not None and running.stage is Stage.HIBERNATED:
             await running.ended.wait()
         if row.uuid in self.sleepers:
             try:
-                return await self.wake(row, attachment)
+                return await self.wake(row, attachment, briefly=briefly)
             except (ManagerError, StorageError) as error:
                 _log.warning("vTPM %s: it does not wake: %s", row.uuid, error)
         return self.running(row.uuid)
@@ -134,7 +137,7 @@ class Starts:
         """Stop a vTPM cleanly, which a hibernated one is woken for. Returns whether it was clean."""
         while True:
             slept = row.uuid in self.sleepers
-            running = await self.awake(row, attachment)
+            running = await self.awake(row, attachment, briefly=True)
             if running is None:
                 await self.sleepers.forget(row.uuid)
                 return not slept

@@ -9,12 +9,13 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, NoReturn, Self
+from typing import Final, Self
 
 import trio
 
+from frontend_backend.release import RELEASE
 from manager import preflight
 from manager.errors import BusyError, ConflictError
 
@@ -29,6 +30,7 @@ class Command:
 
     program: tuple[str, ...]
     options: tuple[str, ...]
+    failed: str | None = None  # why the installed code could not be run when it was to take over
 
     @classmethod
     def of_this_process(cls) -> Self:
@@ -84,15 +86,15 @@ def _refused(why: str) -> ConflictError:
     )
 
 
-def become(command: Command) -> NoReturn:
-    """Run the installed code in this process, as it was started.
-
-    Raises:
-        OSError: it cannot be started.
-
-    """
+def become(command: Command) -> Command:
+    """Run the installed code in this process, as it was started; returns only if it cannot be, with the reason."""
     words = command.with_verb("run")
     _log.info("handing over to %s", " ".join(words))
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(words[0], words)  # noqa: S606 - no shell is wanted
+    try:
+        os.execv(words[0], words)  # noqa: S606 - no shell is wanted
+    except OSError as error:
+        why = f"{words[0]} cannot be run: {error.strerror or error}"
+        _log.error("%s; the code of before, release %s, goes on", why, RELEASE)
+        return replace(command, failed=why)

@@ -17,7 +17,7 @@ async def quote(services: Services, caller: Caller, arguments: Arguments) -> lis
     nonce = _nonce(arguments["nonce"])
     pcrs = range(24) if arguments["pcrs"] == _ALL else parse_any_pcrs(arguments["pcrs"])
     async with services.attachments.lock(row.uuid):  # it stays as it is until the bundle is made
-        running = services.attachments.running(row.uuid)
+        running = await services.hibernation.awake(row)
         bundle = await services.quotes.of(row, running, nonce, sum(1 << pcr for pcr in pcrs))
     group = services.registry.group_name(row.group)
     services.registry.catalogue.log("quoted", row.uuid, f"{row.name}, by user {caller.uid}")

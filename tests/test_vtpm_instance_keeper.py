@@ -320,6 +320,24 @@ def test_a_socket_that_a_dead_keeper_left_is_replaced() -> None:
         KeeperProcess(directory).close()
 
 
+def test_a_keeper_whose_socket_is_gone_already_ends_as_any_other() -> None:
+    with running_keeper() as keeper:
+        keeper.path.unlink()
+        keeper.process.send_signal(signal.SIGTERM)
+        assert keeper.process.wait(DEADLINE) == 0, keeper.log.read_text()
+
+
+def test_a_keeper_that_ends_leaves_the_socket_of_the_one_that_came_in_its_place() -> None:
+    """Who finds that nobody listens removes the socket and starts another keeper, which would be lost without it."""
+    with running_keeper() as keeper:
+        keeper.path.unlink()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as next_one:
+            next_one.bind(str(keeper.path))
+            keeper.process.send_signal(signal.SIGTERM)
+            assert keeper.process.wait(DEADLINE) == 0, keeper.log.read_text()
+            assert keeper.path.exists()
+
+
 def test_without_a_socket_path_it_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([])

@@ -8,14 +8,17 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from frontend_backend.descriptors import receive_message, send_message
+from frontend_backend.descriptors import close_all, receive_message, send_message
 from frontend_backend.doorbell import PipeDoorbell, SocketDoorbell
 from frontend_backend.errors import ChannelClosedError
 from frontend_backend.local import LocalRing
-from frontend_backend.messages_keeper import Wanted, decode_keeper
+from frontend_backend.messages_keeper import Spawn, Wake, Wanted, Watch, decode_keeper
+from vtpm_instance.errors import KeeperStoppingError
 from vtpm_instance.handover import Handed, Kind, pack
-from vtpm_instance.kept import KeptInstance
-from vtpm_instance.parking import Parking
+from vtpm_instance.keeper_requests import Requests
+from vtpm_instance.kept import Keeping, KeptInstance
+from vtpm_instance.parking import MOST_MESSAGES, Parking
+from vtpm_instance.spawner_link import Spawner, SpawnSettings
 
 
 class Lot:
@@ -25,6 +28,7 @@ class Lot:
         self.parking = Parking()
         self.close_later: list[Callable[[], None]] = [self.parking.close]
         self.notices: socket.socket | None = None
+        self.kept: list[KeptInstance] = []
 
     def tell(self) -> None:
         """Be a manager, the next one perhaps."""
@@ -32,7 +36,7 @@ class Lot:
             self.notices.close()
         self.notices, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.notices.setblocking(False)
-        self.parking.tell(theirs)
+        self.parking.tell(theirs, self.kept)
 
     def socket(self) -> tuple[socket.socket, socket.socket]:
         pair = socket.socketpair()
@@ -56,6 +60,7 @@ class Lot:
         doorbell = ours._sock.detach()
         kept = KeptInstance(uuid4(), 1, 77, pidfd, "socket", page, doorbell, {"data": listener.fileno()}, status=0)
         self.close_later.append(listener.close)
+        self.kept.append(kept)
         assert self.parking.fall_asleep(kept) == len(kept.connections)
         assert (kept.asleep, kept.page, kept.doorbell, kept.pidfd) == (True, -1, -1, -1)
         return kept, listener.getsockname()
@@ -112,6 +117,52 @@ def test_connections_are_taken_in_though_the_instance_ended_without_hearing_the_
     kept, _ = lot.sleeper(handed, rings=2, unheard=2)
     assert len(kept.connections) == 1
     guest.sendall(b"command")
+    assert lot.wanted() == [kept.vtpm]
+
+
+def test_an_accomplice_with_a_dead_instances_doorbell_does_not_hold_the_keeper_up(lot: Lot) -> None:
+    """Somebody to whom it handed its end can ring faster than we read: then there is always one more to be read."""
+    ours, theirs = SocketDoorbell.pair()
+    theirs._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    rung = 0
+    with suppress(BlockingIOError):
+        while True:
+            theirs._sock.send(b"r")
+            rung += 1
+    assert rung > MOST_MESSAGES, "or the limit is not tried"
+    rest = ours._sock.dup()
+    lot.close_later += [rest.close, theirs.close]
+    page, pidfd = os.memfd_create("page"), os.pidfd_open(os.getpid())
+    lot.parking.fall_asleep(KeptInstance(uuid4(), 1, 77, pidfd, "socket", page, ours._sock.detach(), {}, status=0))
+    left = 0
+    with suppress(BlockingIOError):
+        while rest.recv(1, socket.MSG_DONTWAIT):
+            left += 1
+    assert left == rung - MOST_MESSAGES
+
+
+def test_one_that_could_not_be_woken_is_told_to_the_next_manager(lot: Lot) -> None:
+    """Its manager dies before it has it watched again: the command must not wait for ever."""
+    keeping = Keeping()
+    link = Spawner(SpawnSettings(), lambda _old, _new: None)
+    requests = Requests(keeping, lot.parking, link, lambda _kept: None, lambda _kept: None)
+    handed, guest = given(lot)
+    kept, _ = lot.sleeper(handed)
+    keeping.add(kept)
+    guest.sendall(b"command")
+    assert lot.wanted() == [kept.vtpm]
+    requests.stopping = True  # whatever it is: no instance is made
+    spawn = Spawn(kept.vtpm.bytes, kept.lease, "2.0", 0, 0, "socket", 0, 0, ())
+    descriptors = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(4)]
+    with pytest.raises(KeeperStoppingError):
+        requests.do(Wake(spawn), descriptors, [])
+    close_all(descriptors)
+    assert lot.wanted() == []
+    assert lot.notices is not None
+    lot.notices.close()
+    lot.notices, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lot.notices.setblocking(False)
+    requests.do(Watch(), [theirs.detach()], [])
     assert lot.wanted() == [kept.vtpm]
 
 
@@ -186,6 +237,7 @@ def test_what_a_manager_was_told_and_died_over_the_next_one_is_told(lot: Lot) ->
         lot.tell()
         assert lot.wanted() == [kept.vtpm]
         lot.parking.leave(kept)
+        lot.kept.remove(kept)
         lot.tell()
         assert lot.wanted() == [], "it was woken"
     assert other.asleep

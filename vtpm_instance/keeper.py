@@ -1,6 +1,7 @@
 """The command `vtpm-keeper`: arguments, socket, spawner, then the keeper's loop."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -42,6 +43,25 @@ def open_listener(path: str) -> socket.socket:
     finally:
         os.umask(mask)
     return listener
+
+
+def _file_of(path: str) -> tuple[int, int] | None:
+    """Return device and inode of a file, None where there is none."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _take_away(path: str, ours: tuple[int, int] | None) -> None:
+    """Remove the keeper's socket, unless it is gone, or another keeper's by now: that one could not be found again.
+
+    To be called while it still listens: whoever cannot connect removes the socket and starts another keeper there.
+    """
+    if ours is not None and _file_of(path) == ours:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _is_served(path: str) -> bool:
@@ -119,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeeperInUseError as error:
         note(str(error))
         return EXIT_BUSY
+    ours = _file_of(arguments.socket)
     keeper = Keeper(listener, wakeup, arguments.linger, settings)
     try:
         keeper.prepare()
@@ -130,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(str(error))
         return EXIT_FAILURE
     finally:
+        _take_away(arguments.socket, ours)
         keeper.close()
-        os.unlink(arguments.socket)
 
 
 if __name__ == "__main__":

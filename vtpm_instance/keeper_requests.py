@@ -5,6 +5,7 @@ What lives here: one method a request. What must not: connections of managers, a
 
 import os
 import resource
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -142,14 +143,14 @@ class Requests:
         order = order_of(request, for_instance)
         self._keeping.refuse_second(order.vtpm, order.lease)
         pid, pidfd = self._make(order)
-        # The instance's own ends: a copy here would keep its lock and its doorbell alive after its death.
-        close_all((order.image, order.doorbell))
         doorbell = descriptors[_MANAGERS_DOORBELL]
         kept = KeptInstance(
             order.vtpm, order.lease, pid, pidfd, request.frontend, order.page, doorbell, dict(order.listeners)
         )
+        self._begin(kept, pid, pidfd)
+        # The instance's own ends: a copy here would keep its lock and its doorbell alive after its death.
+        close_all((order.image, order.doorbell))
         self._keeping.add(kept)
-        self._began(kept)
         handed_out.append(pidfd)
         return Spawned(pid)
 
@@ -163,6 +164,18 @@ class Requests:
             return self._spawner.spawn(order)
         except SpawnerLostError:
             self._keeping.end_strays(self._spawner.pid)
+            raise
+
+    def _begin(self, kept: KeptInstance, pid: int, pidfd: int) -> None:
+        """Have a new process watched; one that cannot be is ended, for its end would never be noticed."""
+        kept.pid, kept.pidfd = pid, pidfd
+        try:
+            self._began(kept)
+        except OSError:
+            kept.pid, kept.pidfd = 0, -1
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
             raise
 
     # hibernation
@@ -199,15 +212,16 @@ class Requests:
         order.connections = kept.connections
         self._parking.leave(kept)
         pid, pidfd = self._make(order)
+        self._begin(kept, pid, pidfd)
         close_all((image, doorbell, *(descriptor for each in kept.connections for descriptor in each.descriptors)))
-        kept.pid, kept.pidfd, kept.page, kept.doorbell = pid, pidfd, page, ours
+        kept.page, kept.doorbell = page, ours
         kept.status, kept.asleep, kept.connections = None, False, []
-        self._began(kept)
         handed_out.append(pidfd)
         return Spawned(pid)
 
     def _watch(self, _request: Watch, descriptors: list[int], _handed_out: list[int]) -> Watching:
         if len(descriptors) != 1:
             raise WrongDescriptorsError(1, len(descriptors))
-        self._parking.tell(socket.socket(fileno=descriptors[0]))
-        return Watching(sum(kept.asleep for kept in self._keeping))
+        asleep = [kept for kept in self._keeping if kept.asleep]
+        self._parking.tell(socket.socket(fileno=descriptors[0]), asleep)
+        return Watching(len(asleep))

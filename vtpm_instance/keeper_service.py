@@ -1,7 +1,7 @@
 """The keeper: outlives the manager, keeps what the next one needs, and is the parent of all instances. Holds no key.
 
-One process, one thread, one poll loop. Instances are made by its spawner, another process, which it starts and
-replaces. It serves one manager at a time over a SEQPACKET socket (`messages_keeper`).
+One process, one thread, one epoll loop: an event costs the same however many instances there are. Instances are made
+by its spawner, another process, which it starts and replaces. It serves one manager at a time over a SEQPACKET socket (`messages_keeper`).
 """
 
 import os
@@ -45,7 +45,7 @@ class Keeper:
         self._listener, self._wakeup, self._linger = listener, wakeup, linger
         self._keeping = Keeping()
         self._manager: socket.socket | None = None
-        self._poll = select.poll()
+        self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._unused_since = 0.0
         self._stop_by: float | None = None
@@ -75,12 +75,13 @@ class Keeper:
             self._watch(new, self._spawner.on_event)
 
     def _watch(self, descriptor: int, handler: Callable[[], None]) -> None:
+        self._epoll.register(descriptor, select.EPOLLIN)
         self._handlers[descriptor] = handler
-        self._poll.register(descriptor, select.POLLIN)
 
     def _forget_descriptor(self, descriptor: int) -> None:
+        """Watch it no longer; to be called before it is closed: others may have it too, and epoll would go on."""
         del self._handlers[descriptor]
-        self._poll.unregister(descriptor)
+        self._epoll.unregister(descriptor)
 
     # the loop
 
@@ -88,7 +89,7 @@ class Keeper:
         """Serve, and return the exit status: 0, or 1 when instances did not end in time."""
         self._unused_since = time.monotonic()
         while (left := self._seconds_left()) > 0:
-            for descriptor, _ in self._poll.poll(None if left == float("inf") else left * 1000 + 1):
+            for descriptor, _ in self._epoll.poll(None if left == float("inf") else left):
                 handler = self._handlers.get(descriptor)
                 if handler is not None:
                     self._call(handler)
@@ -235,3 +236,4 @@ class Keeper:
         self._listener.close()
         self._parking.close()
         self._reserve.close()
+        self._epoll.close()

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 from uuid import UUID
 
@@ -91,7 +92,7 @@ class Keeping:
         return len(self._instances)
 
     def __iter__(self) -> Iterator[KeptInstance]:
-        return iter(list(self._instances.values()))
+        return iter(self._instances.values())
 
     def refuse_second(self, vtpm: UUID, lease: int) -> None:
         """Check that an instance of `vtpm` may be started.
@@ -118,7 +119,7 @@ class Keeping:
         """
         if offset < 0:
             raise BadRequestError(f"a list begins at 0, not {offset}")
-        chunk = list(self)[offset : offset + _LIST_CHUNK]
+        chunk = islice(self, offset, offset + _LIST_CHUNK)
         return ListReply(tuple(kept.describe() for kept in chunk), len(self))
 
     def end_strays(self, spawner: int) -> None:

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import termios
+from collections.abc import Iterable
 from typing import Final
 
 from frontend_backend.descriptors import close_all, receive_message, send_message
@@ -23,6 +24,9 @@ from vtpm_instance.journal import note
 from vtpm_instance.kept import KeptInstance
 
 _AT_ONCE: Final = 256  # events in one turn: other requests are served between two
+# of what an ended instance left on its doorbell, connections among it: more than its socket holds. One that was taken
+# over may have handed its end to somebody who goes on ringing, faster than we read.
+MOST_MESSAGES: Final = 400
 _GONE: Final = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 
 
@@ -34,7 +38,6 @@ class Parking:
         self._epoll = select.epoll()
         self._watched: dict[int, KeptInstance] = {}
         self._untold: dict[KeptInstance, None] = {}  # wanted, in that order, while the manager could not be told
-        self._told: set[KeptInstance] = set()  # wanted, told, and neither woken nor watched again so far
         self._notices: socket.socket | None = None
 
     def fileno(self) -> int:
@@ -54,7 +57,7 @@ class Parking:
 
     def watch(self, kept: KeptInstance) -> None:
         """Watch what a sleeping one has, from now on or again."""
-        self._settle(kept)
+        self._untold.pop(kept, None)
         for descriptor in (*kept.listeners.values(), *(each.watched for each in kept.connections)):
             if descriptor not in self._watched:
                 self._watched[descriptor] = kept
@@ -62,21 +65,21 @@ class Parking:
 
     def leave(self, kept: KeptInstance) -> None:
         """Watch it no longer: it is woken, or forgotten."""
-        self._settle(kept)
+        self._untold.pop(kept, None)
         for descriptor in (*kept.listeners.values(), *(each.watched for each in kept.connections)):
             if self._watched.pop(descriptor, None) is not None:
                 self._epoll.unregister(descriptor)
 
-    def _settle(self, kept: KeptInstance) -> None:
-        self._untold.pop(kept, None)
-        self._told.discard(kept)
-
     # what is wanted
 
-    def tell(self, notices: socket.socket) -> None:
-        """Tell of what is wanted on this socket from now on, and again of what another manager did nothing about."""
+    def tell(self, notices: socket.socket, asleep: Iterable[KeptInstance]) -> None:
+        """Tell of what is wanted on this socket from now on.
+
+        All that sleep are watched again: what another manager was told of and did nothing about, or could not wake, is
+        told again.
+        """
         self._drop_notices()
-        for kept in list(self._told):
+        for kept in asleep:
             self.watch(kept)
         notices.setblocking(False)
         self._notices = notices
@@ -122,7 +125,6 @@ class Parking:
                 self._drop_notices()  # the next manager is told
                 return
             del self._untold[kept]
-            self._told.add(kept)
         if self._notices is not None:
             self._epoll.modify(self._notices.fileno(), select.EPOLLIN)
 
@@ -153,16 +155,17 @@ def _left_in(doorbell: int) -> list[Handed]:
         # An instance that ended with a ring unheard has reset the socket. The kernel tells of that once, and before
         # what was sent; asking for it here takes it out of the way.
         sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        while True:
+        for _ in range(MOST_MESSAGES):
             try:
                 data, descriptors = receive_message(sock, MAX_BYTES, MAX_HANDED)
             except (ChannelClosedError, BlockingIOError):
-                return found
+                break
             except MessageTruncatedError as error:
                 note(f"connections that were handed over are lost: {error}")
                 continue
             if descriptors:
                 found += _checked(data, descriptors, have=bool(found))
+    return found
 
 
 def _checked(data: bytes, descriptors: list[int], *, have: bool) -> list[Handed]:

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_attach
+import bench_attach_many
 import bench_flood
 import bench_hardware
 import bench_hibernate
@@ -40,6 +41,7 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "save": bench_save.run,
     "memory": bench_memory.run,
     "attach": bench_attach.run,
+    "attach-many": bench_attach_many.run,
     "rings": bench_rings.run,
     "hardware": bench_hardware.run,
     "trust": bench_trust.run,
@@ -51,13 +53,17 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "hibernate": bench_hibernate.run,
     "many-large": bench_many.run_large,
 }
+GROUPS = {"instance": ("roundtrip", "memory", "attach", "attach-many", "hibernate", "save")}  # what one instance costs
 ON_DEMAND = frozenset({"many-large"})  # minutes: only when it is named
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./dev bench", description="Measure beside swtpm, in one run.")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)}; default: all but {', '.join(ON_DEMAND)}"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join((*BENCHES, *GROUPS))}; default: all but {', '.join(ON_DEMAND)}",
     )
     parser.add_argument("--list", action="store_true", help="print the names and end")
     parser.add_argument("--instances", type=int, default=50, metavar="N", help="for memory; at most 500 (default 50)")
@@ -69,8 +75,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--redraw", action="store_true", help=f"make {DOCUMENT.name} and plots from {RESULTS.name}")
     options = parser.parse_args(arguments)
     for name in options.names:
-        if name not in BENCHES:
-            parser.error(f"unknown benchmark {name}; there are: {', '.join(BENCHES)}")
+        if name not in BENCHES and name not in GROUPS:
+            parser.error(f"unknown benchmark {name}; there are: {', '.join((*BENCHES, *GROUPS))}")
+    options.names = [one for name in options.names for one in GROUPS.get(name, (name,))]
     if not 1 <= options.instances <= MAX_INSTANCES:
         parser.error(f"--instances is 1 to {MAX_INSTANCES}")
     if not 1 <= options.active <= MAX_ACTIVE:
@@ -82,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run what was asked for; returns 0 also when targets are missed."""
     asked = _options(arguments)
     if asked.list:
-        print("\n".join(BENCHES))
+        print("\n".join((*BENCHES, *(f"{name}: {' '.join(parts)}" for name, parts in GROUPS.items()))))
         return 0
     if asked.redraw:
         write(document.load_entries(RESULTS))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -64,6 +65,9 @@ class Upgradable(Installation):
             self.manager = subprocess.Popen(
                 [str(self.venv / "bin" / "vtpm-manager"), "run", *places], stderr=log, env=environment
             )
+
+    def places(self) -> tuple[str, ...]:
+        return "--state-dir", str(self.state), "--runtime-dir", str(self.runtime)
 
     def status(self) -> dict[str, object]:
         return dict(self.vtpm_manager("status", "--json").json)
@@ -283,3 +287,70 @@ def test_a_stop_during_an_upgrade_is_a_stop(made: Upgradable) -> None:
         assert made.stop() == 0, made.tail()
         upgrade.kill()
     wait_for(lambda: not made.processes(), "everything to end")
+
+
+def test_code_that_cannot_be_run_after_all_leaves_the_old_code_serving(made: Upgradable) -> None:
+    """It can go between the question and the step: here it takes its own right to be executed away."""
+    made.start()
+    made.add("web")
+    shown = made.attach("web")
+    before = made.status()
+    script = made.venv / "bin" / "vtpm-manager"
+    text = script.read_text()
+    with counting(shown["endpoint"]) as (counter,):
+        script.write_text(text.replace("import sys\n", "import os, sys\nos.chmod(sys.argv[0], 0o644)\n"))
+        refused = made.command(str(BIN / "vtpm-manager"), "upgrade", *made.places(), check=False)
+        assert refused.code == 1, refused.err
+        assert "cannot be run" in refused.err
+        counter.goes_on()
+    after = made.status()
+    assert (after["pid"], after["release"], after["keeper_pid"]) == (before["pid"], RELEASE, before["keeper_pid"])
+    assert after["run"] != before["run"]
+    assert made.show("web")["pid"] == shown["pid"]
+    script.write_text(text)
+    script.chmod(0o755)
+    made.install("second", release(NEXT))
+    assert made.vtpm_manager("upgrade", "--json").json["release"] == NEXT, "the next one may do"
+    assert made.status()["upgrade_failed"] is None
+
+
+def test_new_code_that_crashes_leaves_the_instances_for_code_that_does_not(made: Upgradable) -> None:
+    made.start()
+    made.add("web")
+    shown = made.attach("web")
+    assert made.manager is not None
+    with counting(shown["endpoint"]) as (counter,):
+        made.install("crashes", release(NEXT), ("manager/daemon.py", "    layout.check()\n", "    os.abort()\n"))
+        words = [str(BIN / "vtpm-manager"), "upgrade", "--socket", str(made.runtime / "admin.sock")]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as upgrade:
+            assert made.manager.wait(DEADLINE) == -signal.SIGABRT
+            upgrade.kill()
+        made.manager = None
+        made.install("first-again")
+        made.start()
+        counter.goes_on()
+    assert made.show("web")["pid"] == shown["pid"]
+    assert not made.show("web")["outdated"]
+
+
+def test_nothing_grows_from_upgrade_to_upgrade(made: Upgradable) -> None:
+    made.start()
+    made.add("web")
+    shown = made.attach("web")
+    assert made.manager is not None
+    held = []
+    with counting(shown["endpoint"]) as (counter,):
+        for number in range(3):
+            made.install(f"next-{number}", release(f"{NEXT}.{number}"))
+            made.vtpm_manager("upgrade")
+            counter.goes_on()
+            wait_for(lambda: len(made.processes()) == 5, "manager, TPM, keeper, spawner, instance")
+            held.append(kinds_of(made.manager.pid))
+    assert held[0] == held[1] == held[2]
+
+
+def kinds_of(pid: int) -> list[str]:
+    """What a process has open; sockets and files of whatever number."""
+    folder = Path(f"/proc/{pid}/fd")
+    targets = [os.readlink(folder / name) for name in os.listdir(folder)]
+    return sorted(target.split(":")[0] for target in targets if not target.endswith(("-wal", "-shm", ".sqlite")))
