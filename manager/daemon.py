@@ -310,6 +310,7 @@ def run(layout: Layout, config: Config, command: Command | None = None) -> bool:
     layout.check()
     make_runtime_directory(layout)
     with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
+        layout.admin_socket.unlink(missing_ok=True)
         opened = open_store(descriptor, tpm, config)
         return trio.run(Daemon(layout, config, opened, Hardware(tpm), command).run)
 

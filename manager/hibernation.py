@@ -292,12 +292,13 @@ class Hibernation:
                 self._not_woken(row, attachment, error)
 
     async def find(self, row: VtpmRow, attachment: AttachmentRow) -> bool:
-        """See to a vTPM without a process when the manager starts; returns whether it sleeps and is watched now."""
+        """See to a vTPM without a process when manager or group open; returns whether it sleeps and is watched now."""
         async with self._attachments.lock(row.uuid):
             try:
                 if not is_hibernated(self._registry.record(row.uuid).flags):
                     return False
-                await self._sleepers.arm(row, attachment)
+                known = row.uuid in self._sleepers  # since its group was closed
+                await (self._sleepers.watch_again if known else self._sleepers.arm)(row, attachment)
             except (ManagerError, StorageError, OSError) as error:
                 _log.warning("vTPM %s is hibernated, and cannot be watched, so it is started: %s", row.uuid, error)
                 return False

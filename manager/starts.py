@@ -105,11 +105,13 @@ class Starts:
         Raises:
             BusyError, KeeperError, ConflictError: it was not started, and sleeps on, or it ended before it was ready.
             QuarantinedError: its state cannot be loaded. StaleAttachmentError: its row was put back.
+            DeniedError: its group is closed; it sleeps on.
 
         """
         if self.stopping:
             raise BusyError("the manager is stopping; nothing was started")
         self._marks.refuse_stale(attachment)
+        self._registry.record(row.uuid)  # no process is made for one of a closed group: its connections would end
         if not briefly:
             self.capacity.check(self.count)
         self._starting += 1

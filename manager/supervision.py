@@ -10,7 +10,7 @@ from frontend_backend.messages_keeper import Kept
 from manager.attachment_words import after_reset, rest_after
 from manager.attachments import Attachments
 from manager.config import InstanceConfig
-from manager.errors import BusyError, ConflictError, KeeperError, ManagerError, QuarantinedError
+from manager.errors import BusyError, ConflictError, DeniedError, KeeperError, ManagerError, QuarantinedError
 from manager.hardware_pcrs import bit_map
 from manager.hibernation import Hibernation
 from manager.instances import Instances
@@ -165,6 +165,8 @@ class Supervision:
         flags = self._flags(vtpm)
         sleeps = is_hibernated(flags)
         if not instance.alive:
+            # what a keeper watches does sleep, also where its record cannot be read: its group is closed just now
+            sleeps = sleeps or (not instance.pid and self._is_closed(vtpm))
             if row is not None and holds_lease and sleeps and await self._parked(instance):
                 self._attachments.sleepers.found(row, instance.lease)
             else:
@@ -183,6 +185,13 @@ class Supervision:
     async def _parked(self, instance: Kept) -> bool:
         """Tell whether the keeper watches for one that hibernated; one that has just ended is put under watch."""
         return not instance.pid or await self._instances.endings.park(UUID(bytes=instance.vtpm), instance.lease)
+
+    def _is_closed(self, vtpm: UUID) -> bool:
+        try:
+            self._registry.record(vtpm)
+        except ManagerError as error:
+            return isinstance(error, DeniedError)
+        return False
 
     def _flags(self, vtpm: UUID) -> RecordFlags:
         """Return the flags of a record, none where it cannot be read: whoever starts the vTPM meets that."""

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from vtpm_instance_commands import (
     sized,
 )
 
-from frontend_backend.tpmhdr import TpmFamily
+from frontend_backend.tpmhdr import TpmFamily, command
 from vtpm_instance.libtpms import PERMANENT, Tpm, the_tpm
 from vtpm_instance.metered import FRESH_STATE, INDEX_BYTES, OBJECT_BYTES, Bucket, growth_of
 
@@ -124,6 +125,23 @@ def test_what_an_index_takes_is_known_before(tpm: tuple[Tpm, dict[str, bytes]], 
     assert growth_of(TpmFamily.TPM_2_0, command) == len(tpm[1][PERMANENT]) - before
 
 
+def test_what_a_new_authorisation_value_takes_is_known_before(tpm: tuple[Tpm, dict[str, bytes]]) -> None:
+    """Or small indices could be made larger than they were when they were asked for."""
+    process = tpm[0].process
+    change = (0x13B).to_bytes(4)
+    policy = sha256(bytes(32) + (0x16C).to_bytes(4) + change).digest()  # PolicyCommandCode: it takes the ADMIN role
+    assert rc(process(defined_with(INDEX, 8, b"", policy))) == 0
+    begun = process(command(0x176, b"\x40\0\0\7" * 2 + sized(bytes(16)) + sized(b"") + b"\1" + b"\0\x10\0\x0b"))
+    session = begun[10:14]
+    assert rc(process(command(0x16C, session + change))) == 0
+    authorisations = session + sized(b"") + b"\0" + sized(b"")
+    body = INDEX.to_bytes(4) + len(authorisations).to_bytes(4) + authorisations + sized(b"\x01" * 32)
+    packet = command(0x13B, body, 0x8002)
+    before = len(tpm[1][PERMANENT])
+    assert rc(process(packet)) == 0
+    assert growth_of(TpmFamily.TPM_2_0, packet) == len(tpm[1][PERMANENT]) - before == 32
+
+
 @pytest.mark.parametrize("make", [lambda: nv_read(INDEX, 8), lambda: nv_write(INDEX, b"x"), get_random])
 def test_other_commands_ask_for_nothing(make: Callable[[], bytes]) -> None:
     assert growth_of(TpmFamily.TPM_2_0, make()) == 0
@@ -143,7 +161,7 @@ def test_an_index_of_a_tpm_1_2_asks_for_its_data() -> None:
     assert growth_of(TpmFamily.TPM_1_2, command12(0xCC, public + bytes(20))) == 77 + INDEX_BYTES
 
 
-@given(st.binary(max_size=120), st.sampled_from([0x12A, 0x120, 0xCC]), st.sampled_from(list(TpmFamily)))
+@given(st.binary(max_size=120), st.sampled_from([0x12A, 0x120, 0x13B, 0xCC]), st.sampled_from(list(TpmFamily)))
 def test_what_makes_no_sense_is_left_to_the_tpm(body: bytes, code: int, family: TpmFamily) -> None:
     command = b"\x80\x02" + (10 + len(body)).to_bytes(4) + code.to_bytes(4) + body
     assert growth_of(family, command) >= 0

@@ -25,6 +25,7 @@ FRESH_STATE: Final = {TpmFamily.TPM_2_0: 1299, TpmFamily.TPM_1_2: 1169}
 INDEX_BYTES: Final = 39  # what an NV index takes beside its data, authorisation value and policy (likewise)
 OBJECT_BYTES: Final = 2048  # kept free for a persistent object: an RSA-2048 key takes 1,174, larger ones more
 _NV_DEFINE_20, _EVICT_CONTROL, _NV_DEFINE_12 = (code.to_bytes(4) for code in (0x12A, 0x120, 0xCC))
+_NV_CHANGE_AUTH: Final = (0x13B).to_bytes(4)
 _TRANSIENT: Final = 0x80  # first byte of a transient object's handle (TPM_HT_TRANSIENT): it is to become persistent
 _NO_SPACE: Final = {TpmFamily.TPM_2_0: ResponseCode.NV_SPACE, TpmFamily.TPM_1_2: ResponseCode.TPM12_NOSPACE}
 _NO_LIMIT: Final = float("inf")
@@ -113,7 +114,7 @@ class MeteredVtpm(Vtpm):
 def growth_of(family: TpmFamily, command: bytes) -> int:
     """Return how many bytes a guest's command asks to add to the permanent state; 0 also where it makes no sense.
 
-    Source: TPM 2.0 Part 3, 31.3 (NV_DefineSpace), 28.5 (EvictControl); TPM 1.2 Part 3, 20.1.
+    Source: TPM 2.0 Part 3, 31.3 (NV_DefineSpace), 28.5 (EvictControl), 31.16 (NV_ChangeAuth); TPM 1.2 Part 3, 20.1.
     """
     code = command[CODE_OFFSET:CODE_END]
     try:
@@ -121,19 +122,26 @@ def growth_of(family: TpmFamily, command: bytes) -> int:
             return _size_of_12(command) + INDEX_BYTES if code == _NV_DEFINE_12 else 0
         if code == _NV_DEFINE_20:
             return _size_of_20(command) + INDEX_BYTES
+        if code == _NV_CHANGE_AUTH:  # the value that it replaces may be empty
+            return int(_U16.unpack_from(command, _after_authorisations(command))[0])
         return OBJECT_BYTES if code == _EVICT_CONTROL and command[14] == _TRANSIENT else 0
     except (struct.error, IndexError):
         return 0  # libtpms says what is wrong with it
 
 
+def _after_authorisations(command: bytes) -> int:
+    """Return where the parameters begin of a command with one handle and authorisations, their size first."""
+    at = CODE_END + 4
+    return at + 4 + int(_U32.unpack_from(command, at)[0])
+
+
 def _size_of_20(command: bytes) -> int:
     """Return the bytes of an index's data, authorisation value and policy.
 
-    A handle, the authorisations (their size first), then TPM2B_AUTH and TPM2B_NV_PUBLIC (size, index, name's
-    algorithm, attributes, policy, data size).
+    After the authorisations TPM2B_AUTH and TPM2B_NV_PUBLIC (size, index, name's algorithm, attributes, policy, data
+    size).
     """
-    at = CODE_END + 4
-    at += 4 + _U32.unpack_from(command, at)[0]
+    at = _after_authorisations(command)
     (auth,) = _U16.unpack_from(command, at)
     at += 2 + auth + 2 + 10
     (policy,) = _U16.unpack_from(command, at)

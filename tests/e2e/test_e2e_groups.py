@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vtpm_instance_rig as tpm
 from e2e_rig import BIN, Guest, Installation, wait_for
 from fixtures_tpm import SwtpmProcess, running_swtpm
 
@@ -112,6 +113,27 @@ def test_a_group_that_was_closed_opens_without_a_restart_once_its_pcrs_are_back(
     assert bare.show("one")["state"] == "running", "it was attached, so it is started"
     guest = Guest(bare.show("one")["endpoint"])
     assert guest.read(INDEX, 8) == b"of bound"
+    guest.close()
+
+
+def test_one_that_sleeps_keeps_its_connection_while_its_group_is_closed(bare: Installation, swtpm: SwtpmProcess) -> None:
+    two_tenants(bare, swtpm)
+    guest = Guest(bare.show("one")["endpoint"])
+    guest.extend(5, b"\x55" * 32)
+    value = guest.pcr(5)
+    bare.command("vtpm-hibernate", "one")
+    bare.kill()
+    swtpm.tool("tpm2_pcrextend", EXTEND)
+    bare.start()
+    assert bare.show("one")["state"] == "closed"
+    assert guest.sock is not None
+    guest.sock.sendall(tpm.pcr_read(5))
+    time.sleep(0.5)
+    assert bare.show("one")["state"] == "closed"
+    swtpm.stop()
+    swtpm.start()
+    wait_for(lambda: bare.command("vtpm-group-open", "bound", check=False).code == 0, "the group")
+    assert tpm.receive_response(guest.sock)[-32:] == value, "it was sent while the group was closed"
     guest.close()
 
 

@@ -474,3 +474,26 @@ def test_an_attachment_keeps_its_time_over_a_restart(vtpms: Installation) -> Non
     assert vtpms.show("timed")["hibernate_after"] == 7200.0
     listed = {row["name"]: row["hibernate_after"] for row in vtpms.command("vtpm-list", "--json").json}
     assert (listed["timed"], listed["once"]) == (7200.0, 600.0)
+
+
+def test_one_that_sleeps_is_detached_cleanly_though_there_is_no_room_to_wake_it(vtpms: Installation) -> None:
+    vtpms.add("sleeps")
+    vtpms.add("runs")
+    guest = Guest(vtpms.attach("sleeps")["endpoint"])
+    guest.extend(5, b"\x55" * 32)
+    value = guest.pcr(5)
+    hibernate(vtpms, "sleeps")
+    guest.close()
+    vtpms.attach("runs")
+    most = vtpms.vtpm_manager("status", "--json").json["running"]
+    vtpms.configure("running", most)
+    vtpms.stop(signal.SIGKILL)
+    vtpms.start()
+    assert vtpms.command("vtpm-reset-platform", "sleeps", check=False).code == 8, "there is no room"
+    vtpms.command("vtpm-detach", "sleeps")
+    assert any("guest guest, cleanly" in row["text"] for row in vtpms.command("vtpm-events", "sleeps", "--json").json)
+    vtpms.command("vtpm-detach", "runs")
+    guest = Guest(vtpms.attach("sleeps", "guest", "--startup", "state")["endpoint"])
+    assert guest.pcr(5) == value
+    guest.close()
+    vtpms.configure("running", 0)

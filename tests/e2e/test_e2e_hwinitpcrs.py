@@ -66,7 +66,13 @@ def test_each_bank_gets_the_hardwares_values_and_again_after_each_reset(bare: In
                     assert banks[bank][pcr] == wanted, (bank, pcr)
 
         check()
+        bare.command("vtpm-hibernate", "web")
+        check()  # woken, it does not get them once more
         guest = Guest(web["endpoint"])
+        guest.extend(0, b"\x11" * 32)
+        bare.command("vtpm-hibernate", "web")
+        bare.command("vtpm-reset-platform", "web")
+        check()
         guest.extend(0, b"\x11" * 32)
         guest.close()
         bare.kill()

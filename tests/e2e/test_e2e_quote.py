@@ -166,6 +166,19 @@ def test_a_guest_quotes_itself_and_is_held_back_when_it_asks_too_often(
     speaker.close()
 
 
+def test_one_that_sleeps_is_woken_to_be_quoted(rig: tuple[Installation, SwtpmProcess, Path]) -> None:
+    vtpms, _, authorities = rig
+    uuid = vtpms.add("web")
+    guest = Guest(vtpms.attach("web")["endpoint"])
+    guest.extend(3, b"\x33" * 32)
+    verifier = Verifier(vtpms, vtpms.base / "verifier", authorities)
+    certificate = verifier.enrol()
+    vtpms.command("vtpm-hibernate", "web")
+    verifier.verdicts(quote(vtpms, "web"), certificate, NONCE, "--vtpm", uuid)
+    assert verifier.says["vtpm_pcrs"]["3"] == guest.pcr(3).hex()
+    guest.close()
+
+
 def test_a_tpm_1_2_is_quoted_by_its_instances_word(rig: tuple[Installation, SwtpmProcess, Path]) -> None:
     vtpms, _, authorities = rig
     uuid = vtpms.add("old", "--tpm", "1.2")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import vtpm_instance_rig as tpm
-from e2e_rig import Guest, Installation, wait_for
+from e2e_rig import Guest, Installation, installation, wait_for
 from fixtures_tpm import running_swtpm
 
 pytestmark = pytest.mark.e2e
@@ -541,3 +541,18 @@ def test_a_runtime_directory_with_too_long_a_name_is_refused(bare: Installation)
     bare.runtime = bare.base / ("r" * 60)
     assert bare.try_start() == 2
     assert "--runtime-dir" in bare.refusal
+
+
+def test_a_manager_of_another_store_in_the_same_runtime_directory_takes_nothing_from_the_one_there() -> None:
+    """It has the lock of its own store, so only the keepers tell that somebody is there already."""
+    with installation() as made, installation() as other:
+        made.init()
+        made.start()
+        made.add("web")
+        shown = made.attach("web")
+        other.init()
+        other.runtime = made.runtime
+        assert other.try_start() == 8, other.refusal
+        assert "serves another manager" in other.refusal
+        assert made.show("web")["pid"] == shown["pid"], "its administrators still reach the first"
+        assert made.stop() == 0
