@@ -168,6 +168,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _reseal(options: argparse.Namespace) -> int:
+    from manager.approval_key import ApproverPublic  # noqa: PLC0415
     from manager.predicted import parse_predicted  # noqa: PLC0415
     from manager.provision import write_config  # noqa: PLC0415 - as above
     from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
@@ -179,7 +180,8 @@ def _reseal(options: argparse.Namespace) -> int:
     if options.recovery_key:
         passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
         recovery = RecoveryPrivate.load(options.recovery_key, passphrase)
-    resealed = reseal(layout, config, recovery, parse_predicted(options.predict), options.pcrs)
+    saa = ApproverPublic.load(options.saa).to_pem().decode("ascii") if options.saa else None
+    resealed = reseal(layout, config, recovery, parse_predicted(options.predict), options.pcrs, saa)
     write_config(_config_path(options, layout), resealed.config)
     for what in resealed.done:
         print(f"resealed {what}")
@@ -194,6 +196,7 @@ def _left_closed(left: Mapping[str, str]) -> int:
 
 
 def _recover(options: argparse.Namespace) -> int:
+    from manager.approval_key import ApproverPublic  # noqa: PLC0415
     from manager.provision import write_config  # noqa: PLC0415 - as above
     from manager.recovery import recover, recover_group  # noqa: PLC0415
     from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
@@ -204,10 +207,14 @@ def _recover(options: argparse.Namespace) -> int:
         config = replace(config, tpm=replace(config.tpm, tcti=options.tcti))
     passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
     key = RecoveryPrivate.load(options.key, passphrase)
+    saa = ApproverPublic.load(options.saa).to_pem().decode("ascii") if options.saa else None
     if options.group:
-        vtpms = recover_group(layout, config, options.group, key)
-        print(f"recovered group {options.group}: {vtpms} vTPMs; its key is sealed to the hardware TPM as it is now")
+        vtpms = recover_group(layout, config, options.group, key, saa)
+        opens = "for its new approver, who has to approve it" if saa else "to the hardware TPM as it is now"
+        print(f"recovered group {options.group}: {vtpms} vTPMs; its key is sealed {opens}")
         return int(ExitCode.OK)
+    if saa is not None:
+        raise UsageError("--saa belongs to --group; of the installation: 'vtpm-manager reseal --recovery-key --saa'")
     done, recovered = recover(layout, config, key)
     write_config(_config_path(options, layout), recovered)
     print(f"recovered store {done.store}: {len(done.groups)} groups, {done.vtpms} vTPMs, sequence {done.sequence}")
@@ -278,10 +285,12 @@ def _parser() -> argparse.ArgumentParser:
     reseal.add_argument("--passphrase-file", metavar="FILE", help="passphrase of the recovery key")
     reseal.add_argument("--predict", action="append", default=[], metavar="PCR=HEX", help="also seal to this value")
     reseal.add_argument("--pcrs", help="bind to another selection from now on")
+    reseal.add_argument("--saa", metavar="PUB.pem", help="another approver from now on, as where his key is lost")
     recover = verb("recover", _recover, "the TPM was cleared, replaced or lost: provision the new one from the escrow")
     recover.add_argument(
         "--group", metavar="NAME", help="open this group only, by its own recovery key, on a TPM that was recovered"
     )
+    recover.add_argument("--saa", metavar="PUB.pem", help="with --group: another approver from now on")
     recover.add_argument("--key", required=True, metavar="FILE", help="the recovery key")
     recover.add_argument("--passphrase-file", metavar="FILE", help="passphrase of the recovery key")
     recover.add_argument("--tcti", help="the new hardware TPM, if it is reached in another way")

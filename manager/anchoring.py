@@ -61,7 +61,7 @@ class Anchoring:
         self._durable_writes = self._volatile_extends = 0
         self._last_durable = 0.0
         self._notes = anchor.Notes.unpack(committer.store.volatile_expected)
-        self._pcr22: bytes | None = None  # what PCR 22 must hold; None where the last extend may or may not be done
+        self._pcr22: tuple[bytes, ...] = ()  # one of these PCR 22 must hold: two while an extend may or may not be done
         self._resets = 0
         self._unprotected = False  # PCR 22 was reset, and no durable anchor has been written since
         self._renewed = -math.inf  # when it was; no more often than we look, whoever else extends PCR 22
@@ -113,11 +113,11 @@ class Anchoring:
             RolledBackError: somebody else has written the index.
 
         """
-        async with self._durable_lock:
+        async with self._committer.hold(self._durable_lock):
             store = self._committer.store
             if self._durable_unknown:
                 await self._find_out()
-            async with self._committer.lock:
+            async with self._committer.hold():
                 digest = store.digest()
                 self._note(pending=digest)  # before the write: power may fail on either side of it
             self._durable_unknown = True
@@ -205,9 +205,9 @@ class Anchoring:
             digest = store.digest()
             self._note(pcr_before=before, extending=digest)
             await trio.to_thread.run_sync(partial(store.commit, (), notes=True))
-        self._pcr22 = None
+        self._pcr22 = before, anchor.extended(before, digest)
         await self._hardware.lane.run(self._hardware.tpm.pcr22_extend, digest)
-        self._pcr22 = anchor.extended(before, digest)
+        self._pcr22 = (anchor.extended(before, digest),)
         self._volatile_extends += 1
         if self._unprotected and trio.current_time() >= self._renewed + _WATCH_SECONDS:
             await self.write_durable()
@@ -220,9 +220,9 @@ class Anchoring:
 
     def _compare(self, present: bytes) -> bool:
         """Return whether PCR 22 holds what we left there; where it does not, both anchors have to be renewed."""
-        if self._pcr22 in (None, present):
+        if not self._pcr22 or present in self._pcr22:
             return not self._unprotected
-        self._pcr22 = None
+        self._pcr22 = ()
         self._resets += 1
         self._unprotected = True
         _log.warning(

@@ -209,6 +209,7 @@ class Approval:
             check_pcrs(self.selection)
         except BadSetting as error:
             raise ApprovalUnreadable(name, error.happened) from error
+        times = self.issued, self.not_before, self.not_after
         wrong = {
             "it approves no PCR values": not self.values,
             "a PCR value has not 32 bytes": any(len(value) != len(ZERO_DIGEST) for _, value in self.values),
@@ -221,7 +222,7 @@ class Approval:
             or len(self.comment.encode()) > MAX_COMMENT_BYTES,
             "its name or comment has characters that cannot be printed": not (self.name + self.comment).isprintable(),
             "it ends before it begins": 0 < self.not_after < max(self.not_before, self.issued),
-            "a time is out of range": max(self.issued, self.not_before, self.not_after) > MAX_TIME,
+            "a time is out of range": not all(0 <= time <= MAX_TIME for time in times),
         }
         if problem := next((why for why, is_so in wrong.items() if is_so), None):
             raise ApprovalUnreadable(name, problem)

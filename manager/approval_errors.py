@@ -128,7 +128,8 @@ class NotApproved(PolicyMismatch):
             f"The hardware TPM refused to {doing}: this platform is not approved ({why})",
             "The sealed object and its approvals were kept.",
             "Boot an approved configuration, or have the approver sign this one (`vtpm-approve`) and install it "
-            "(`vtpm-manager approve`, `vtpm-group-update`); the recovery key opens it, too.",
+            "(`vtpm-manager approve`, `vtpm-group-update`). If the approver's key is lost, the recovery key names "
+            "another (`vtpm-manager reseal --recovery-key FILE --saa PUB.pem`, `recover --group`).",
         )
         self.differing = dict(differing)
         self.reasons = tuple(reasons)

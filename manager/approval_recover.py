@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 from manager.approval_records import approvals_in, leasts, reference_of
+from manager.errors import UsageError
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_revocation import FIRST_INDEX
 from manager.keys import BootArea, GroupSeal, PlatformSecret
@@ -34,6 +35,23 @@ def with_index(tpm: HardwareTpm, store: Store, boot: BootArea, secret: PlatformS
         _log.warning("the revocation index is 0x%08x now: all approvals have to be signed anew", info.index)
     kept = tuple(one.to_bytes().hex() for one in approvals_in(boot) if one.nv_name == info.name)
     return replace(boot, revocation=info, approvals=kept)
+
+
+def by_another_approver(boot: BootArea, saa: str) -> BootArea:
+    """Return the boot area of an installation that is to be sealed for another approver (`saa`, PEM).
+
+    What is revoked stays so; the former approver's word counts no longer.
+
+    Raises:
+        UsageError: it has none.
+
+    """
+    if not boot.saa:
+        raise UsageError(
+            "the store key has no approver, so none can take its place: one is chosen at 'vtpm-manager init --saa'. "
+            "Nothing was changed. A group gets one by 'vtpm-group-update --saa'"
+        )
+    return boot if saa == boot.saa else replace(boot, saa=saa, approvals=())
 
 
 def platform_policy_reference(store: Store, boot: BootArea) -> bytes:

@@ -18,6 +18,7 @@ from manager.policy import parse_pcrs
 
 NO_GROUP: Final = UUID(int=0)
 PLATFORM_NAME: Final = "platform"
+NV_INDICES: Final = range(0x01000000, 0x02000000)  # Part 2, 7.2 TPM_HT_NV_INDEX
 CLOCK_SKEW: Final = 300  # seconds that the approver's clock may be ahead of ours
 # A clock below this one was never set: no approval was signed before this program was written.
 CLOCK_FLOOR: Final = 1_792_800_000
@@ -86,6 +87,8 @@ class Target:
             raise ApprovalUnreadable(name, f"it does not describe a group with an approver ({error!r})") from error
         if found.locality not in (None, 2) or len(found.nv_name) != NAME_BYTES or not 0 <= found.slot < SLOTS:
             raise ApprovalUnreadable(name, "it has a locality, NV Name or slot that cannot be")
+        if found.nv_index not in NV_INDICES:
+            raise ApprovalUnreadable(name, "its revocation index is no NV index")
         return found
 
     def check(self, approval: Approval, key: ApproverPublic, name: str = "The approval") -> None:

@@ -191,7 +191,7 @@ class Approvals:
         store = self._committer.store
         try:
             if place is None:
-                async with self._committer.lock:
+                async with self._committer.hold():
                     packed = change(self.boot()).pack()
                     await trio.to_thread.run_sync(store.write_boot_area, packed)
                 self._opened.boot = self.boot()

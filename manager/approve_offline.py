@@ -14,8 +14,8 @@ from uuid import UUID
 
 from manager.anchor import clean_stop
 from manager.anchoring import note_present
-from manager.approval import Approval, Kind
-from manager.approval_errors import ApprovalElsewhere
+from manager.approval import SLOTS, Approval, Kind
+from manager.approval_errors import ApprovalElsewhere, RevocationDenied, RevocationMissing
 from manager.approval_files import target_document, targets_of
 from manager.approval_install import (
     check_installable,
@@ -115,18 +115,25 @@ class _Install:
         if self._wish.revoke_older and not self._wish.confirmed:
             refuse_closing(approval, self._tpm.pcr_read(approval.selection))
 
+    def _changed(self) -> dict[UUID, Record]:
+        """Return what the records become, before any of them is written. Raises ApprovalRoom."""
+        changed: dict[UUID, Record] = {}
+        for approval in self._wish.approvals:
+            record = changed.get(approval.group) or self._place(approval)[0]
+            changed[approval.group] = installed_in(record, approval, revoke_older=self._wish.revoke_older)
+        return changed
+
     def run(self) -> list[dict[str, Any]]:
         """Commit and anchor; then revoke, where that was asked for."""
+        changed = self._changed()
         note_present(self._store, self._tpm.pcr22_read() if self._tpm.locality == 2 else None)
-        for approval in self._wish.approvals:
-            record, _ = self._place(approval)
-            changed = installed_in(record, approval, revoke_older=self._wish.revoke_older)
-            if isinstance(changed, BootArea):
-                self._store.write_boot_area(changed.pack())
-                self._opened.boot = changed
+        for group, record in changed.items():
+            if isinstance(record, BootArea):
+                self._store.write_boot_area(record.pack())
+                self._opened.boot = record
             else:
-                found = self._store.groups()[approval.group]
-                self._store.commit([PutGroup(replace(found, blob=changed.pack()))])
+                found = self._store.groups()[group]
+                self._store.commit([PutGroup(replace(found, blob=record.pack()))])
         boot, secret = self._opened.boot, self._opened.secret
         self._tpm.anchor_write(boot.anchor, secret.anchor_auth, clean_stop(self._store.digest()))
         if self._wish.revoke_older:
@@ -173,13 +180,27 @@ def approvals(layout: Layout, config: Config) -> list[dict[str, Any]]:
                 records |= {group: GroupSeal.unpack(found.blob) for group, found in groups.items()}
         except PolicyMismatch as error:
             closed = str(error)
-        return [_standing(tpm, target, records[target.group]) | {"closed": closed} for target in targets]
+        held = _held(tpm, boot)
+        return [
+            _standing(tpm, replace(target, least=max(target.least, held[target.slot])), records[target.group])
+            | {"closed": closed}
+            for target in targets
+        ]
+
+
+def _held(tpm: HardwareTpm, boot: BootArea) -> tuple[int, ...]:
+    """Return what the revocation index holds: more than the store knows, where an older store was put back."""
+    try:
+        return tpm.revocations.read(boot.revocation) if boot.revocation is not None else (0,) * SLOTS
+    except (RevocationMissing, RevocationDenied) as error:
+        _log.warning("%s", error)
+        return (0,) * SLOTS
 
 
 def _standing(tpm: HardwareTpm, target: Target, record: Record) -> dict[str, Any]:
     present = tpm.pcr_read(pcrs_of([record]) | set(parse_pcrs(target.pcrs)))
     choice = choose(approvals_in(record), present, time.time())
-    usable = [approval.sequence for approval in choice.holding if approval.sequence >= record.least]
+    usable = [approval.sequence for approval in choice.holding if approval.sequence >= target.least]
     return target_document(target, present) | {
         "approvals": len(record.approvals),
         "holds": usable[0] if usable else None,

@@ -28,6 +28,7 @@ from storage.store_records import (
     RecordFlags,
     VtpmRecord,
     next_epoch,
+    random_epoch,
 )
 
 _log = logging.getLogger("vtpm.life")
@@ -89,6 +90,26 @@ def refuse_any_stale(store: Store, catalogue: Catalogue) -> None:
         for row in rows:
             if not _is_older(store, waiting, row):
                 refuse_stale(store, row)
+
+
+def renumber(store: Store, catalogue: Catalogue | None) -> None:
+    """Give the vTPMs of open groups epochs at random, and the rows that count the same: a time is given up.
+
+    Its rows may have been kept by somebody, and counting on from the same number would meet theirs. A cut between
+    records and rows leaves rows that do not count.
+    Raises: StorageError, CatalogueError.
+    """
+    waiting = _not_adopted(store)
+    numbered = [
+        replace(record, epoch=next_epoch(random_epoch())) for record in store.vtpms() if record.group not in waiting
+    ]
+    rows = {} if catalogue is None else {row.vtpm: row for row in catalogue.attachments()}
+    count = {uuid for uuid, row in rows.items() if problem_of(store, row) is None}
+    for start in range(0, len(numbered), _AT_ONCE):
+        store.commit([PutVtpm(record) for record in numbered[start : start + _AT_ONCE]])
+    for record in numbered:
+        if catalogue is not None and record.uuid in count:
+            catalogue.renew(replace(rows[record.uuid], epoch=record.epoch))
 
 
 async def adopt_older_rows(committer: Committer, catalogue: Catalogue) -> None:

@@ -15,6 +15,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from manager.attest_errors import DocumentUnreadable
@@ -25,6 +26,9 @@ _BACKDATED: Final = timedelta(minutes=5)  # the verifier's clock and a relying p
 _EK_USAGE: Final = x509.ObjectIdentifier("2.23.133.8.1")  # tcg-kp-EKCertificate
 _AK_USAGE: Final = x509.ObjectIdentifier("2.23.133.8.3")  # tcg-kp-AIKCertificate
 _URN: Final = "urn:vtpm-manager:{}:{}"
+_UUID: Final = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+# what the library raises for a certificate that it does not understand, when something of it is asked for
+_ODD: Final = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
 
 
 def read_certificates(pem: bytes, what: str) -> list[x509.Certificate]:
@@ -33,6 +37,14 @@ def read_certificates(pem: bytes, what: str) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
         raise DocumentUnreadable(what, f"it holds no certificates ({error})") from error
+
+
+def public_key(certificate: x509.Certificate, what: str) -> CertificatePublicKeyTypes:
+    """Return the key that a certificate is for. Raises DocumentUnreadable: it is of a kind that nobody here knows."""
+    try:
+        return certificate.public_key()
+    except _ODD as error:
+        raise DocumentUnreadable(what, f"its key cannot be read ({error})") from error
 
 
 def read_signing_key(pem: bytes, what: str) -> SigningKey:
@@ -102,8 +114,9 @@ class AkCertificate:
         days: int,
     ) -> Self:
         """Certify a group's attestation key; `place` is (group, store). Raises DocumentUnreadable."""
-        if issuer.public_key() != signing.public_key() or not _may_issue(issuer):
-            raise DocumentUnreadable("the authority's certificate", "it is not its key's, or no authority's")
+        what = "the authority's certificate"
+        if public_key(issuer, what) != signing.public_key() or not _may_issue(issuer):
+            raise DocumentUnreadable(what, "it is not its key's, or no authority's")
         group, store = place
         names = [x509.UniformResourceIdentifier(_URN.format(*pair)) for pair in (("group", group), ("store", store))]
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"vTPM attestation key {group}")])
@@ -117,11 +130,12 @@ class AkCertificate:
     @classmethod
     def read(cls, certificate: x509.Certificate) -> Self:
         """Read a certificate that `issue` made. Raises DocumentUnreadable."""
-        what, key = "the attestation key's certificate", certificate.public_key()
+        what = "the attestation key's certificate"
+        key = public_key(certificate, what)
         try:
             usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
             names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except (x509.ExtensionNotFound, ValueError) as error:
+        except (x509.ExtensionNotFound, *_ODD) as error:
             raise DocumentUnreadable(what, f"it is no attestation key's ({error})") from error
         if _AK_USAGE not in usage or not isinstance(key, ec.EllipticCurvePublicKey):
             raise DocumentUnreadable(what, "it is no attestation key's")
@@ -144,7 +158,7 @@ class AkCertificate:
 
 
 def _named(uris: Sequence[str], what: str) -> UUID:
-    found = [uri[len(_URN.format(what, "")) :] for uri in uris if re.fullmatch(_URN.format(what, "[0-9a-f-]{36}"), uri)]
+    found = [uri[len(_URN.format(what, "")) :] for uri in uris if re.fullmatch(_URN.format(what, _UUID), uri)]
     if len(found) != 1:
         raise DocumentUnreadable("the attestation key's certificate", f"it names {len(found)} {what}s, not one")
     return UUID(found[0])
@@ -160,7 +174,7 @@ def _may_issue(certificate: x509.Certificate) -> bool:
     try:
         extensions = certificate.extensions
         constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *_ODD):
         return False
     try:
         return constraints.ca and extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
@@ -173,7 +187,7 @@ def _issued(certificate: x509.Certificate, issuer: x509.Certificate, moment: dat
         return False
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+    except (InvalidSignature, *_ODD):
         return False  # another issuer's, which is what was asked
     return True
 
@@ -214,6 +228,6 @@ def _deep_enough(issuer: x509.Certificate, below: int) -> bool:
 def _for_endorsement(certificate: x509.Certificate) -> bool:
     try:
         usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, *_ODD):
         return False
     return _EK_USAGE in usages or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in usages

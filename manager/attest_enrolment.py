@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from frontend_backend.errors import MessageError
-from manager.attest_certificate import read_certificates
+from manager.attest_certificate import public_key, read_certificates
 from manager.attest_credential import SECRET_BYTES, make_credential
 from manager.attest_errors import DocumentUnreadable
 from manager.attest_wire import (
@@ -119,8 +119,9 @@ class Request(_Document):
     def certificates(self) -> list[x509.Certificate]:
         """The endorsement key's certificate, and those above it that the TPM has; none where it has none."""
         found = self.endorsement_certificates
-        certificates = read_certificates(found.encode(), "the endorsement key's certificate") if found else []
-        if certificates and certificates[0].public_key() != self.endorsement.key:
+        what = "the endorsement key's certificate"
+        certificates = read_certificates(found.encode(), what) if found else []
+        if certificates and public_key(certificates[0], what) != self.endorsement.key:
             raise MessageError("the endorsement key's certificate is another key's")
         return certificates
 

@@ -10,7 +10,7 @@ from uuid import UUID
 import trio
 
 from manager.attest_enrolment import Challenge, Proof, Request, new_request, proof_of
-from manager.attest_errors import CredentialRefused
+from manager.attest_errors import AttestationKeyChanged, CredentialRefused, EndorsementAuthWanted
 from manager.errors import ConflictError
 from manager.groups import Groups
 from manager.hardware import Hardware
@@ -38,9 +38,21 @@ def renew(seal: GroupSeal) -> GroupSeal:
 
 
 def without_a_strangers(tpm: HardwareTpm, seal: GroupSeal) -> GroupSeal:
-    """Return a group's record, without its attestation key where this TPM does not make it (`recover`)."""
-    if seal.ak is None or tpm.attester.is_ours(key_of(seal)):
+    """Return a group's record, without its attestation key where this TPM does not make it (`recover`).
+
+    A key of which that cannot be told stays: a quote or an enrolment says then what is wrong, and vTPMs do without it.
+    """
+    if seal.ak is None:
         return seal
+    try:
+        if tpm.attester.is_ours(key_of(seal)):
+            return seal
+    except EndorsementAuthWanted as error:
+        _log.warning("group %s: whose its attestation key is, cannot be told: %s", seal.name, error)
+        return seal
+    except AttestationKeyChanged as error:
+        _log.warning("group %s: %s", seal.name, error)
+        return renew(seal)
     _log.warning("group %s: its attestation key stayed in another hardware TPM; it must be enrolled again", seal.name)
     return renew(seal)
 

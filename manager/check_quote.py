@@ -26,8 +26,9 @@ from manager.attest_certificate import (
     read_certificates,
     read_signing_key,
 )
-from manager.attest_check import Expected, Judgement, PcrPolicy, Verdict, judge
+from manager.attest_check import Expected, Judgement, Verdict, judge
 from manager.attest_errors import DocumentUnreadable
+from manager.attest_policy import PcrPolicy
 from manager.errors import ManagerError, NotFoundError, UsageError
 from manager.new_file import PRIVATE, PUBLIC, write_new
 
@@ -53,12 +54,7 @@ def read_file(path: str) -> bytes:
 
 
 def _judge(options: argparse.Namespace) -> int:
-    policy = PcrPolicy()
-    if options.pcr_policy:
-        try:
-            policy = PcrPolicy.from_json(json.loads(read_file(options.pcr_policy)))
-        except ValueError as error:
-            raise DocumentUnreadable("the PCR policy", f"it is no JSON ({error})") from error
+    policy = PcrPolicy.from_text(read_file(options.pcr_policy)) if options.pcr_policy else PcrPolicy()
     expected = Expected(
         ak=_attestation_key(read_file(options.ak)),
         nonce=options.nonce,

@@ -69,7 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     sign.add_argument("--valid-until", metavar="TIME", help="likewise; the manager's clock decides, not the TPM")
     sign.add_argument("--comment", default="", help="at most 200 bytes, shown wherever the approval is")
     sign.add_argument(
-        "--previous", metavar="APPROVAL", help="an earlier one that you signed: refuse another index, slot or store"
+        "--previous",
+        metavar="APPROVAL",
+        help="an earlier one that you signed: refuse another index, slot or store, or fewer PCRs",
     )
     sign.add_argument("-o", "--output", required=True, metavar="APPROVAL", help="a new file")
     show = verb("show", _show, "print what an approval says; with --saa whether it is genuine")
@@ -116,12 +118,14 @@ def _sign(options: argparse.Namespace) -> dict[str, Any]:
         raise ApprovalElsewhere(options.key, f"{target.name} takes the approver {target.approver.hex()}")
     if options.sequence < target.least:
         raise ApprovalStale("This approval", options.sequence, target.least)
-    if options.previous:
-        target.check(
-            Approval.from_armoured(read_text(options.previous), options.previous), key.public, options.previous
-        )
+    previous = Approval.from_armoured(read_text(options.previous), options.previous) if options.previous else None
+    if previous is not None:
+        target.check(previous, key.public, options.previous)
     found = read_values(options.pcrs_from, target) if options.pcrs_from else {}
     values = chosen_values(target, parse_pcrs(target.pcrs), found, parse_predicted(options.pcr))
+    if previous is not None and (missing := sorted(set(previous.selection) - set(values))):
+        fewer = f"it is for PCR {', '.join(map(str, missing))} too, which this one would leave open"
+        raise ApprovalElsewhere(options.previous, fewer)
     approval = Approval(
         kind=target.kind,
         store=target.store,

@@ -9,7 +9,7 @@ from typing import Any
 from frontend_backend.messages_admin import ExitCode
 from manager.client import request, socket_path
 from manager.config import SYSTEM_RUNTIME_DIR, Config, Layout
-from manager.errors import NotFoundError, UsageError
+from manager.errors import ManagerError, NotFoundError, UsageError
 from manager.verb_form import MAX_CONTENT
 
 MakeVerb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -51,13 +51,18 @@ def _approve(options: argparse.Namespace, layout: Layout, config: Callable[[], C
     texts = [_read(path) for path in options.approval]
     if options.socket is None and options.runtime_dir != str(SYSTEM_RUNTIME_DIR):
         options.socket = str(layout.admin_socket)
+    done: list[dict[str, Any]] = []
     try:
-        done = [_ask(options, text) for text in texts]
+        for text in texts:
+            done.append(_ask(options, text))  # noqa: PERF401 - those before one that is refused are installed
     except NotFoundError as nobody:
-        if isinstance(nobody.__cause__, OSError):
-            done = _offline(options, layout, config(), texts)
-        else:
+        if not isinstance(nobody.__cause__, OSError):
             raise
+        done = _offline(options, layout, config(), texts)
+    except ManagerError:
+        for document in done:
+            print(_sentence(document), file=sys.stderr)
+        raise
     if options.form == "json":
         print(json.dumps(done, indent=2))
     else:

@@ -53,6 +53,7 @@ def add_verb(verb: MakeVerb, layout: Callable[[argparse.Namespace], Layout], con
 def _show(options: argparse.Namespace, layout: Layout, config: Callable[[], Config]) -> int:
     from manager import hierarchies  # noqa: PLC0415 - as above
     from manager.opening import read_boot_area  # noqa: PLC0415
+    from manager.recovery import complete_hierarchies  # noqa: PLC0415
     from manager.recovery_key import RecoveryPrivate, read_passphrase  # noqa: PLC0415
 
     passphrase = read_passphrase(options.passphrase_file) if options.passphrase_file else None
@@ -62,9 +63,8 @@ def _show(options: argparse.Namespace, layout: Layout, config: Callable[[], Conf
         store, boot = read_boot_area(descriptor)
     finally:
         os.close(descriptor)
-    auths = hierarchies.open_escrow(boot.hierarchies, key, store)
-    made = hierarchies.made_of(boot.hierarchies)
-    completed = _complete(layout, config(), {name: auths[name] for name in made}) if options.complete else []
+    kept, completed = complete_hierarchies(layout, config(), key) if options.complete else (boot.hierarchies, [])
+    auths, made = hierarchies.open_escrow(kept, key, store), hierarchies.made_of(kept)
     if options.form == "json":
         document = {"schema": SCHEMA_VERSION, "store": str(store), "completed": completed}
         print(json.dumps(document | {f"{name}_auth": auth.hex() for name, auth in auths.items()}, indent=2))
@@ -86,13 +86,3 @@ def _store_of(layout: Layout) -> Path:
         if path.exists():
             return path
     raise NotFoundError(f"there is no store at {layout.store}: name the right --state-dir")
-
-
-def _complete(layout: Layout, config: Config, made: dict[str, bytes]) -> list[str]:
-    from manager import hierarchies  # noqa: PLC0415 - as above
-    from manager.hwtpm_hierarchies import Hierarchy  # noqa: PLC0415
-    from manager.opening import locked_store, open_tpm, pin_srk  # noqa: PLC0415
-
-    with locked_store(layout), open_tpm(layout, config) as tpm:
-        pin_srk(tpm, config)
-        return [str(name) for name in hierarchies.set_made(tpm, {Hierarchy(name): made[name] for name in made})]

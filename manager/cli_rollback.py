@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from frontend_backend.messages_admin import ExitCode
 from manager.config import Config, Layout
+from manager.errors import DeniedError
 from manager.verb_table import SCHEMA_VERSION
 
 if TYPE_CHECKING:  # they load the TPM's libraries, which --help should not
@@ -43,7 +44,15 @@ def _accept(options: argparse.Namespace, layout: Layout, config: Config) -> int:
     with refused_store(layout, config, key, without_catalogue=options.no_catalogue) as refused:
         if options.form != "json":
             print(_shown(refused.found))
-        done = refused.accept(_confirmation(options, refused))
+        try:
+            done = refused.accept(_confirmation(options, refused))
+        except DeniedError as error:
+            if options.form != "json":
+                raise
+            told = {"code": int(error.code), "kind": error.code.name.lower(), "message": str(error)}
+            print(json.dumps(_document(refused.found) | {"done": None, "error": told}, indent=2))
+            print(f"vtpm-manager {options.verb}: {error}", file=sys.stderr)
+            return int(error.code)
         if options.form == "json":
             print(json.dumps(_document(refused.found) | {"done": done}, indent=2))
         else:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from manager.cli import add_verb_arguments
 from manager.cli_output import print_answer
+from manager.client import answers
 from manager.config import Config, Layout, TpmConfig
 from manager.verb_table import BY_NAME
 
@@ -22,7 +23,7 @@ def add_verb(
 
     def call(options: argparse.Namespace) -> int:
         where = layout(options)
-        if not options.tcti and (options.socket or where.admin_socket.exists()):
+        if not options.tcti and (options.socket or answers(str(where.admin_socket))):
             return online(options)
         from manager.tpm_status import offline  # noqa: PLC0415 - --help should not load the TPM's libraries
 

@@ -74,6 +74,17 @@ def stream(
             yield from documents
 
 
+def answers(path: str) -> bool:
+    """Tell whether a manager listens at `path`: one that was killed leaves its socket there. Raises DeniedError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.settimeout(ANSWER_SECONDS)
+        try:
+            _connect(sock, path)
+        except NotFoundError:
+            return False
+    return True
+
+
 def _went_away(error: Exception) -> BusyError:
     return BusyError(f"the manager went away before it answered ({error}); look with 'vtpm list'")
 

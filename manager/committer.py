@@ -9,13 +9,14 @@ that waits for its save waits for the flush and hardly anything else. On a slow 
 """
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
 import trio
 
-from manager.errors import ManagerError
+from manager.errors import BusyError, ManagerError
 from storage.errors import DeviceError, StorageError
 from storage.store import Store
 from storage.store_records import Change
@@ -53,6 +54,8 @@ class Committer:
         self._wake = trio.Event()
         self._latency = 0.0
         self._groups = self._entries = 0
+        self._ended = False
+        self._waiting: set[trio.CancelScope] = set()  # of those who wait for us, even where they are shielded
 
     def enqueue(self, changes: Sequence[Change], acknowledge: Acknowledge) -> None:
         """Put one entry into the next group; `acknowledge(None)` is called when it is durable, else with the error.
@@ -75,7 +78,7 @@ class Committer:
         """Commit `changes` together and return when they are durable.
 
         Raises:
-            StorageError: what the store says; nothing of these changes is in it.
+            StorageError: what the store says; nothing of these changes is in it. BusyError: the manager stops.
 
         """
         done = trio.Event()
@@ -87,17 +90,52 @@ class Committer:
 
         self.enqueue(changes, acknowledge)
         self._wake.set()  # not `proceed`: an administrator can wait, and many at once share a flush
-        await done.wait()
+        await self._until_ended(done.wait)
         if outcome[0] is not None:
             raise outcome[0]
 
     async def run(self) -> None:
-        """Commit groups until cancelled; a group in flight is finished first."""
-        while True:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            while self._queue:
-                await self._commit_group(self._next_group())
+        """Commit groups until cancelled; a group in flight is finished first. Nobody waits for another one then."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake = trio.Event()
+                while self._queue:
+                    await self._commit_group(self._next_group())
+        finally:
+            self._ended = True
+            for scope in self._waiting:
+                scope.cancel()
+
+    @asynccontextmanager
+    async def hold(self, lock: trio.Lock | None = None) -> AsyncGenerator[None]:
+        """Hold `lock` (the store's), within a shield, too: a stop takes it for good, and must not be waited for.
+
+        Raises:
+            BusyError: the manager stops.
+
+        """
+        lock = lock or self.lock
+        try:
+            lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._until_ended(lock.acquire)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    async def _until_ended(self, wait: Callable[[], Awaitable[None]]) -> None:
+        with trio.CancelScope() as scope:
+            self._waiting.add(scope)
+            if self._ended:
+                scope.cancel()
+            try:
+                await wait()
+            finally:
+                self._waiting.discard(scope)
+        if scope.cancelled_caught:
+            raise BusyError("the manager stops; whether this was done can be seen when it runs again")
 
     def _next_group(self) -> list[_Entry]:
         limit = max(1, self.store.max_commit_bytes // _ENTRY_BYTES)

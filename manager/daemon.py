@@ -193,7 +193,9 @@ class Daemon:
         await self._wind_up(keepers)
 
     async def _start_group(self, group: UUID, hibernation: Hibernation) -> int:
-        await adopt_older_rows(self._committer, self._catalogue)
+        async with self._approvals.changing:  # it writes a group's record back as it read it
+            await adopt_older_rows(self._committer, self._catalogue)
+        self._tombstones.buried()  # the group's, too, have a time that is waited for now
         return await self._supervision.start_group(group, hibernation)
 
     async def _ended(self, running: Running, status: int | None) -> None:

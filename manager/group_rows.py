@@ -55,11 +55,19 @@ def follow_store(catalogue: Catalogue, store: Store) -> list[str]:
         if not catalogue.listing(Filter(group=uuid), "", 1):
             catalogue.remove_group(uuid, Happened("group-removed", f"{rows[uuid].name}: the store does not have it"))
             done.append(f"group {rows[uuid].name} was removed")
+            del rows[uuid]
+    seals = {}
     for uuid, record in store.groups().items():
-        try:
-            stored = group_row(uuid, GroupSeal.unpack(record.blob))
-        except IntegrityError:
-            continue  # whoever opens it, and vtpm-verify, say so
+        with suppress(IntegrityError):  # whoever opens it, and vtpm-verify, say so
+            seals[uuid] = GroupSeal.unpack(record.blob)
+    owner = {seal.name: uuid for uuid, seal in seals.items()}
+    for said in rows.values():
+        if (
+            owner.get(said.name, said.uuid) != said.uuid
+        ):  # somebody swapped them: vTPMs would be added to another's group
+            catalogue.change_group(replace(said, name=str(said.uuid)))
+    for uuid, seal in seals.items():
+        stored = group_row(uuid, seal)
         row = rows.get(uuid)
         try:
             if row is None:

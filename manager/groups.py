@@ -28,7 +28,7 @@ from manager.policy import SealPolicy
 from manager.provision import DEFAULT_GROUP
 from manager.registry import check_name
 from storage.catalogue import Catalogue, GroupRow, Happened, now
-from storage.errors import NoSuchGroup, StorageError, StorageFull
+from storage.errors import DeviceError, NoSuchGroup, StorageError, StorageFull
 from storage.secrets import GroupKey
 from storage.store_records import GroupFlags, GroupRecord, PutGroup, RemoveGroup
 
@@ -72,7 +72,7 @@ class Groups:
         try:
             return self._committer.store.group(group)
         except NoSuchGroup as error:
-            text = f"the catalogue knows group {group}, the store does not: look with 'vtpm-verify --all'"
+            text = f"the store has no group {group}: it was removed, or 'vtpm-verify --all' tells"
             raise NotFoundError(text) from error
 
     def seal(self, group: UUID) -> GroupSeal:
@@ -86,6 +86,7 @@ class Groups:
 
     def refuse_closed(self, row: GroupRow) -> None:
         """Raise GroupClosedError, with the reason, for a group that is closed."""
+        self.record(row.uuid)
         if not self._committer.store.is_open(row.uuid):
             raise GroupClosedError(row.name, self._closed.get(row.uuid))
 
@@ -124,8 +125,8 @@ class Groups:
             if row.name == DEFAULT_GROUP:
                 raise ConflictError(f"group {row.name} keeps its name: vTPMs are made in it where no group is named")
         async with self._changing:
-            if wanted.name not in (None, row.name):
-                self._refuse_taken(str(wanted.name))
+            if wanted.name is not None:
+                self._refuse_taken(wanted.name, row.uuid)
             changed = wanted.applied(self.seal(row.uuid))
             if wanted.reseals:
                 self.refuse_closed(row)
@@ -155,16 +156,19 @@ class Groups:
             terms = self.terms(seal)
             with GroupKey.new() as key, trio.CancelScope(shield=True):
                 seal = await self._sealed(row.uuid, key, seal, terms)
-                async with self._committer.lock:
+                async with self._committer.hold():
                     record = replace(self.record(row.uuid), blob=seal.pack())
                     try:
                         await trio.to_thread.run_sync(store.rotate_group, record, key)
                     except StorageFull as error:
                         raise ConflictError(f"not rotated, the old key goes on: {error}") from error
+                    except DeviceError as error:
+                        text = f"whether the key was rotated is not known: {error}. Every record is kept, under one key"
+                        raise ManagerError(text) from error
                     except StorageError as error:
                         raise ManagerError(f"not rotated: {error}. Every record is kept") from error
-                await self._anchoring.write_durable()
                 self._catalogue.log("group-rotated", None, f"{row.name}: {store.count(row.uuid)} vTPMs under a new key")
+                await self._anchoring.write_durable()
 
     async def rewrite(self, row: GroupRow, change: Callable[[GroupSeal], GroupSeal], happened: Happened) -> None:
         """Change what a group's record keeps beside its sealed key, durable and anchored; it may be closed.
@@ -198,6 +202,12 @@ class Groups:
                     f"group {row.name} has {vtpms} vTPMs and {tombstones} tombstones of removed ones; nothing was "
                     f"changed. Remove its vTPMs; tombstones go by themselves ('vtpm-list --removed' says when)"
                 )
+            named = self._catalogue.count_vtpms(row.uuid)
+            if named:
+                raise ConflictError(
+                    f"the catalogue names {named} vTPMs in group {row.name} whose records are gone; nothing was "
+                    f"changed. 'vtpm-list --group {row.name}' shows them, 'vtpm-remove' ends their removal"
+                )
             with trio.CancelScope(shield=True):
                 await self._commit(RemoveGroup(row.uuid))
                 self._catalogue.remove_group(row.uuid, Happened("group-removed", row.name))
@@ -212,6 +222,7 @@ class Groups:
         """
         store = self._committer.store
         async with self._changing:
+            self.record(row.uuid)
             if store.is_open(row.uuid):
                 return False
             try:
@@ -220,7 +231,7 @@ class Groups:
                 self._closed[row.uuid] = str(error)
                 raise
             with trio.CancelScope(shield=True), key:
-                async with self._committer.lock:
+                async with self._committer.hold():
                     with integrity():
                         await trio.to_thread.run_sync(store.unlock_group, row.uuid, key)
                 self._closed.pop(row.uuid, None)
@@ -231,11 +242,18 @@ class Groups:
 
     # --- inside ------------------------------------------------------------------------------------
 
-    def _refuse_taken(self, name: str) -> None:
+    def _refuse_taken(self, name: str, own: UUID | None = None) -> None:
         if name == PLATFORM_NAME:
             raise ConflictError(f"no group can be named '{name}': it stands for the store key's own object")
-        if self._catalogue.find_group_by_name(name) is not None:
+        row = self._catalogue.find_group_by_name(name)
+        if row is not None and row.uuid != own:
             raise ConflictError(f"there is a group named '{name}' already")
+        for group in self._committer.store.groups():
+            if group != own and self.seal(group).name == name:
+                raise ConflictError(
+                    f"the store has a group named '{name}' already ({group}), which the catalogue did not take: it is "
+                    f"shown after the next start of the manager"
+                )
 
     async def _sealed(self, group: UUID, key: GroupKey, seal: GroupSeal, terms: Terms) -> GroupSeal:
         if terms.saa and seal.slot is None:

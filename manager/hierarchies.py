@@ -125,17 +125,30 @@ def read_auth(path: str) -> bytes:
 
 
 def use(tpm: HardwareTpm, secret: PlatformSecret) -> None:
-    """Have the TPM's owner and endorsement hierarchies used with the passwords that are sealed; no TPM command."""
-    tpm.use_hierarchy_auths(secret.owner_auth, secret.endorsement_auth)
+    """Use the sealed passwords where this TPM has one, and none where it has none.
 
-
-def use_as_they_are(tpm: HardwareTpm, secret: PlatformSecret) -> None:
-    """Use the sealed passwords where this TPM has one, and none where it has none: it may have been cleared."""
+    It may have been cleared since, or, where `init` was given them, its owner took his away.
+    """
+    if not secret.owner_auth and not secret.endorsement_auth:
+        return
     found = tpm.properties()
     tpm.use_hierarchy_auths(
         secret.owner_auth if found.owner_auth_set else b"",
         secret.endorsement_auth if found.endorsement_auth_set else b"",
     )
+
+
+def prove(tpm: HardwareTpm, given: Mapping[Hierarchy, bytes]) -> None:
+    """Try out the endorsement password that `init` was given: only a quote would use it, much later.
+
+    It is changed to itself. The owner's is used by `init` as it is, and a wrong lockout password would lock.
+
+    Raises:
+        HierarchyAuthRefused: it is another one.
+
+    """
+    if auth := given.get(Hierarchy.ENDORSEMENT):
+        tpm.change_hierarchy_auth(Hierarchy.ENDORSEMENT, auth, auth)
 
 
 def set_made(tpm: HardwareTpm, auths: Mapping[Hierarchy, bytes]) -> list[Hierarchy]:

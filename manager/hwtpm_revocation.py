@@ -48,7 +48,8 @@ class Revocations:
         """
         with self._link.operation("look for the revocation index") as esapi:
             used = set(self._link.handles(esapi, _NV_RANGE))
-            for index in sorted(used & set(range(FIRST_INDEX, LAST_INDEX + 1))):
+            # the preferred one first: anybody may define another with our policy, which is public, beside it
+            for index in sorted(used & set(range(FIRST_INDEX, LAST_INDEX + 1)), key=lambda at: (at != prefer, at)):
                 handle = esapi.tr_from_tpmpublic(index)
                 name = bytes(esapi.tr_get_name(handle))
                 esapi.tr_close(handle)

@@ -79,6 +79,14 @@ def _clean_up_tpm(path: Path, tpm: HardwareTpm, known: PlatformSecret | None) ->
     try:
         secret = PlatformSecret(tpm.unseal(boot.platform)) if known is None else known
     except (PolicyMismatch, SealDamaged) as error:
+        if isinstance(error, SealDamaged) and hierarchies.made_of(boot.hierarchies):
+            # not of this TPM as it is: whether the one that made it has our passwords cannot be asked here
+            raise ConflictError(
+                f"{path}, which an interrupted init left, is of another TPM, or a cleared one, and that TPM may have "
+                f"passwords which only this file tells. Nothing was changed. Run init again on that TPM, or have "
+                f"'vtpm-manager show-hierarchy-auth --key RECOVERY' tell them first; then, or if the TPM was cleared, "
+                f"remove the file"
+            ) from error
         if hierarchies.any_of_ours_set(tpm, boot.hierarchies):
             raise ConflictError(
                 f"an interrupted init had set passwords of the hardware TPM, and its store {path} does not open any "
@@ -89,7 +97,7 @@ def _clean_up_tpm(path: Path, tpm: HardwareTpm, known: PlatformSecret | None) ->
         _log.warning("NV index 0x%08x may be left over from an interrupted init: %s", boot.anchor.index, error)
         return
     with secret:
-        hierarchies.use_as_they_are(tpm, secret)
+        hierarchies.use(tpm, secret)
         _undefine_revocation(tpm, boot)
         _undefine(tpm, boot, secret)
         hierarchies.take_back(tpm, boot.hierarchies, secret)

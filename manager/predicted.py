@@ -11,7 +11,7 @@ def parse_predicted(pairs: list[str]) -> dict[int, bytes]:
     """Return PCR values written as PCR=HEX.
 
     Raises:
-        UsageError: not of that form, or not 32 bytes.
+        UsageError: not of that form, or not 32 bytes, or two values for one PCR.
 
     """
     predicted: dict[int, bytes] = {}
@@ -23,5 +23,6 @@ def parse_predicted(pairs: list[str]) -> dict[int, bytes]:
             digest = b""
         if not equals or not (pcr.isascii() and pcr.isdecimal()) or len(digest) != _DIGEST_BYTES:
             raise UsageError(f"'{pair[:80]}' is no predicted PCR: write PCR=HEX with 64 hexadecimal digits")
-        predicted[int(pcr)] = digest
+        if predicted.setdefault(int(pcr), digest) != digest:
+            raise UsageError(f"there are two values for PCR {int(pcr)}: give one")
     return predicted

@@ -137,6 +137,7 @@ def initialise(layout: Layout, options: InitOptions, tpm: HardwareTpm) -> UUID:
         set_empty=options.set_hierarchy_auth,
         recovery=recovery is not None,
     )
+    hierarchies.prove(tpm, passwords.given)
     made = _Made(uuid4(), uuid4(), passwords.with_auths(PlatformSecret.new()), _approver(options))
     # The index is defined last: from then on the unfinished store tells the next init which one it is.
     anchor = tpm.anchor_plan(tpm.anchor_free_index())

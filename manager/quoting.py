@@ -5,6 +5,7 @@ accord. Either way the hardware TPM signs in its own lane, and nobody else's com
 """
 
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,7 +20,7 @@ from frontend_backend.errors import MessageError
 from manager.approval_records import pcrs_of, sequence_in_use
 from manager.attest_bundle import Bundle, HardwareQuote, Statement
 from manager.attestation import key_of
-from manager.errors import BusyError, ConflictError, ManagerError, UsageError
+from manager.errors import BusyError, ConflictError, IntegrityError, ManagerError, UsageError
 from manager.groups import Groups
 from manager.hardware import Hardware
 from manager.hwtpm import HardwareTpm
@@ -32,6 +33,7 @@ from manager.running import Running, Stage
 from storage.catalogue import AttachmentRow, VtpmRow
 from storage.errors import StorageError
 
+_log = logging.getLogger("vtpm.quotes")
 EVIDENCE_SECONDS: Final = 30.0  # a guest may keep its TPM busy with a key for so long
 GUESTS_WAITING: Final = 8  # guests' quotes under way; more would keep the manager's own work from the hardware TPM
 MANAGER: Final = f"vtpm-manager {metadata.version('vtpm-manager')}"
@@ -43,6 +45,7 @@ class _Facts:
 
     vtpm: UUID
     group: UUID
+    family: str
     generation: int
     guest: str
     frontend: str
@@ -65,37 +68,58 @@ class Quotes:
         Raises:
             UsageError: the nonce has not 1 to 64 bytes. ConflictError: it does not run, or its group has no key.
             BusyError: its instance did not answer. DeniedError: its group is closed. TpmError: the hardware TPM.
+            IntegrityError: its instance gave what is no evidence of it.
 
         """
         try:
             check_wish(nonce, selection)
         except MessageError as error:
             raise UsageError(f"{error}. Nothing was quoted") from error
-        group = next(group for group in self._registry.catalogue.groups() if group.uuid == row.group)
-        self._groups.refuse_closed(group)
+        self._refuse_closed(row.group)
         key_of(self._groups.seal(row.group))  # before a guest's TPM is asked in vain
-        evidence = await _evidence(row, running, QuoteTask(nonce, selection))
-        return await self._bundle(row.uuid, nonce, evidence, for_guest=False)
+        untrusted = await _evidence(row, running, QuoteTask(nonce, selection))
+        try:
+            evidence = Evidence.unpack(untrusted)
+            if evidence.selection != selection:
+                raise MessageError("it is of other PCRs than were asked for")
+            return await self._bundle(row.uuid, nonce, evidence, for_guest=False)
+        except MessageError as error:
+            raise IntegrityError(
+                f"what the instance of vTPM {row.name} gave is no evidence of it: {error}. Nothing was quoted. Its "
+                f"guest may have taken its instance over: detach it, and look at the log"
+            ) from error
 
     async def for_guest(self, running: Running, request: m.Quote) -> m.Reply:
         """Answer a guest's wish, or refuse it: too often, malformed, or not possible."""
-        if self._guests >= GUESTS_WAITING or not running.guest_quotes.take(time.monotonic()):
+        full = running.quoting or self._guests >= GUESTS_WAITING
+        if full or not running.guest_quotes.take(time.monotonic()):
             return m.Refusal(m.RefusalCode.LIMIT, "asked too often")
         self._guests += 1
+        running.quoting = True
         try:
             check_wish(request.nonce, 1)
-            return m.QuoteReply(await self._bundle(running.vtpm, request.nonce, request.evidence, for_guest=True))
+            evidence = Evidence.unpack(request.evidence)
+            return m.QuoteReply(await self._bundle(running.vtpm, request.nonce, evidence, for_guest=True))
         except MessageError as error:
             return m.Refusal(m.RefusalCode.MALFORMED, str(error)[:200])
         except (ManagerError, StorageError) as error:
             return m.Refusal(m.RefusalCode.DENIED, str(error)[:200])
+        except Exception:  # noqa: BLE001 - our own mistake in one guest's quote must not end every vTPM's manager
+            _log.exception("vTPM %s: a guest's quote failed in a way nobody foresaw", running.vtpm)
+            return m.Refusal(m.RefusalCode.DENIED, "the manager made a mistake; see its log")
         finally:
             self._guests -= 1
+            running.quoting = False
 
-    async def _bundle(self, vtpm: UUID, nonce: bytes, untrusted: bytes, *, for_guest: bool) -> bytes:
-        """Have the hardware TPM sign. Raises MessageError: no evidence. ManagerError, StorageError."""
-        evidence = Evidence.unpack(untrusted)
+    def _refuse_closed(self, group: UUID) -> None:
+        self._groups.refuse_closed(self._groups.find(str(group)))
+
+    async def _bundle(self, vtpm: UUID, nonce: bytes, evidence: Evidence, *, for_guest: bool) -> bytes:
+        """Have the hardware TPM sign. Raises MessageError: evidence of another TPM. ManagerError, StorageError."""
         facts = self._facts(vtpm)
+        self._refuse_closed(facts.group)
+        if evidence.family.value != facts.family:  # or a TPM 2.0 could do without a quote of its own
+            raise MessageError(f"it is of a TPM {evidence.family.value}, and the vTPM is a TPM {facts.family}")
         seal = self._groups.seal(facts.group)
         key = key_of(seal)
 
@@ -134,6 +158,7 @@ def _facts(row: VtpmRow, attachment: AttachmentRow, generation: int) -> _Facts:
     return _Facts(
         row.uuid,
         row.group,
+        row.family,
         generation,
         attachment.guest,
         attachment.frontend,
@@ -162,9 +187,11 @@ async def _evidence(row: VtpmRow, running: Running | None, task: QuoteTask) -> b
             f"done. Detach it and attach it again"
         )
     running.order_quote(task)
-    with trio.move_on_after(EVIDENCE_SECONDS):
-        await task.done.wait()
-    running.quote = None
+    try:
+        with trio.move_on_after(EVIDENCE_SECONDS):
+            await task.done.wait()
+    finally:
+        running.quote = None
     if not task.done.is_set():
         raise BusyError(
             f"the instance of vTPM {row.name} gave no evidence within {EVIDENCE_SECONDS:g} s: its guest keeps it busy, "

@@ -19,9 +19,10 @@ from manager.config import Config, Layout
 from manager.errors import ConflictError, IntegrityError, NotFoundError, UsageError
 from manager.escrow import EscrowPlace, EscrowPurpose
 from manager.group_rows import follow_seals
-from manager.group_terms import Terms, seal_key
+from manager.group_terms import Terms, Wanted, seal_key
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import AnchorDenied, AnchorMissing, SrkChanged, TpmCleared
+from manager.hwtpm_hierarchies import Hierarchy
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
 from manager.opening import integrity, locked_store, open_store, open_tpm, pin_srk, read_boot_area
 from manager.provision import policy_for
@@ -65,13 +66,8 @@ def recover(layout: Layout, config: Config, key: RecoveryPrivate) -> tuple[Recov
 
     """
     with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
-        uuid, boot = read_boot_area(descriptor)
-        if not boot.escrow:
-            raise UsageError("this installation was made without a recovery key: there is no escrow to open")
-        secret = PlatformSecret(escrow.unwrap(boot.escrow, key, EscrowPlace(uuid, EscrowPurpose.STORE_KEY)))
-        if not hmac.compare_digest(store_check(secret.store_key, uuid), config.tpm.store_check):
-            raise IntegrityError("the escrow in this store holds the key of another store. Nothing was changed")
-        hierarchies.use_as_they_are(tpm, secret)
+        uuid, boot, secret = _by_escrow(descriptor, config, key)
+        hierarchies.use(tpm, secret)
         if _old_anchor(tpm, config, boot, secret):
             raise ConflictError(_STILL_THERE)
         with integrity():
@@ -94,6 +90,36 @@ def recover(layout: Layout, config: Config, key: RecoveryPrivate) -> tuple[Recov
     return done, replace(config, tpm=replace(config.tpm, srk_name=srk_name.hex()))
 
 
+def _by_escrow(descriptor: int, config: Config, key: RecoveryPrivate) -> tuple[UUID, BootArea, PlatformSecret]:
+    """Return the store's UUID, what stands in clear in it, and the secret that its escrow holds."""
+    uuid, boot = read_boot_area(descriptor)
+    if not boot.escrow:
+        raise UsageError("this installation was made without a recovery key: there is no escrow to open")
+    secret = PlatformSecret(escrow.unwrap(boot.escrow, key, EscrowPlace(uuid, EscrowPurpose.STORE_KEY)))
+    if not hmac.compare_digest(store_check(secret.store_key, uuid), config.tpm.store_check):
+        raise IntegrityError("the escrow in this store holds the key of another store. Nothing was changed")
+    return uuid, boot, secret
+
+
+def complete_hierarchies(layout: Layout, config: Config, key: RecoveryPrivate) -> tuple[bytes, list[Hierarchy]]:
+    """Set those hierarchy passwords that `init` made and the TPM has not; returns what the store keeps, and which.
+
+    Not by what stands in clear in the store: anybody can make an escrow for a recovery public key, with passwords of
+    his choice in it.
+
+    Raises:
+        UsageError: there are none. TpmCleared, SrkChanged: another TPM. EscrowError, IntegrityError, BusyError, others.
+
+    """
+    with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
+        pin_srk(tpm, config)
+        uuid, _, secret = _by_escrow(descriptor, config, key)
+        with secret, integrity(), Store.open(descriptor, secret.store_key) as store:
+            kept = BootArea.unpack(store.boot_area).hierarchies
+        auths = hierarchies.open_escrow(kept, key, uuid)
+        return kept, hierarchies.set_made(tpm, {name: auths[name] for name in hierarchies.made_of(kept)})
+
+
 def _old_anchor(tpm: HardwareTpm, config: Config, boot: BootArea, secret: PlatformSecret) -> bool:
     """Tell whether this TPM still has the store's anchor: then the rollback rule could be applied, and must be."""
     try:
@@ -112,14 +138,15 @@ def _event(done: Recovered) -> str:
     )
 
 
-def recover_group(layout: Layout, config: Config, name: str, key: RecoveryPrivate) -> int:
+def recover_group(layout: Layout, config: Config, name: str, key: RecoveryPrivate, saa: str | None = None) -> int:
     """Open one group by its escrow, and seal its key to the hardware TPM as it is now; returns how many vTPMs it has.
 
     For a group with a recovery key of its own, after `recover` on another TPM, or when its PCRs have changed for good.
-    The installation itself must open by its policy, and its anchors agree.
+    The installation itself must open by its policy, and its anchors agree. `saa` (PEM) takes its approver's place.
 
     Raises:
-        NotFoundError: no such group. EscrowWrongKey: another key. UsageError: no escrow. Others: see `open_store`.
+        NotFoundError: no such group. EscrowWrongKey: another key. UsageError: no escrow, or no approver whose place
+        another could take. Others: see `open_store`.
 
     """
     with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
@@ -128,7 +155,7 @@ def recover_group(layout: Layout, config: Config, name: str, key: RecoveryPrivat
         try:
             group = _named(store, name)
             record = store.groups()[group]
-            seal = of_this_index(GroupSeal.unpack(record.blob), boot)
+            seal = _approved_by(saa, of_this_index(GroupSeal.unpack(record.blob), boot))
             terms = Terms.of(seal, config.tpm.pcrs, boot.recovery)
             with _escrowed(store, group, seal, key) as master:
                 with integrity():
@@ -146,6 +173,13 @@ def recover_group(layout: Layout, config: Config, name: str, key: RecoveryPrivat
         finally:
             store.close()
             opened.secret.wipe()
+
+
+def _approved_by(saa: str | None, seal: GroupSeal) -> GroupSeal:
+    """Return the record with another approver, if one is given. Raises UsageError: it has none."""
+    if saa is not None and not seal.saa:
+        raise UsageError(f"group {seal.name} has no approver, so none can take its place: recover it without --saa")
+    return seal if saa is None else Wanted(saa=saa).applied(seal)
 
 
 def _named(store: Store, name: str) -> UUID:

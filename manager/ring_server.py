@@ -29,6 +29,7 @@ from storage.secrets import StateKey
 from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
 
 _log = logging.getLogger("vtpm.ring")
+QUOTE_SECONDS: Final = 15.0  # a guest's quote at most: its instance can neither save, nor be reset, nor stop meanwhile
 _MAX_RANDOM: Final = 64  # bytes a Random may ask for
 # as a number: `~` of an IntFlag has no bits that this version does not know, and those are to stay
 _SLEPT: Final = int(RecordFlags.RESUMABLE | RecordFlags.HIBERNATED)
@@ -75,6 +76,7 @@ class RingServer:
             return False  # a closed ring's number is -1, or another's by now
         del self._by_fileno[running.ring.fileno()]
         self._epoll.unregister(running.ring.fileno())
+        running.hurry.set()
         return True
 
     async def quiesce(self, running: Running) -> None:
@@ -266,7 +268,22 @@ class RingServer:
         self._committer.enqueue((PutVtpm(new),), acknowledge)
 
     async def _quote(self, running: Running, request: m.Quote) -> None:
-        self._answer(running, await self.on_quote(running, request))
+        """Answer a guest's wish; LIMIT where the hardware TPM takes long, or the instance has to do something else."""
+        hurry = running.hurry = trio.Event()
+        reply: m.Reply = m.Refusal(m.RefusalCode.LIMIT, "not just now: the hardware TPM takes long, or you are to stop")
+
+        async def make() -> None:
+            nonlocal reply
+            reply = await self.on_quote(running, request)
+            hurry.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make)
+            if not running.pressed:
+                with trio.move_on_after(QUOTE_SECONDS):
+                    await hurry.wait()
+            self._answer(running, reply)
+            nursery.cancel_scope.cancel()  # what waits for the hardware TPM no longer does
 
     async def _pcr_read(self, running: Running, request: m.PcrRead) -> None:
         """Tell an instance hardware PCRs that its attachment asks for, and no others."""

@@ -18,7 +18,7 @@ from manager import escrow, hierarchies
 from manager.anchor import clean_stop, judge
 from manager.anchoring import position_of
 from manager.approval_errors import RevocationDenied, RevocationMissing
-from manager.attachment_epochs import problem_of
+from manager.attachment_epochs import problem_of, renumber
 from manager.catalogue_place import place_of
 from manager.config import Config, Layout
 from manager.errors import ConflictError, DeniedError, IntegrityError, RolledBackError
@@ -106,6 +106,8 @@ class Acceptance:
                 lost = Happened("detached", f"the store it was attached in is lost; it was for guest {row.guest}")
                 self.catalogue.detach(row.vtpm, lost)
         _log.warning("%s %s", EVENT, text)
+        with integrity():
+            renumber(self._store, self.catalogue)
         self._make_it_the_newest()
         return text
 

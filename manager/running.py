@@ -83,6 +83,8 @@ class Running:
     busy: bool = False  # a request of this ring is being worked on
     complaints: int = 0  # requests that were not obeyed
     quote: QuoteTask | None = None  # what the order QUOTE was for
+    quoting: bool = False  # a quote that its guest asked for is under way, perhaps given up already
+    hurry: trio.Event = field(default_factory=trio.Event)  # what it waits for is to be given up
     hw_pcrs: int = 0  # hardware PCRs that its attachment asks for, and no others are told it; bit 0 for PCR 0
     pcr_reads: TokenBucket = field(default_factory=lambda: TokenBucket(PCR_READS_A_SECOND, PCR_READS_AT_ONCE))
     guest_quotes: TokenBucket = field(default_factory=lambda: TokenBucket(GUEST_QUOTES_A_SECOND, GUEST_QUOTES_AT_ONCE))
@@ -118,7 +120,14 @@ class Running:
             self.stage = Stage.STOPPING
         if orders & Orders.RESET:
             self.settled = trio.Event()
+        if self.pressed:
+            self.hurry.set()
         self.ring.ring()
+
+    @property
+    def pressed(self) -> bool:
+        """Whether an order waits that is to be obeyed at once; it travels with the next answer."""
+        return bool(self.orders & (Orders.STOP | Orders.RESET))
 
     def order_quote(self, task: QuoteTask) -> None:
         """Order evidence for a quote; only an instance whose report says `quotes` knows the order."""

@@ -56,15 +56,15 @@ class _Images:
             self.copied[record.uuid] = record.digest
         return matches
 
-    def copy_unseen(self, writer: BackupWriter) -> int:
-        """Copy the images of closed groups' vTPMs as they are; nothing can be saved there. Returns how many."""
-        count = 0
+    def copy_unseen(self, writer: BackupWriter) -> list[UUID]:
+        """Copy the images of closed groups' vTPMs as they are; nothing can be saved there. Returns whose."""
+        copied = []
         for vtpm in self.unseen:
             path = state_files.image_path(self.directory, vtpm, self.named.get(vtpm, ""))
             with suppress(FileNotFoundError):  # never started, or missing: nobody can tell which
                 add_image(writer, self.member(vtpm), path)
-                count += 1
-        return count
+                copied.append(vtpm)
+        return copied
 
     def copy_all(self, writer: BackupWriter, records: list[VtpmRecord]) -> None:
         """Copy images as they are now; those that do not match their records are looked at again at the end."""
@@ -158,7 +158,8 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
         os.close(descriptor)
     writer.add(CATALOGUE, services.registry.catalogue.snapshot())
     writer.add(CONFIG, without_password(services.config).to_toml().encode())
-    places = {str(record.uuid): images.named[record.uuid] for record in records if images.named.get(record.uuid)}
+    backed_up = [*(record.uuid for record in records), *unseen]
+    places = {str(vtpm): images.named[vtpm] for vtpm in backed_up if images.named.get(vtpm)}
     about = {"store": str(store.uuid), "sequence": figures.sequence, "vtpms": figures.vtpms, "named": places}
     about |= {"missing": images.missing, "unmatched": images.unmatched}
     size = writer.finish(about)
@@ -168,7 +169,7 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
         "store": str(store.uuid),
         "sequence": figures.sequence,
         "vtpms": figures.vtpms,
-        "state_images": len(records) - len(images.missing) + unseen,
+        "state_images": len(records) - len(images.missing) + len(unseen),
         "missing": len(images.missing),
         "unmatched": len(images.unmatched),
         "bytes": size,

@@ -76,7 +76,7 @@ async def scrub(services: Services, _caller: Caller, arguments: Arguments) -> As
 async def _next(services: Services, steps: Iterator[Scrubbed]) -> Scrubbed | None:
     """Do one step of a scrub while nothing is committed; a thread that has begun cannot be called back."""
     with trio.CancelScope(shield=True):
-        async with services.registry.committer.lock:
+        async with services.registry.committer.hold():
             progress = await trio.to_thread.run_sync(lambda: next(steps, None))
     return progress
 
@@ -152,7 +152,7 @@ async def _compact_store(services: Services, floor: int) -> Compacted:
     """Compact the store while nothing is committed, then anchor it."""
     registry = services.registry
     with trio.CancelScope(shield=True):
-        async with registry.committer.lock:
+        async with registry.committer.hold():
             done = await trio.to_thread.run_sync(registry.committer.store.compact, floor)
         await registry.anchoring.write_durable()
     return done

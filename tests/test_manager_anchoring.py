@@ -329,9 +329,25 @@ async def test_after_a_reset_of_the_tpm_the_durable_anchor_is_written_as_well() 
                 judge(old, anchoring_digest(tpm), tpm.pcr22)
             assert anchoring.statistics().resets == 1
             writes = tpm.nv_writes
-            anchoring._pcr22 = tpm.pcr22
+            anchoring._pcr22 = (tpm.pcr22,)
             await anchoring.extend_volatile()
             assert tpm.nv_writes == writes
+
+
+@pytest.mark.parametrize("executed", ["before", "after"])
+@pytest.mark.parametrize("reset", [True, False])
+async def test_a_reset_that_broke_an_extend_off_is_noticed_at_the_next(executed: str, reset: bool) -> None:
+    with anchored() as (tpm, store, _, anchoring):
+        await anchoring.write_opening()
+        writes = tpm.nv_writes
+        store.commit([save(store, 1)])
+        if reset:
+            tpm.before_call["pcr22_extend"] = tpm.reset
+        tpm.fail["pcr22_extend"] = executed, lost_answer()
+        with pytest.raises(TpmTransport):
+            await anchoring.extend_volatile()
+        await anchoring.extend_volatile()
+        assert (anchoring.statistics().resets, tpm.nv_writes - writes) == (int(reset), int(reset))
 
 
 async def test_whoever_else_extends_pcr_22_does_not_wear_the_index_out() -> None:

@@ -1,18 +1,23 @@
 """`init --saa` on a real TPM: what it seals, and that one cut anywhere leaves no revocation index behind."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from approval_rig import approve as approve_by
 from fixtures_tpm import SwtpmProcess, recorded_bus, running_swtpm
 
-from manager import provision
+from manager import provision, reseal
+from manager.approval_errors import ApprovalRoom
 from manager.approval_files import TARGETS
 from manager.approval_key import ApproverPrivate
+from manager.approval_records import approvals_in
 from manager.approval_target import Target
+from manager.approve_offline import Wish, approve
 from manager.config import Config, Layout
 from manager.errors import ManagerError, UsageError
 from manager.hwtpm import HardwareTpm
@@ -119,3 +124,64 @@ def test_an_init_cut_between_tpm_commands_leaves_no_index(
                 assert indices(tpm) == [boot.revocation.index], f"cut at command {place}"
                 assert set(tpm.revocations.read(boot.revocation)) == {0}
             swtpm.tool("tpm2_clear", "-c", "p")
+
+
+def test_of_several_approvals_all_are_installed_or_none(
+    swtpm: SwtpmProcess, tmp_path: Path, options: InitOptions
+) -> None:
+    """The one that there is no room for says that nothing was changed."""
+    layout = fresh(tmp_path, "state")
+    with HardwareTpm.open(swtpm.setting) as tpm:
+        initialise(layout, replace(options, tcti=swtpm.tcti), tpm)
+        present = tpm.pcr_read(range(16))
+    config = Config.load(layout.config)
+    told = {path.stem: json.loads(path.read_text()) for path in (layout.state_dir / TARGETS).iterdir()}
+    platform, default = (Target.from_json(told[name], name) for name in ("platform", "default"))
+    first = [approve_by(SAA, platform, present), approve_by(SAA, default, present)]
+    approve(layout, config, Wish(first))
+    before = layout.store.read_bytes()
+    long = [approve_by(SAA, platform, present | {7: os.urandom(32)}, number) for number in range(2, 12)]
+    with pytest.raises(ApprovalRoom, match="Nothing was changed"):
+        approve(layout, config, Wish(long))
+    assert layout.store.read_bytes() == before
+    approve(layout, config, Wish([long[0], approve_by(SAA, default, present, 2)]))
+    assert [one.sequence for one in approvals_in(boot_area(layout))] == [1, 2]
+
+
+def test_another_approver_who_is_named_half_way_is_named_by_doing_it_again(
+    swtpm: SwtpmProcess, tmp_path: Path, options: InitOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power fails between two TPM commands; the former approver, whose key is lost, approves nothing meanwhile."""
+    key, layout = RecoveryPrivate.new(), fresh(tmp_path, "state")
+    targets = layout.state_dir / TARGETS
+    assert options.recovery is not None
+    options.recovery.write_bytes(key.public.to_pem())
+    with recorded_bus(swtpm) as bus:
+
+        @contextmanager
+        def open_it(*_: object) -> Iterator[HardwareTpm]:
+            with HardwareTpm.open(bus.setting) as tpm:
+                yield tpm
+
+        monkeypatch.setattr(reseal, "open_tpm", open_it)
+        with open_it() as tpm:
+            initialise(layout, options, tpm)
+        config = Config.load(layout.config)
+
+        def name(approver: ApproverPrivate) -> None:
+            reseal.reseal(layout, config, key, {}, None, approver.public.to_pem().decode())
+
+        before = len(bus.commands)
+        name(SAA)
+        count = len(bus.commands) - before
+        for place in range(4, count, 5):
+            following = ApproverPrivate.new()
+            bus.cut_at, bus.cut_executes = place, place % 2 == 0
+            with suppress(ManagerError):
+                name(following)
+            assert bus.was_cut
+            bus.cut_at, bus.was_cut = None, False
+            name(following)
+            told = [Target.from_json(json.loads(path.read_text()), "it") for path in targets.iterdir()]
+            assert {target.approver for target in told} == {following.public.fingerprint}, f"cut at command {place}"
+            assert boot_area(layout).platform.policy.approver_point == following.public.point

@@ -1,6 +1,7 @@
 """Certificates of attestation keys, and chains of endorsement keys, each with one thing wrong."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -11,6 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from fixtures_tpm import running_swtpm
 
 from manager.attest_certificate import (
     AkCertificate,
@@ -19,11 +21,12 @@ from manager.attest_certificate import (
     read_certificates,
     read_signing_key,
 )
-from manager.attest_enrolment import new_request
+from manager.attest_enrolment import Request, new_request
 from manager.attest_errors import DocumentUnreadable
 from manager.hwtpm import HardwareTpm
 
 NOW = datetime.now(UTC)
+AK_USAGE = x509.ObjectIdentifier("2.23.133.8.3")
 EK_USAGE = x509.ObjectIdentifier("2.23.133.8.1")
 
 
@@ -48,7 +51,7 @@ class Issuer:
         )
         if not ca:
             builder = builder.add_extension(x509.ExtendedKeyUsage([EK_USAGE]), critical=False)
-        self.certificate = builder.sign(issuer.key, hashes.SHA256())
+        self.certificate: x509.Certificate = builder.sign(issuer.key, hashes.SHA256())
 
 
 def problem(certificates: Sequence[Issuer], trusted: Sequence[Issuer]) -> str | None:
@@ -107,6 +110,41 @@ def test_an_issued_certificate_is_read_back_and_no_other_is_taken_for_one() -> N
         AkCertificate.issue(key, place, authority, ec.generate_private_key(ec.SECP256R1()), 2)
     with pytest.raises(DocumentUnreadable):
         AkCertificate.issue(key, place, made.certificate, signing, 2)
+
+
+def odd_certificate(usage: x509.ObjectIdentifier, uris: Sequence[str] = ()) -> x509.Certificate:
+    """Return a certificate whose key is on a curve that nobody knows: its DER is patched, and so is its signature."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "odd")])
+    names = [x509.UniformResourceIdentifier(uri) for uri in uris or ("urn:x",)]
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, NOW - timedelta(days=1), NOW + timedelta(days=1))
+    builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+    made = builder.add_extension(x509.SubjectAlternativeName(names), critical=False).sign(key, hashes.SHA256())
+    der = made.public_bytes(serialization.Encoding.DER)
+    p256, unknown = bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d030102")
+    return made if uris else x509.load_der_x509_certificate(der.replace(p256, unknown, 1))
+
+
+def test_certificates_that_no_library_takes_are_refused_in_words() -> None:
+    odd = odd_certificate(AK_USAGE)
+    with pytest.raises(DocumentUnreadable):
+        AkCertificate.read(odd)
+    dashes = [f"urn:vtpm-manager:{what}:{'-' * 36}" for what in ("group", "store")]
+    with pytest.raises(DocumentUnreadable):
+        AkCertificate.read(odd_certificate(AK_USAGE, dashes))
+    assert problem([Issuer("leaf", None, ca=False)], []) is not None
+    assert endorsement_problem([odd_certificate(EK_USAGE)], [odd], NOW) is not None
+    with pytest.raises(DocumentUnreadable):
+        AkCertificate.issue(Issuer("x").key.public_key(), (uuid4(), uuid4()), odd, Issuer("y").key, 1)
+
+
+def test_a_request_with_such_a_certificate_is_refused_in_words() -> None:
+    with running_swtpm() as swtpm, HardwareTpm.open(swtpm.setting) as tpm:
+        tpm.provision_srk()
+        found, key = tpm.attester.endorsement(), tpm.attester.new_key()
+    request = new_request((uuid4(), uuid4()), "default", (found.public, b"", b""), key.public)
+    pem = odd_certificate(EK_USAGE).public_bytes(serialization.Encoding.PEM).decode()
+    with pytest.raises(DocumentUnreadable):
+        Request.from_text(replace(request, endorsement_certificates=pem).to_text())
 
 
 def test_a_chain_in_the_tpm_is_given_to_the_verifier(tmp_path: Path) -> None:

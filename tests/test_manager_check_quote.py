@@ -183,6 +183,31 @@ def test_what_is_no_bundle_does_not_hold(
     assert json.loads(capsys.readouterr().out)["code"] == 6
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"hardware": {"0": ["00"]}, "hardware": {}}',
+        '{"vtpm": {"0": ["00"], "0": ["ff"]}}',
+        '{"vtpm": {"0": ["00"], "00": ["ff"]}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_pcr_policy_that_says_something_twice_is_refused(
+    tmp_path: Path,
+    parts: tuple[HardwareTpm, AttestationKey, Request],
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    ak, policy = tmp_path / "ak.pem", tmp_path / "policy"
+    kind = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    ak.write_bytes(parts[1].public.point.public_bytes(*kind))
+    policy.write_text(text)
+    assert main([str(policy), "--ak", str(ak), "--nonce", "00", "--pcr-policy", str(policy), "--json"]) == 6
+    assert "PCR policy" in json.loads(capsys.readouterr().out)["error"]
+
+
 def test_a_secret_of_a_size_that_no_tpm_takes_is_our_mistake(
     parts: tuple[HardwareTpm, AttestationKey, Request],
 ) -> None:

@@ -163,6 +163,8 @@ def test_a_value_given_by_itself_counts_before_that_of_a_file(desk: Desk) -> Non
         (("--pcrs-from", "/nonexistent"), 3, "cannot be read"),
         (("--valid-until", "tomorrow"), 2, "is no time"),
         (("--valid-until", "2001-01-01"), 6, "ends before it begins"),
+        (("--valid-from", "1960-01-01"), 6, "a time is out of range"),
+        (("--pcr", f"0={ZERO}", "--pcr", f"7={SEVEN}", "--pcr", f"07={ZERO}"), 2, "two values for PCR 7"),
         (("--comment", "x" * 201), 6, "too long"),
         (("--comment", "\x07"), 6, "cannot be printed"),
         (("--sequence", "2"), 4, "takes 3 and above"),
@@ -217,6 +219,24 @@ def test_an_earlier_approval_shows_that_the_target_was_exchanged(desk: Desk) -> 
     code, said = desk.sign(*values, "--previous", earlier, group=desk.write("stolen", thief.to_json()))
     assert (code, "Name" in said) == (4, True)
     assert not Path(desk.output).exists()
+
+
+def test_an_earlier_approval_shows_that_fewer_pcrs_are_asked_for(desk: Desk) -> None:
+    """What PCRs a target asks for is in no digest: whoever carries it may leave out the one that he wants to change."""
+    assert desk.sign("--pcr", f"0={ZERO}", "--pcr", f"7={SEVEN}")[0] == 0
+    earlier = desk.write("earlier", Path(desk.output).read_text())
+    fewer = desk.write("fewer", desk.target.to_json() | {"approved_pcrs": "sha256:0"})
+    assert desk.sign("--pcr", f"0={ZERO}", group=fewer)[0] == 0, "he sees what he signs"
+    code, said = desk.sign("--pcr", f"0={ZERO}", "--previous", earlier, group=fewer)
+    assert (code, "PCR 7" in said) == (4, True)
+    assert not Path(desk.output).exists()
+    assert desk.sign("--pcr", f"0={ZERO}", "--pcr", f"7={SEVEN}", "--previous", earlier, group=fewer)[0] == 0
+
+
+@pytest.mark.parametrize("index", [-1, 2**32, 2**70])
+def test_a_target_whose_index_cannot_be_is_refused(desk: Desk, index: int) -> None:
+    told = desk.write("strange", desk.target.to_json() | {"revocation_index": index})
+    assert desk.sign("--pcr", f"0={ZERO}", "--pcr", f"7={SEVEN}", group=told)[0] == 6
 
 
 def test_an_output_that_exists_is_kept(desk: Desk) -> None:

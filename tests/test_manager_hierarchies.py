@@ -24,7 +24,9 @@ from manager.opening import locked_store, open_store, read_boot_area
 from manager.provision import InitOptions, initialise
 from manager.recovery_errors import EscrowWrongKey
 from manager.recovery_key import RecoveryPrivate, write_recovery_files
+from storage.disk import Device
 from storage.secrets import SecretWiped, WrongSecretSize
+from storage.store_head import BootCopy, read_boot, write_boot_copy
 
 ALL = tuple(Hierarchy)
 
@@ -225,6 +227,23 @@ def test_passwords_of_a_cut_init_that_cannot_be_unsealed_are_not_forgotten(
     assert model.auths == escrowed(layout.store, key)
 
 
+def test_an_init_on_another_tpm_does_not_throw_the_passwords_of_a_cut_one_away(
+    layout: Layout, options: InitOptions, key: RecoveryPrivate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelTpm()
+    model.fail["change_hierarchy_auth endorsement"] = "after", PowerCutError()
+    with monkeypatch.context() as killing:
+        dies_before_cleaning_up(killing)
+        with pytest.raises(PowerCutError):
+            initialise(layout, options, as_tpm(model))
+    assert model.auths
+    with pytest.raises(ConflictError, match=r"another TPM, or a cleared one.*show-hierarchy-auth"):
+        initialise(layout, options, as_tpm(ModelTpm(srk=b"\0\x0b" + bytes(32))))
+    assert model.auths.items() <= escrowed(layout.store.with_suffix(".new"), key).items()
+    initialise(layout, options, as_tpm(model))
+    assert model.auths == escrowed(layout.store, key)
+
+
 def test_a_lockout_password_that_could_not_be_set_is_told(layout: Layout, options: InitOptions) -> None:
     model = ModelTpm()
     model.fail["change_hierarchy_auth lockout"] = "before", HierarchyAuthRefused("lockout")
@@ -349,6 +368,19 @@ def cut_off(*_: Any) -> None:
     raise PowerCutError
 
 
+def test_a_wrong_endorsement_password_is_not_kept(swtpm: SwtpmProcess, layout: Layout, options: InitOptions) -> None:
+    """No other command of an init uses it: the first quote would find it out."""
+    with HardwareTpm.open(swtpm.setting) as tpm:
+        tpm.provision_srk()
+        tpm.change_hierarchy_auth(Hierarchy.ENDORSEMENT, b"", b"right")
+        options = replace(options, set_hierarchy_auth=False)
+        with pytest.raises(HierarchyAuthRefused):
+            initialise(layout, replace(options, hierarchy_auths={Hierarchy.ENDORSEMENT: b"wrong"}), tpm)
+        assert not list(layout.state_dir.iterdir())
+        initialise(layout, replace(options, hierarchy_auths={Hierarchy.ENDORSEMENT: b"right"}), tpm)
+    assert swtpm_tool(swtpm, "tpm2_changeauth", "-c", "e", "-p", "right") == 0, "it is still what it was"
+
+
 def test_show_tells_them_and_completes_what_is_missing(
     swtpm: SwtpmProcess,
     tmp_path: Path,
@@ -375,6 +407,51 @@ def test_show_tells_them_and_completes_what_is_missing(
     assert vtpm_manager([*words, "--complete"]) == 0
     assert "set the" not in capsys.readouterr().out
     assert clear(swtpm, kept[Hierarchy.LOCKOUT]) == 0
+
+
+def test_completing_does_not_believe_what_stands_in_clear(
+    swtpm: SwtpmProcess,
+    tmp_path: Path,
+    layout: Layout,
+    options: InitOptions,
+    key: RecoveryPrivate,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Anybody can make an escrow for a recovery public key: one who edits the image must not choose the password."""
+    options = replace(options, tcti=swtpm.tcti)
+    with HardwareTpm.open(swtpm.setting) as tpm, monkeypatch.context() as cut:
+        cut.setattr(provision, "_set_lockout", cut_off)
+        with pytest.raises(PowerCutError):
+            initialise(layout, options, tpm)
+    with open(layout.store, "r+b") as file:
+        uuid, boot = read_boot_area(file.fileno())
+        theirs = hierarchies.Plan(made=dict.fromkeys(ALL, b"the adversary's")).kept(key.public, uuid)
+        device = Device(file.fileno())
+        place, sequence = read_boot(device, uuid).place, read_boot(device, uuid).sequence
+        write_boot_copy(device, uuid, BootCopy(1 - place, sequence + 1, replace(boot, hierarchies=theirs).pack()))
+    words = ["show-hierarchy-auth", "--state-dir", str(layout.state_dir), "--key", str(tmp_path / "recovery.pem")]
+    vtpm_manager([*words, "--complete"])
+    capsys.readouterr()
+    assert clear(swtpm, b"the adversary's") != 0
+
+
+def test_a_given_password_that_the_tpm_has_not_any_more_is_not_used(
+    swtpm: SwtpmProcess, layout: Layout, options: InitOptions, key: RecoveryPrivate
+) -> None:
+    """A recovery sets none that `init` was given: the new TPM's owner may have none, or take his away later."""
+    with HardwareTpm.open(swtpm.setting) as tpm:
+        tpm.provision_srk()
+        tpm.change_hierarchy_auth(Hierarchy.OWNER, b"", b"owned")
+    options = replace(options, tcti=swtpm.tcti, set_hierarchy_auth=False, hierarchy_auths={Hierarchy.OWNER: b"owned"})
+    with HardwareTpm.open(swtpm.setting) as tpm:
+        initialise(layout, options, tpm)
+    assert swtpm_tool(swtpm, "tpm2_clear", "-c", "l") == 0
+    _, config = recovery.recover(layout, Config.load(layout.config), key)
+    with HardwareTpm.open(swtpm.setting) as tpm, locked_store(layout) as descriptor:
+        assert not tpm.properties().owner_auth_set
+        open_store(descriptor, tpm, config).store.close()
+        tpm.anchor_undefine(tpm.anchor_define(tpm.anchor_free_index(), bytes(32)))
 
 
 def test_recovery_on_a_cleared_tpm_sets_them_again(

@@ -465,6 +465,15 @@ def test_a_number_that_somebody_else_has_gives_another_one_and_his_is_left(world
     assert world.tpm.revocations.read(ours)[3] == 6
 
 
+def test_a_decoy_beside_our_index_is_not_taken_for_it(world: World) -> None:
+    """The index's policy can be read by anybody: an index with it, at a lower number, is not the one approvals name."""
+    least, taken = {world.what.slot: 4}, world.index.index
+    ours = world.tpm.revocations.plan(taken + 1, world.writer.point)
+    world.tpm.revocations.ensure(ours, world.writer, least)  # where ours is because something else had the first number
+    assert world.tpm.revocations.place(world.writer.point, ours.index) == ours
+    assert world.tpm.revocations.renew(world.writer, least, ours.index) == ours
+
+
 # --- limits and the bus ---------------------------------------------------------------------------------------------
 
 

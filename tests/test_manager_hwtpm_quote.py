@@ -40,7 +40,7 @@ from manager.attest_wire import (
     qualified_name,
     verify,
 )
-from manager.attestation import without_a_strangers
+from manager.attestation import key_of, without_a_strangers
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import TpmError, WrongLocality
 from manager.hwtpm_link import TpmLink
@@ -108,6 +108,15 @@ def test_a_recovery_keeps_a_key_that_its_tpm_makes_and_drops_a_strangers(tpm: Ha
     with running_swtpm() as other, HardwareTpm.open(other.setting) as another:
         another.provision_srk()
         assert without_a_strangers(another, seal) == replace(seal, ak=None)
+    with running_swtpm() as other:
+        other.tool("tpm2_changeauth", "-c", "e", "somebody's")
+        with HardwareTpm.open(other.setting) as another:  # cannot tell whose key it is: no reason not to recover
+            another.provision_srk()
+            assert without_a_strangers(another, seal) is seal
+            with pytest.raises(EndorsementAuthWanted):
+                another.attester.quote(key_of(seal), 1, QUALIFYING)
+    unreadable = replace(seal, ak={"version": 7})
+    assert without_a_strangers(tpm, unreadable) == replace(seal, ak=None)
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"seed": "zz"}, {"public": "00"}, {"public": 7}])

@@ -25,6 +25,7 @@ from storage.catalogue import AttachmentRow, Catalogue, VtpmRow
 from storage.secrets import StateKey
 from storage.state_image import Family, StateImage
 from storage.store import PutVtpm, RecordFlags, Store, VtpmRecord
+from storage.store_records import next_epoch
 
 WEB, LATER = uuid_of(1), uuid_of(2)
 
@@ -289,6 +290,32 @@ def test_what_will_be_lost_is_told(made: Any) -> None:
     place.layout.store.write_bytes(old)
     with refused_store(place.layout, place.config, None) as refused:
         assert any("cannot be read" in loss.text for loss in refused.found.losses)
+
+
+def test_an_attachment_of_the_lost_time_never_counts_again(made: Any) -> None:
+    """Whoever may write the catalogue kept genuine rows: the epochs of the time that begins must not meet theirs."""
+    place = made(None)
+    free, busy = replace(record(place), epoch=6), replace(record(place), uuid=LATER, epoch=3)
+    busy = replace(busy, flags=RecordFlags.ATTACHED)
+    old = place.change(free, busy)
+    place.change(replace(free, flags=RecordFlags.ATTACHED, epoch=7))
+    kept = AttachmentRow(LATER, "stays", "socket", "0:0", "0660", "clear", 1, epoch=3)
+    with place.catalogue() as catalogue:
+        catalogue.attach(kept)
+        catalogue.attach(AttachmentRow(WEB, "lost", "socket", "0:0", "0660", "clear", 1, epoch=7))
+    place.layout.store.write_bytes(old)
+    place.accept(None, "yes")
+    assert place.opens() is Standing.CLEAN
+    with locked_store(place.layout) as descriptor:
+        store = open_store(descriptor, as_tpm(place.model), place.config).store
+        epochs = {one.uuid: one.epoch for one in store.vtpms()}
+        store.close()
+    with place.catalogue() as catalogue:
+        (row,) = catalogue.attachments()
+    assert replace(row, created="", epoch=3) == kept, "what was attached at that time still is"
+    assert row.epoch == epochs[LATER]
+    assert next_epoch(epochs[WEB]) != 7
+    assert next_epoch(epochs[LATER]) != 4
 
 
 def test_without_a_catalogue_it_says_so_and_asks(made: Any) -> None:

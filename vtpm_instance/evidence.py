@@ -122,11 +122,20 @@ def _checked(answer: bytes) -> bytes:
 
 
 @contextmanager
-def _flushed(process: Process, handle: bytes) -> Iterator[None]:
+def _afterwards(tidy_up: Callable[[], object]) -> Iterator[None]:
+    """Tidy up in the TPM, unless a save or libtpms itself failed: then it is powered off, and that error counts."""
     try:
         yield
-    finally:
-        _run(process, command(_FLUSH, handle))
+    except QuoteRefusedError:
+        tidy_up()
+        raise
+    tidy_up()
+
+
+@contextmanager
+def _flushed(process: Process, handle: bytes) -> Iterator[None]:
+    with _afterwards(lambda: _run(process, command(_FLUSH, handle))):
+        yield
 
 
 @contextmanager
@@ -137,9 +146,11 @@ def _stepped_aside(process: Process) -> Iterator[None]:
     handle = handles[-4:]
     saved = _run(process, command(_CONTEXT_SAVE, handle))[HEADER_SIZE:]
     _run(process, command(_FLUSH, handle))
-    try:
-        yield
-    finally:
+
+    def bring_back() -> None:
         loaded = _run(process, command(_CONTEXT_LOAD, saved))[HEADER_SIZE:]
         if loaded != handle:
             note(f"an object of the guest moved from {handle.hex()} to {loaded.hex()} for a quote")
+
+    with _afterwards(bring_back):
+        yield

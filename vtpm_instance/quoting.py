@@ -10,12 +10,12 @@ from frontend_backend import messages_instance as m
 from frontend_backend.deep_quote import DeepQuoteCommand, success
 from frontend_backend.errors import MessageError
 from frontend_backend.tpmhdr import TpmFamily, error_response
-from vtpm_instance.errors import ManagerError, ManagerRefusedError, QuoteRefusedError
+from vtpm_instance.errors import ManagerError, ManagerRefusedError, ManagerSilentError, QuoteRefusedError
 from vtpm_instance.journal import note
 from vtpm_instance.managerlink import ManagerLink
 from vtpm_instance.vtpm import Vtpm
 
-GUEST_TIMEOUT: Final = 60.0  # seconds; Linux' driver waits 120 for a command that it does not know
+GUEST_TIMEOUT: Final = 30.0  # seconds; a manager that is there answers within 15. No reset is obeyed meanwhile
 TASK_TIMEOUT: Final = 5.0  # seconds; the manager answers these without its hardware TPM
 
 # TPM 2.0 Part 2, 6.6.3: TPM_RC_SIZE, TPM_RC_RETRY, TPM_RC_DISABLED; TPM 1.2 Part 2, 16: TPM_BAD_PARAMETER, TPM_RETRY,
@@ -45,16 +45,21 @@ class Quoter:
             reply = self._link.ask(m.Quote(wish.nonce, evidence.pack()), GUEST_TIMEOUT)
         except QuoteRefusedError as error:
             return error_response(family, error.code or _REFUSED[family])
-        except ManagerRefusedError as error:
-            codes = _LATER if error.code == m.RefusalCode.LIMIT.value else _REFUSED
-            return error_response(family, codes[family])
         except ManagerError as error:
-            note(f"no quote for the guest: {error}")
-            return error_response(family, _REFUSED[family])
+            return error_response(family, self._code(error))
         if not isinstance(reply, m.QuoteReply):
             note(f"no quote for the guest: the manager answered {type(reply).__name__}")
             return error_response(family, _REFUSED[family])
         return success(family, reply.bundle)
+
+    def _code(self, error: ManagerError) -> int:
+        """Return what a guest is told where the manager gave no bundle."""
+        if isinstance(error, ManagerRefusedError):
+            codes = _LATER if error.code == m.RefusalCode.LIMIT.value else _REFUSED
+        else:
+            note(f"no quote for the guest: {error}")
+            codes = _LATER if isinstance(error, ManagerSilentError) else _REFUSED
+        return codes[self._vtpm.family]
 
     def serve(self) -> None:
         """Obey the order QUOTE: ask what for, make the evidence, and send it, or say why there is none."""

@@ -230,7 +230,8 @@ class Vtpm:
         except (InstanceError, StorageError) as error:
             self._fail(error)
             return self._failure
-        self._guest_shut_down = code == self._shutdown_code and tpm.code_of(response) == 0
+        if code != _DEEP_QUOTE:  # which a TPM that was shut down has not seen
+            self._guest_shut_down = code == self._shutdown_code and tpm.code_of(response) == 0
         return response
 
     def attest(self, nonce: bytes, selection: int, emulator: str) -> Evidence:
@@ -243,6 +244,8 @@ class Vtpm:
         if not self._serving or self._guest_shut_down:
             raise QuoteRefusedError(0, 0, "the vTPM is in failure, or its guest has shut it down")
         try:
+            if not self._keeper.roomy and not self._has_room_for(_DEEP_QUOTE):
+                raise QuoteRefusedError(0, 0, "the disk is full, and its TPM may have to store something")
             return gather(self._tpm.process, self.family, nonce, selection, emulator)
         except QuoteRefusedError:
             raise

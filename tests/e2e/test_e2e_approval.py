@@ -192,13 +192,53 @@ def test_a_revoked_approval_opens_neither_an_old_store_nor_a_backup(site: Site) 
     vtpms.vtpm_manager("restore", str(backup))
     assert vtpms.try_start() == DENIED
     assert "sequence 1 is revoked" in vtpms.refusal
-    shutil.rmtree(vtpms.state)
+    restored = vtpms.state.rename(vtpms.base / "restored")
     with tarfile.open(backup) as tar:
         assert tar.getnames()
 
     current.rename(vtpms.state)
     vtpms.start()
     site.still_precious()
+    second = site.signed(2)
+    assert vtpms.stop() == 0
+    shutil.rmtree(vtpms.state)
+    restored.rename(vtpms.state)  # what if it is all that is left: go back with the recovery key, approve anew
+    vtpms.vtpm_manager("accept-rollback", "--key", str(vtpms.recovery))
+    assert vtpms.try_start() == DENIED
+    (told,) = vtpms.vtpm_manager("approvals", "--json").json
+    assert (told["sequence"], told["holds"]) == (2, None), "what is taken is not what the older store knows"
+    site.approve(*second)
+    vtpms.start()
+    site.still_precious()
+
+
+def test_an_approver_whose_key_is_lost_is_replaced_with_the_recovery_key(site: Site) -> None:
+    vtpms, lost = site.vtpms, site.key
+    first = site.signed(3)
+    site.approve(*first)
+    vtpms.start()
+    site.store_something()
+    assert vtpms.stop() == 0
+    answer = vtpms.vtpm_manager("reseal", "--saa", f"{site.key}.pub", check=False)
+    assert (answer.code, "recovery key" in answer.err) == (DENIED, True), "also where all is well"
+    site.boot(FIRMWARE)
+    vtpms.vtpm_manager("reseal", "--recovery-key", str(vtpms.recovery))
+    assert vtpms.try_start() == DENIED, "sealed for the same approver, who cannot sign any more"
+    site.key = str(vtpms.base / "next.pem")
+    vtpms.command("vtpm-approve", "new-key", site.key)
+    answer = vtpms.vtpm_manager("reseal", "--saa", f"{site.key}.pub", check=False)
+    assert answer.code == DENIED, "not without the recovery key where the seals do not open"
+    vtpms.vtpm_manager("reseal", "--recovery-key", str(vtpms.recovery), "--saa", f"{site.key}.pub")
+    assert vtpms.try_start() == DENIED
+    answer = site.approve(first[0], check=False)
+    assert answer.code != 0, "the former approver's word counts no longer"
+    document = json.loads(site.target("platform").read_text())
+    assert (document["sequence"], document["pcr_values"].endswith(site.value(FIRMWARE))) == (3, True)
+    site.approve(*site.signed(3))
+    vtpms.start()
+    site.still_precious()
+    assert vtpms.command("vtpm-group-show", "default", "--json").json["state"] == "open"
+    assert lost != site.key
 
 
 def test_revoking_what_holds_now_has_to_be_confirmed(site: Site) -> None:
@@ -250,6 +290,23 @@ def test_another_tenants_approver_opens_that_tenants_group_only(site: Site) -> N
     vtpms.command("vtpm-group-open", "acme")
     vtpms.attach("their")
     vtpms.restart()
+    assert vtpms.command("vtpm-group-show", "acme", "--json").json["state"] == "open"
+
+    assert vtpms.stop() == 0
+    following = str(vtpms.base / "following.pem")
+    vtpms.command("vtpm-approve", "new-key", following)
+    recover = ["recover", "--key", str(vtpms.recovery), "--saa", f"{following}.pub"]
+    assert vtpms.vtpm_manager(*recover, check=False).code == 2
+    vtpms.vtpm_manager(*recover, "--group", "acme")
+    vtpms.start()
+    assert vtpms.command("vtpm-group-show", "acme", "--json").json["state"] == "closed"
+    answer = vtpms.command("vtpm-group-update", "acme", approval, check=False)
+    assert answer.code == INTEGRITY, "their former approver's word counts no longer"
+    target.write_text(vtpms.command("vtpm-group-show", "acme", "--json").out)
+    last = str(vtpms.base / "acme.last")
+    vtpms.command(*words, last, "--key", following)
+    vtpms.command("vtpm-group-update", "acme", last)
+    vtpms.command("vtpm-group-open", "acme")
     assert vtpms.command("vtpm-group-show", "acme", "--json").json["state"] == "open"
 
 

@@ -131,3 +131,6 @@ def test_a_running_manager_and_the_tpm_itself_tell_the_same(bare: Installation, 
         status = bare.vtpm_manager("status", "--json").json
         assert (status["anchor_index"], status["tpm_resets"]) == (online["anchor_index"], 0)
         assert bare.vtpm_manager("check", "--json", "--allow-weak", check=False).code == 0
+        bare.kill()  # its socket is left behind
+        killed = bare.vtpm_manager("tpm-status", "--json").json
+        assert killed["anchor_index"] == online["anchor_index"]

@@ -430,6 +430,9 @@ def test_an_operator_who_lost_the_newest_store_can_go_back_on_purpose(vtpms: Ins
     shown = vtpms.vtpm_manager("accept-rollback", check=False)
     assert shown.code == 5
     assert "--key" in shown.err
+    shown = vtpms.vtpm_manager("accept-rollback", "--json", check=False)
+    assert (shown.code, shown.json["done"], shown.json["vtpms"]) == (5, None, 1)
+    assert (shown.json["error"]["code"], "--key" in shown.err) == (5, True)
     assert vtpms.try_start() == 6
     done = vtpms.vtpm_manager("accept-rollback", "--key", str(vtpms.recovery), "--json").json
     assert done["recovery_key"]
