@@ -122,9 +122,9 @@ class Daemon:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
         await self._anchoring.write_opening(unclean=unclean)
         self._keepers = await Keepers.connect(self._layout, self._config.instance)
-        # a dead manager's: keepers serve us, so no other manager lives in this directory, with a store of its own perhaps
-        self._layout.admin_socket.unlink(missing_ok=True)
         try:
+            # a dead manager's: keepers serve us, so none lives in this directory, which may have another store
+            self._layout.admin_socket.unlink(missing_ok=True)
             async with trio.open_nursery() as nursery:
                 await self._serve(nursery, self._keepers)
                 nursery.cancel_scope.cancel()
@@ -312,7 +312,6 @@ def run(layout: Layout, config: Config, command: Command | None = None) -> bool:
     layout.check()
     make_runtime_directory(layout)
     with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
-        layout.admin_socket.unlink(missing_ok=True)
         opened = open_store(descriptor, tpm, config)
         return trio.run(Daemon(layout, config, opened, Hardware(tpm), command).run)
 

@@ -39,8 +39,6 @@ _SHORTEST_PAUSE: Final = 0.1
 ORDER_SECONDS: Final = 30.0  # that an instance may take to go to sleep, or to say why not: an RSA key takes some
 _RETRY_SECONDS: Final = 1.0  # before a keeper that did not answer is asked again
 
-Later = Callable[[VtpmRow, str], Awaitable[None]]
-
 
 class Hibernation:
     """Sends vTPMs to sleep and wakes them."""
@@ -52,7 +50,7 @@ class Hibernation:
         instances: Instances,
         keepers: Keepers,
         nursery: trio.Nursery,
-        later: Later,
+        later: Callable[[VtpmRow, str], Awaitable[None]],
     ) -> None:
         """Work on `attachments`; `later` starts one again whose instance did not come up (Supervision.later)."""
         self._registry, self._catalogue = registry, registry.catalogue
@@ -71,11 +69,9 @@ class Hibernation:
         self._sleepers.fell_asleep(running)
         text = f"instance {running.pid} saved everything and ended"
         self.events.note("hibernated", running.vtpm, text, time.time())
-        if not parked:
-            self._nursery.start_soon(self._watch_anew, running.vtpm)
-        elif running.vtpm in self._early:
-            self._early.discard(running.vtpm)
-            self._nursery.start_soon(self._wake, running.vtpm)
+        if not parked or running.vtpm in self._early:
+            self._nursery.start_soon(self._wake if parked else self._watch_anew, running.vtpm)
+        self._early.discard(running.vtpm)
 
     async def hibernate(self, row: VtpmRow) -> None:
         """Hibernate a vTPM now; returns when it sleeps.
@@ -88,11 +84,9 @@ class Hibernation:
             attachment = self._catalogue.find_attachment(row.uuid)
             if attachment is None:
                 raise ConflictError(f"vTPM {row.name} is not attached, so nothing of it is in memory")
-            running = self._attachments.running(row.uuid)
-            if running is None and row.uuid in self._sleepers:
+            if row.uuid in self._sleepers:
                 return
-            self._refuse_unfit(row, running)
-            assert running is not None
+            running = self._fit(row, self._attachments.running(row.uuid))
             running.private_bytes = private_bytes(running.pid)
             running.order(Orders.HIBERNATE)
             with trio.move_on_after(ORDER_SECONDS):
@@ -102,7 +96,7 @@ class Hibernation:
             if row.uuid not in self._sleepers:
                 self._say_why_not(row, running)
 
-    def _refuse_unfit(self, row: VtpmRow, running: Running | None) -> None:
+    def _fit(self, row: VtpmRow, running: Running | None) -> Running:
         if running is None:
             why = self._attachments.reason(row.uuid) or "look at the log"
             raise ConflictError(f"vTPM {row.name} is down, so there is nothing to hibernate: {why}")
@@ -118,6 +112,7 @@ class Hibernation:
                 f"the instance of vTPM {row.name} runs code of before an upgrade, which cannot hibernate; "
                 f"'vtpm-reset-platform {row.name}' replaces it"
             )
+        return running
 
     @staticmethod
     def _say_why_not(row: VtpmRow, running: Running) -> None:
@@ -147,6 +142,7 @@ class Hibernation:
             return
         running.look_next = now + running.rest_after / LOOKS
         if running.idle_reports < LOOKS:
+            running.asked = True
             running.ring.ring()  # "ask me": it reports how it is
             return
         running.idle_reports = 0
@@ -225,17 +221,17 @@ class Hibernation:
             except (ManagerError, StorageError, OSError) as error:
                 self._not_woken(row, attachment, error)
                 return
-        self._resumed(row, running)
+        self._note_resumed(row, running)
 
     async def awake(self, row: VtpmRow) -> Running | None:
         """Return a vTPM's instance for who needs it, woken where it sleeps; the caller holds the vTPM's lock."""
         before = self._attachments.running(row.uuid)
         running = await self._attachments.awake(row)
         if running is not None and running is not before:
-            self._resumed(row, running)
+            self._note_resumed(row, running)
         return running
 
-    def _resumed(self, row: VtpmRow, running: Running) -> None:
+    def _note_resumed(self, row: VtpmRow, running: Running) -> None:
         self.events.note("resumed", row.uuid, f"{row.name}: instance {running.pid} goes on with it", time.time())
 
     def _rows(self, vtpm: UUID) -> tuple[VtpmRow, AttachmentRow] | None:
@@ -247,12 +243,12 @@ class Hibernation:
 
     def _catalogue_is_away(self, vtpm: UUID, error: StorageError, again: Callable[[UUID], Awaitable[None]]) -> None:
         """Try once more after a pause: whoever wants it waits."""
-        _log.error("vTPM %s: it is hibernated, and the catalogue cannot be read: %s", vtpm, error)
 
         async def later() -> None:
             await trio.sleep(LONGEST_RETRY / 2)
             await again(vtpm)
 
+        _log.error("vTPM %s: it is hibernated, and the catalogue cannot be read: %s", vtpm, error)
         self._nursery.start_soon(later)
 
     def _not_woken(self, row: VtpmRow, attachment: AttachmentRow, error: Exception) -> None:

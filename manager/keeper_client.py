@@ -13,8 +13,8 @@ import trio
 
 from frontend_backend import messages_keeper as m
 from frontend_backend.channel_trio import receive_message_trio, send_message_trio
-from frontend_backend.descriptors import MAX_DESCRIPTORS, close_all
-from frontend_backend.errors import ChannelClosedError, MessageError
+from frontend_backend.descriptors import MAX_DESCRIPTORS, close_all, receive_message
+from frontend_backend.errors import ChannelClosedError, MessageError, RingError
 from manager.capacity import descriptor_limit_of
 from manager.errors import BusyError, KeeperError, KeeperFullError, KeeperRefusedError
 
@@ -100,7 +100,7 @@ class Keeper:
             try:
                 return await self._ask_once(message, descriptors, meanwhile)
             except (OSError, ChannelClosedError):
-                _log.error("the keeper is gone (its instances end with it); starting another")
+                _log.error("the connection to the keeper at %s is lost; another is started if it has died", self.path)
                 self._sock.close()
                 self._sock = await _reach(self._path, self._options, self._children)
                 await self._greet()
@@ -118,6 +118,8 @@ class Keeper:
         try:
             reply, _ = await self._ask_once(m.Hello(m.VERSION), ())
         except (OSError, ChannelClosedError) as error:
+            if words := self._last_words():
+                raise KeeperRefusedError(words) from error
             raise _GoneError(f"the keeper does not answer: {error}") from error
         if isinstance(reply, m.HelloReply):
             self.pid = reply.pid
@@ -125,6 +127,16 @@ class Keeper:
             self._children = [*{*self._children, reply.pid}]
             self.reap()
         await self._ask_what_it_is()
+
+    def _last_words(self) -> str | None:
+        """Return why a keeper turned us away: the kernel tells first that it closed, and then what it said before."""
+        try:
+            data, received = receive_message(self._sock)
+            close_all(received)
+            said = m.decode_keeper(data)
+        except (OSError, RingError):
+            return None
+        return said.text if isinstance(said, m.KeeperRefusal) else None
 
     async def _ask_what_it_is(self) -> None:
         self.release, self.descriptors_most = None, descriptor_limit_of(self.pid) or 0
@@ -178,8 +190,8 @@ class Keeper:
     def _silence(self) -> str:
         who = f"the keeper at {self.path}" + (f" (process {self.pid})" if self.pid else "")
         return (
-            f"{who} gave no answer within {_ANSWER_SECONDS:g} s; its running vTPMs go on. If it hangs for good, kill its "
-            f"process: they stop cleanly then, and the manager starts another keeper and them again"
+            f"{who} gave no answer within {_ANSWER_SECONDS:g} s; its running vTPMs go on. If it hangs for good, kill "
+            f"its process: they stop cleanly then, and the manager starts another keeper and them again"
         )
 
     async def list(self) -> list[m.Kept]:

@@ -57,7 +57,19 @@ async def list_removed(services: Services, arguments: Arguments) -> AsyncGenerat
 
 
 _OF_ATTACHED: Final = (
-    *("guest", "frontend", "endpoint", "tcti", "control", "pid", "release", "outdated", "reason", "startup"),
+    *(
+        "guest",
+        "frontend",
+        "endpoint",
+        "tcti",
+        "control",
+        "pid",
+        "release",
+        "outdated",
+        "reason",
+        "startup",
+        "hwinitpcrs",
+    ),
     *("hibernate_after", "hibernated_since", "commands_per_second", "saves_per_second", "nv_bytes"),
 )
 

@@ -200,7 +200,7 @@ class RingServer:
         if running.may_hibernate or (done and not isinstance(record, m.Refusal) and same_triple(record, commit)):
             self._commit(running, commit, sleeps=True)
         else:
-            self._answer(running, m.Refusal(m.RefusalCode.WANTED, "it is wanted just now"))
+            self._answer(running, m.Refusal(m.RefusalCode.WANTED, "it is wanted just now, or was not told to"))
 
     def _commit(self, running: Running, commit: m.Commit, *, sleeps: bool = False) -> None:
         record = self._record(running.vtpm)

@@ -73,6 +73,8 @@ class Running:
     awaited: bool = False  # somebody stops it, and deals with its end
     orders: Orders = Orders.NONE
     rest_after: float = 0.0  # seconds without a command before it is hibernated, 0: never
+    told_to_sleep: bool = False  # the order to hibernate was handed over
+    asked: bool = False  # how idle it is; what it says unasked of that does not count
     idle_reports: int = 0  # how often, one after the other, it said that it had nothing to do
     look_next: float = 0.0  # when it is asked next (trio.current_time)
     private_bytes: int | None = None  # memory of its process for itself, before it was ordered to hibernate
@@ -98,7 +100,8 @@ class Running:
         """Move on by what the instance says of itself; its words may have been chosen by a guest."""
         self.report = replace(report, reason=_printable(report.reason), text=_printable(report.text))
         self.stage = ON_REPORT.get((self.stage, report.state), self.stage)
-        self.idle_reports = self.idle_reports + 1 if report.reason == IDLE else 0
+        self.idle_reports = self.idle_reports + self.asked if report.reason == IDLE else 0
+        self.asked = False
         self.reported.set()
         self.reported = trio.Event()
         self.came_up |= self.stage in (Stage.RUNNING, Stage.NEEDS_RESET)
@@ -109,6 +112,7 @@ class Running:
     def take_orders(self) -> Orders:
         """Return the orders for the next answer; a stop is ordered until it is done, everything else once."""
         orders, self.orders = self.orders, self.orders & Orders.STOP
+        self.told_to_sleep |= Orders.HIBERNATE in orders
         return orders
 
     def order(self, orders: Orders) -> None:
@@ -136,8 +140,9 @@ class Running:
 
     @property
     def may_hibernate(self) -> bool:
-        """Whether nothing is wanted of it that it would not do any more."""
-        return self.stage is Stage.RUNNING and not self.orders & (Orders.STOP | Orders.RESET)
+        """Whether it was told to, and nothing is wanted of it that it would not do any more."""
+        wanted = self.quote is not None or self.orders & (Orders.STOP | Orders.RESET)
+        return self.stage is Stage.RUNNING and self.told_to_sleep and not wanted
 
     async def answered(self, reason: str) -> None:
         """Wait until it has said this, or is not running any more."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
+import trio
+
 from frontend_backend import messages_keeper as k
 from frontend_backend.release import RELEASE
 from manager import state_files
@@ -34,6 +36,7 @@ from storage.store_records import RecordFlags
 _RETRY_SECONDS: Final = 1.0
 LONGEST_RETRY: Final = 60.0  # seconds
 _DOUBLINGS: Final = 6  # that reach it
+_AT_ONCE: Final = 32  # are armed or woken: each takes descriptors meanwhile, and all may be wanted at the same moment
 _ASLEEP: Final = RecordFlags.RESUMABLE | RecordFlags.HIBERNATED
 
 
@@ -72,6 +75,7 @@ class Sleepers:
         self._registry, self._instances, self._keepers = registry, instances, keepers
         self._sockets, self._config = sockets, config
         self._endings = Endings(keepers)
+        self._at_once = trio.CapacityLimiter(_AT_ONCE)
         self.asleep: dict[UUID, Asleep] = {}
 
     def __contains__(self, vtpm: UUID) -> bool:
@@ -108,6 +112,12 @@ class Sleepers:
             KeeperError, BusyError: no keeper takes them. ManagerError: they cannot be made.
 
         """
+        async with self._at_once:
+            await self._arm(row, attachment)
+        if row.uuid not in self.asleep:
+            self.found(row, attachment.lease)
+
+    async def _arm(self, row: VtpmRow, attachment: AttachmentRow) -> None:
         uid, gid = map(int, attachment.owner.split(":"))
         folder = SocketFolder(self._sockets, row.uuid, attachment.frontend)
         made = folder.listen(Owner(uid, gid), parse_mode(attachment.mode))
@@ -118,8 +128,6 @@ class Sleepers:
         finally:
             for sock in made:
                 sock.close()
-        if row.uuid not in self.asleep:
-            self.found(row, attachment.lease)
 
     async def watch_again(self, row: VtpmRow, attachment: AttachmentRow) -> None:
         """Have one watched that could not be woken, with new sockets where its keeper has died; see `arm`."""
@@ -140,6 +148,12 @@ class Sleepers:
             KeeperError, BusyError, ConflictError: it was not started, and goes on to sleep, unwatched.
 
         """
+        async with self._at_once:
+            running = await self._launch(row, attachment)
+            self.asleep.pop(row.uuid, None)
+        return running
+
+    async def _launch(self, row: VtpmRow, attachment: AttachmentRow) -> Running:
         image = state_files.open_locked(self._registry.image_path(row), create=False)
         try:
             launch = Launch(
@@ -157,11 +171,9 @@ class Sleepers:
                 quota=quota_of(attachment),
                 wakes=True,
             )
-            running = await self._instances.start(launch, image, _NO_SOCKETS, _nothing)
+            return await self._instances.start(launch, image, _NO_SOCKETS, _nothing)
         finally:
             os.close(image)
-        self.asleep.pop(row.uuid, None)
-        return running
 
     async def forget(self, vtpm: UUID) -> None:
         """Let go of one, its sockets and connections with it: it could not be woken to be stopped."""

@@ -23,6 +23,8 @@ from storage.errors import (
 Place = Path | str  # of a SQLite file, or a URL
 
 POSTGRESQL_SCHEMA: Final = "vtpm_manager"  # ours in the database: it is renamed whole when a catalogue is rebuilt
+_SQLITE_KEPT, _SQLITE_MORE = 5, 10  # connections to the file: kept open once needed, and closed after use
+SQLITE_CONNECTIONS_MOST: Final = _SQLITE_KEPT + _SQLITE_MORE  # each has a descriptor of the file and one of its WAL
 _BUSY_SECONDS: Final = 5.0
 _STATEMENT_SECONDS: Final = 10  # a server that hangs must not hang the manager, which waits for it
 _STREAMED: Final = 1000  # rows held at a time
@@ -73,7 +75,7 @@ class Database:
         self.place = place
         self._secrets: tuple[str, ...] = ()
         if isinstance(place, Path):
-            self.reader = self.writer = _sqlite_engine(place)
+            self.reader = self.writer = _sqlite_engine(place, pool_size=_SQLITE_KEPT, max_overflow=_SQLITE_MORE)
             return
         url = parse_url(place)
         hidden = [url.password or "", *(str(url.query.get(name, "")) for name in _SECRETS)]

@@ -70,7 +70,7 @@ async def test_an_answer_that_comes_too_late_is_not_that_of_the_next_question(mo
     monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 0.05)
     with keeper([[HELLO, WHAT, None], [HELLO, WHAT, EMPTY]]) as (path, asked):
         made = await Keeper.connect(path)
-        with pytest.raises(KeeperError, match="does not answer"):
+        with pytest.raises(KeeperError, match="gave no answer"):
             await made.ask(Forget(bytes(16), 1))
         monkeypatch.setattr(keeper_client, "_ANSWER_SECONDS", 5)
         assert await made.list() == []

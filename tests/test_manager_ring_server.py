@@ -353,13 +353,33 @@ def hibernate(front: Front, generation: int, seed: int = 1) -> m.Hibernate:
 ASLEEP = RecordFlags.RESUMABLE | RecordFlags.HIBERNATED
 
 
+async def told_to_sleep(front: Front) -> None:
+    """Let an instance be up, and have the order to hibernate."""
+    front.running.order(m.Orders.HIBERNATE)
+    await front.ask(m.Report(m.InstanceState.READY))
+    assert front.running.stage is Stage.RUNNING
+
+
+async def test_one_that_was_not_told_to_does_not_hibernate() -> None:
+    """Or one that was taken over could go to sleep and be woken, a process and two commits each time, without end."""
+    async with manager() as made:
+        front = made.start()
+        await front.ask(m.Report(m.InstanceState.READY))
+        for _ in range(4):
+            await front.ask(m.Report(m.InstanceState.READY, m.IDLE))
+        assert front.running.idle_reports == 0, "nobody asked it how idle it is"
+        reply = await front.ask(hibernate(front, 1))
+        assert isinstance(reply, m.Refusal)
+        assert made.record().generation == 0, "nothing was committed"
+
+
 async def test_one_that_hibernates_is_marked_and_its_ring_read_no_more() -> None:
     async with manager() as made:
         front = made.start()
         slept: list[Running] = []
         gone: list[Running] = []
         made.rings.on_sleep, made.rings.on_hang_up = slept.append, gone.append
-        front.running.stage = Stage.RUNNING
+        await told_to_sleep(front)
         assert await front.ask(hibernate(front, 1)) == m.CommitReply(1)
         assert made.record().flags & ASLEEP == ASLEEP
         assert (front.running.stage, slept) == (Stage.HIBERNATED, [front.running])
@@ -384,7 +404,7 @@ async def test_one_that_hibernates_is_marked_and_its_ring_read_no_more() -> None
 async def test_one_that_is_wanted_does_not_hibernate(wanted: m.Orders) -> None:
     async with manager() as made:
         front = made.start()
-        front.running.stage = Stage.RUNNING
+        await told_to_sleep(front)
         front.running.order(wanted)
         reply = await front.ask(hibernate(front, 1))
         assert isinstance(reply, m.Refusal)
@@ -396,7 +416,7 @@ async def test_hibernating_twice_with_one_state_is_one_sleep_whatever_is_wanted(
     """The answer of a manager that died was lost: its instance cannot go on, and asks the next one again."""
     async with manager() as made:
         front = made.start()
-        front.running.stage = Stage.RUNNING
+        await told_to_sleep(front)
         await front.ask(hibernate(front, 1))
         record = made.record()
         again = made.start()  # as one that was taken over
@@ -411,7 +431,7 @@ async def test_hibernating_twice_with_one_state_is_one_sleep_whatever_is_wanted(
 async def test_a_hibernated_state_is_consumed_durably_before_load_is_answered() -> None:
     async with manager() as made:
         first = made.start()
-        first.running.stage = Stage.RUNNING
+        await told_to_sleep(first)
         await first.ask(hibernate(first, 1))
         second = made.start(startup="state")
         marks: list[RecordFlags] = []

@@ -1,18 +1,22 @@
 """The catalogue, on SQLite and on PostgreSQL; what only one of them can meet is in the second half."""
 
 import hashlib
+import os
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Barrier
 from uuid import UUID, uuid4
 
 import pytest
 from postgresql_rig import Server, name_of, server
 
 from storage.catalogue import AttachmentRow, Catalogue, EventRow, Filter, GroupRow, Happened, Listed, Place, VtpmRow
+from storage.catalogue_database import SQLITE_CONNECTIONS_MOST
 from storage.errors import (
     CatalogueBusy,
     CatalogueDamaged,
@@ -530,6 +534,39 @@ def test_group_rows_carry_the_groups_public_data(catalogue: Catalogue, site: Sit
     catalogue.close()
     with Catalogue.open(site.place, KEY, STORE) as again:
         assert again.find_group_by_name("tenant") == replace(row, pcrs="none")
+
+
+def open_here(path: Path) -> int:
+    """How often this process has a file open."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # closed by another thread by now, as the one that lists them
+            found += os.readlink(f"/proc/self/fd/{name}") == str(path)
+    return found
+
+
+def test_however_many_threads_read_a_file_it_is_open_as_often_as_its_pool_has_connections(tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.sqlite"
+    with filled(path) as catalogue:
+        most = []
+        for _ in range(3):
+            threads = SQLITE_CONNECTIONS_MOST + 10
+            together, seen = Barrier(SQLITE_CONNECTIONS_MOST), []
+
+            def hold(together: Barrier = together, seen: list[int] = seen) -> None:
+                with catalogue._database.read() as connection:
+                    connection.exec_driver_sql("select count(*) from vtpms").scalar_one()
+                    if len(seen) < SQLITE_CONNECTIONS_MOST:  # the first wait for each other, the others for them
+                        seen.append(0)
+                        together.wait(30)
+                    seen.append(open_here(path))
+
+            with ThreadPoolExecutor(threads) as pool:
+                for done in [pool.submit(hold) for _ in range(threads)]:
+                    done.result()
+            most.append(max(seen))
+        assert most == [SQLITE_CONNECTIONS_MOST] * 3
+    assert open_here(path) == 0
 
 
 # --- snapshots, and from one database into another --------------------------------------------------

@@ -173,6 +173,21 @@ def test_firmware_that_starts_the_tpm_does_so_after_a_reset_too(parts: Parts) ->
     assert rc(again.execute(pcr_read(7), 0)) == 0x100, "TPM_RC_INITIALIZE: it waits for the firmware"
 
 
+def test_a_guest_that_sleeps_itself_has_its_pcrs_again_when_it_wakes(parts: Parts) -> None:
+    """Its kernel sends Shutdown(STATE), nothing comes for hours; then its firmware resets the TPM: Startup(STATE)."""
+    parts.record.startup = "none"
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert rc(vtpm.execute(STARTUP_CLEAR, 0)) == 0
+    assert rc(vtpm.execute(pcr_extend(7), 0)) == 0
+    assert rc(vtpm.execute(command(0x145, b"\0\1"), 0)) == 0
+    vtpm.hibernate(0)
+    again = woken(parts)
+    again.reset()
+    assert rc(again.execute(command(0x144, b"\0\1"), 0)) == 0
+    assert again.execute(pcr_read(7), 0)[-32:] == extended(b"\x11" * 32)
+
+
 def test_one_that_its_firmware_has_not_started_does_not_hibernate(parts: Parts) -> None:
     parts.record.startup = "none"
     vtpm = parts.vtpm(Startup.NONE)

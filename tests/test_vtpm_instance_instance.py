@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,10 @@ from vtpm_instance_commands import (
     pcr_read,
     rc,
 )
+from vtpm_instance_manager import until
 from vtpm_instance_rig import Bench, KeeperProcess, running_keeper, transact
 
-from frontend_backend.messages_instance import InstanceState, Orders
+from frontend_backend.messages_instance import InstanceState, Orders, Report
 
 INDEX = 0x01500001
 MakeBench = Callable[..., Bench]
@@ -86,6 +88,19 @@ def test_an_order_to_stop_is_a_clean_stop(make_bench: MakeBench) -> None:
     manager.give(Orders.STOP)
     assert bench.wait_for_end() == 0
     assert (bench.record.resumable, bench.record.commits) == (True, before + 1)
+
+
+def test_a_report_of_idleness_still_says_that_quotes_can_be_ordered(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    manager = bench.spawn()
+    for _ in range(40):
+        asked = len(bench.record.reports)
+        manager.ring.ring()
+        until(lambda before=asked: len(bench.record.reports) > before, "a report")
+        if bench.record.reports[-1].reason == "idle":
+            break
+        time.sleep(0.05)
+    assert bench.record.reports[-1] == Report(InstanceState.READY, "idle", quotes=True)
 
 
 def test_startup_state_refused_is_failure_until_reset_and_never_a_silent_clear(make_bench: MakeBench) -> None:

@@ -29,7 +29,7 @@ _SPAWNERS: Final = frozenset({_CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP})  # to giv
 _CAPABILITIES: Final = 64  # bits of a set; the kernel knows fewer and says so
 _CAPABILITY_VERSION: Final = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
-NICE: Final = 5  # a third of the weight of nice 0; what it does is in docs/benchmarks.md, "Floods"
+NICE: Final = 5  # a third of the weight of nice 0; what it does is in docs/architecture.md, "Processors"
 MAX_DESCRIPTORS: Final = 64  # an instance has 3 standard ones, 3 of its state, 2 listeners and at most 16 connections
 MAX_PROCESSES: Final = 4  # of its own user: its threads
 MAX_FILE_BYTES: Final = 16 * 1024 * 1024  # no state image is larger than 1 MiB, no ring than a page

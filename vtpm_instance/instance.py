@@ -145,12 +145,12 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
     def on_asked() -> None:
         report = report_on(vtpm.condition, vtpm.cause)
         idle = server.activity.was_idle() and vtpm.condition is Condition.RUNNING
-        link.report(Report(report.state, IDLE) if idle else report)
+        link.report(Report(report.state, IDLE, quotes=True) if idle else report)
 
     quoter = Quoter(vtpm, link, str(version))
 
     def on_awake(why: str) -> None:
-        link.report(Report(_STATES[vtpm.condition], AWAKE, why[:_TEXT_LIMIT]))
+        link.report(Report(_STATES[vtpm.condition], AWAKE, why[:_TEXT_LIMIT], quotes=True))
 
     server = Server(vtpm, link, order.front_end, owners, wakeup, on_asked, on_awake, quoter.serve)
     try:

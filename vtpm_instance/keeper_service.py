@@ -1,7 +1,8 @@
 """The keeper: outlives the manager, keeps what the next one needs, and is the parent of all instances. Holds no key.
 
 One process, one thread, one epoll loop: an event costs the same however many instances there are. Instances are made
-by its spawner, another process, which it starts and replaces. It serves one manager at a time over a SEQPACKET socket (`messages_keeper`).
+by its spawner, another process, which it starts and replaces. It serves one manager at a time over a SEQPACKET socket
+(`messages_keeper`).
 """
 
 import os

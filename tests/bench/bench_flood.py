@@ -57,7 +57,7 @@ def run(options: Options) -> Section:
     section = Section(
         "Floods and their neighbours",
         f"{floods} guests send GetRandom without a pause, each in a process of its own; beside them one asks "
-        f"every {1000 * _PAUSE:.0f} ms. Milliseconds until the answer. Instances are scheduled as batch work at nice "
+        f"every {1000 * _PAUSE:.0f} ms. Milliseconds until the answer. Instances have nice "
         "5 (`vtpm_instance.confine`), the guests here at nice 0.",
     )
     table = Table(("", "alone, median", "alone, p99", "floods, median", "floods, p99"))

@@ -5,13 +5,15 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import vtpm_instance_rig as tpm
-from e2e_rig import Installation, installation, wait_for
+from e2e_rig import BIN, Installation, installation, wait_for
 
 sys.path.append(str(Path(__file__).parent.parent / "fuzz"))
 
@@ -25,6 +27,7 @@ from vtpm_instance_commands import command12
 from writers import PromiseBrokenError, Writer
 
 from frontend_backend.tpmhdr import command
+from storage.catalogue_database import SQLITE_CONNECTIONS_MOST
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -131,6 +134,18 @@ def test_a_lost_write_a_repeated_one_and_a_forged_pcr_are_found(vtpms: Installat
     writer.close()
 
 
+def keeper_with_more_than_its_own(vtpms: Installation) -> None:
+    """What one of several keepers forgot to close is seen in that one, however many vTPMs each has."""
+    extra = os.open("/dev/zero", os.O_RDONLY)
+    words = [str(BIN / "python"), "-m", "vtpm_instance.keeper", "--socket", str(vtpms.runtime / "keeper-9.sock")]
+    with subprocess.Popen(words, pass_fds=[extra], stderr=subprocess.DEVNULL) as keeper:
+        os.close(extra)
+        wait_for((vtpms.runtime / "keeper-9.sock").exists, "the keeper")
+        held = [dict(kinds) for role, kinds in Inventory.of(vtpms).descriptors if role == "keeper"]
+        keeper.terminate()
+    assert [kinds.get("/dev/zero", 0) for kinds in sorted(held, key=len)] == [0, 1]
+
+
 def test_whatever_is_left_over_is_found(vtpms: Installation) -> None:
     vtpms.add("web")
     vtpms.attach("web")
@@ -155,6 +170,9 @@ def test_whatever_is_left_over_is_found(vtpms: Installation) -> None:
         client.connect(str(vtpms.runtime / "admin.sock"))
         wait_for(lambda: "descriptors" in differs(), "a descriptor to be seen")
     wait_for(lambda: not differs(), "it to be gone")
+    keeper_with_more_than_its_own(vtpms)
+    crowded = replace(before, connections=SQLITE_CONNECTIONS_MOST + 1)
+    assert "connections" in "\n".join(before.differences(crowded))
     (instance,) = (pid for role, pid in roles(vtpms) if role == "instance")
     os.kill(instance, signal.SIGSTOP)
     os.kill(instance, signal.SIGKILL)

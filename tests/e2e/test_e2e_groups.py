@@ -116,7 +116,9 @@ def test_a_group_that_was_closed_opens_without_a_restart_once_its_pcrs_are_back(
     guest.close()
 
 
-def test_one_that_sleeps_keeps_its_connection_while_its_group_is_closed(bare: Installation, swtpm: SwtpmProcess) -> None:
+def test_one_that_sleeps_keeps_its_connection_while_its_group_is_closed(
+    bare: Installation, swtpm: SwtpmProcess
+) -> None:
     two_tenants(bare, swtpm)
     guest = Guest(bare.show("one")["endpoint"])
     guest.extend(5, b"\x55" * 32)

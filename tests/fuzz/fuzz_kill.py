@@ -170,13 +170,16 @@ class Massacre:
     def _comparable(self, now: Inventory) -> Inventory:
         """Return what is there now as if there were as many keepers as at the beginning.
 
-        After a death instances are spread anew, perhaps over more keepers. Each is then to hold what each held before.
+        After a death instances are spread anew, perhaps over more keepers: as many processes and sockets as the manager
+        knows of, and no more. What each process holds is compared as ever.
         """
-        keepers = now.processes["keeper"]
-        settled = keepers == self.made.vtpm_manager("status", "--json").json["keepers"] == now.processes["spawner"]
-        if settled and keepers != self.before.processes["keeper"]:
+        known = self.made.vtpm_manager("status", "--json").json["keepers"]
+        sockets = {path: count for path, count in now.sockets.items() if _is_keepers(path)}
+        if [now.processes["keeper"], now.processes["spawner"], sum(sockets.values())] == [known] * 3:
             now.processes["keeper"] = now.processes["spawner"] = self.before.processes["keeper"]
-            now.sockets, now.descriptors = self.before.sockets, self.before.descriptors
+            others = {path: count for path, count in now.sockets.items() if path not in sockets}
+            before = {path: count for path, count in self.before.sockets.items() if _is_keepers(path)}
+            now.sockets = Counter(others | before)
         return now
 
     def summary(self, seconds: float) -> str:
@@ -188,6 +191,10 @@ class Massacre:
             f"fuzz kill: {self.killed.total()} kills in {seconds:.0f} s ({kills}); {len(self.writers)} vTPMs, {writes} "
             f"acknowledged writes, {resets} platform resets; nothing lost, nothing left over"
         )
+
+
+def _is_keepers(path: str) -> bool:
+    return Path(path).name.startswith("keeper")
 
 
 def main() -> int:

@@ -12,8 +12,17 @@ from typing import Final, Self
 
 from e2e_rig import Installation
 
+from storage.catalogue_database import SQLITE_CONNECTIONS_MOST
+
 _SETTLE_SECONDS: Final = 20.0  # descriptors of the last dead are closed a moment after them
 _PASSING: Final = ("-wal", "-shm", "-journal")  # SQLite's
+_CATALOGUE: Final = (".sqlite", *_PASSING)
+# What there may be more of with every vTPM, and in the manager with every keeper (docs/architecture.md)
+_OF_A_VTPM: Final = {
+    "keeper": Counter({"/memfd:vtpm-ring (deleted)": 1, "pidfd": 1, "socket:": 3}),
+    "manager": Counter({"socket:": 1}),
+}
+_OF_A_KEEPER: Final = Counter({"socket:": 2})
 
 
 def _stat(pid: int) -> tuple[str, int]:
@@ -47,15 +56,45 @@ def roles(made: Installation) -> list[tuple[str, int]]:
     return found
 
 
-def _descriptors(pid: int) -> Counter[str]:
+def descriptors(pid: int) -> Counter[str]:
+    """Return what a process has open, by kind, and how often; empty when it is gone."""
     kinds: Counter[str] = Counter()
     with suppress(OSError):
         for entry in os.listdir(f"/proc/{pid}/fd"):
             with suppress(OSError):
                 target = os.readlink(f"/proc/{pid}/fd/{entry}")
-                if not target.endswith((*_PASSING, ".sqlite")):  # the catalogue's pool: one or two, 15 at most
-                    kinds[re.sub(r"\[?\d+\]?|[0-9a-f-]{36}", "", target)] += 1
+                kinds["pidfd" if "pidfd" in target else re.sub(r"[0-9a-f-]{36}|\[?\d+\]?", "", target)] += 1
     return kinds
+
+
+def _own(there: list[tuple[str, int]]) -> set[tuple[str, tuple[tuple[str, int], ...]]]:
+    """Return what processes have open beside what vTPMs and keepers take, and beside the catalogue.
+
+    Processes of a role that have the same are one entry: it does not depend on how many keepers share the vTPMs.
+    """
+    parents: Counter[int] = Counter()
+    for role, pid in there:
+        if role == "instance":
+            with suppress(OSError):
+                parents[_stat(pid)[1]] += 1
+    keepers = sum(role == "keeper" for role, _ in there)
+    found = set()
+    for role, pid in there:
+        if role != "tpm":
+            held = descriptors(pid)
+            for kind, each in _OF_A_VTPM.get(role, Counter()).items():
+                held[kind] -= each * (parents[pid] if role == "keeper" else parents.total())
+            if role == "manager":
+                held.subtract({kind: each * keepers for kind, each in _OF_A_KEEPER.items()})
+            rest = {kind: count for kind, count in held.items() if count and not kind.endswith(_CATALOGUE)}
+            found.add((role, tuple(sorted(rest.items()))))
+    return found
+
+
+def _connections(there: list[tuple[str, int]]) -> int:
+    """Return how often the catalogue's file or one of SQLite's beside it is open in one process, at most."""
+    counts = (descriptors(pid) for role, pid in there if role != "tpm")
+    return max((count for kinds in counts for kind, count in kinds.items() if kind.endswith(_CATALOGUE)), default=0)
 
 
 @dataclass
@@ -64,7 +103,8 @@ class Inventory:
 
     processes: Counter[str]
     zombies: int
-    descriptors: Counter[tuple[str, str]]
+    descriptors: set[tuple[str, tuple[tuple[str, int], ...]]]
+    connections: int
     sockets: Counter[str]
     locks: Counter[str]
     files: set[str]
@@ -73,16 +113,12 @@ class Inventory:
     def of(cls, made: Installation) -> Self:
         """Look at an installation."""
         there = roles(made)
-        held: Counter[tuple[str, str]] = Counter()
-        for role, pid in there:
-            if role != "tpm":
-                for kind, count in _descriptors(pid).items():
-                    held[role, kind] += count
         files = {str(path.relative_to(made.state)) for path in made.state.rglob("*") if path.is_file()}
         return cls(
             Counter(role for role, _ in there),
             _zombies({pid for _, pid in there}),
-            held,
+            _own(there),
+            _connections(there),
             listening(made),
             locks(made),
             {name for name in files if not name.endswith(_PASSING)},
@@ -94,12 +130,19 @@ class Inventory:
         return {role: pid for role, pid in roles(made) if role != "instance"}
 
     def differences(self, now: "Inventory") -> list[str]:
-        """Return in words what is not as it was."""
-        return [
+        """Return in words what is not as it was.
+
+        Of connections to the catalogue there may be as many as its pool has: two threads that read at once take two,
+        and SQLite keeps the descriptor of one that was closed for the next.
+        """
+        found = [
             f"{field.name}: was {getattr(self, field.name)}, is {getattr(now, field.name)}"
             for field in fields(self)
-            if getattr(self, field.name) != getattr(now, field.name)
+            if field.name != "connections" and getattr(self, field.name) != getattr(now, field.name)
         ]
+        if now.connections > SQLITE_CONNECTIONS_MOST:
+            found.append(f"connections: {now.connections} to the catalogue, whose pool has {SQLITE_CONNECTIONS_MOST}")
+        return found
 
     def compare(self, look: Callable[[], "Inventory"]) -> None:
         """Make sure that everything is as it was, after a moment to settle."""
