@@ -20,6 +20,8 @@ _STRAY_PAUSES: Final = (
     1.0,
     0.0,
 )  # seconds; a keeper first deals with what it was asked before, and with its answer
+_REAPING: Final = 5.0  # seconds in which a keeper can see the end of a process that has ended
+_LOOK_AGAIN: Final = 0.02
 LAST_BREATH: Final = 1.0  # seconds between the end of an instance's ring and that of its process
 
 
@@ -59,7 +61,7 @@ class Endings:
             await trio.lowlevel.wait_readable(pidfd)
         finally:
             os.close(pidfd)
-        await self.forget(vtpm, lease)
+        await self._forget_ended(vtpm, lease)
 
     async def end_stray(self, vtpm: UUID, lease: int) -> None:
         """End an instance that may have been made though nobody waited for it any more; there may be none."""
@@ -105,7 +107,7 @@ class Endings:
             await self._ended(vtpm, lease)
         except KeeperError:
             return None  # a keeper that does not know it is a new one: the instance ended with the old one
-        return await self.forget(vtpm, lease)
+        return await self._forget_ended(vtpm, lease)
 
     async def _ended(self, vtpm: UUID, lease: int) -> None:
         """Wait for the end of a process that is about to end; one that lives on is killed. Raises KeeperError."""
@@ -143,6 +145,18 @@ class Endings:
         except KeeperError as error:
             _log.warning("vTPM %s: %s", vtpm, error)
             return None
+
+    async def _forget_ended(self, vtpm: UUID, lease: int) -> int | None:
+        """Do as `forget` for a process that has ended: its parent learns of it later where a debugger holds it."""
+        with trio.move_on_after(_REAPING):
+            while True:
+                try:
+                    return await self._forget(vtpm, lease)
+                except KeeperRefusedError:
+                    await trio.sleep(_LOOK_AGAIN)
+                except KeeperError:
+                    break
+        return await self.forget(vtpm, lease)
 
     async def _forget(self, vtpm: UUID, lease: int) -> int | None:
         reply, _ = await self._keeper.ask(k.Forget(vtpm.bytes, lease))
