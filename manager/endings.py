@@ -130,7 +130,7 @@ class Endings:
                 reply, _ = await self._keeper.ask(park)
             except KeeperRefusedError:
                 await self._ended(vtpm, lease)  # it is about to end
-                reply, _ = await self._keeper.ask(park)
+                reply = await self._ask_of_ended(park)
         except KeeperError as error:
             _log.warning("vTPM %s: its sockets are made anew, as its keeper does not have them: %s", vtpm, error)
             return False
@@ -147,16 +147,23 @@ class Endings:
             return None
 
     async def _forget_ended(self, vtpm: UUID, lease: int) -> int | None:
-        """Do as `forget` for a process that has ended: its parent learns of it later where a debugger holds it."""
+        """Do as `forget` for a process that has ended."""
+        try:
+            reply = await self._ask_of_ended(k.Forget(vtpm.bytes, lease))
+        except KeeperError as error:
+            _log.warning("vTPM %s: %s", vtpm, error)
+            return None
+        return reply.status if isinstance(reply, k.Forgotten) else None
+
+    async def _ask_of_ended(self, question: k.Forget | k.Park) -> k.KeeperReply:
+        """Ask for what is refused while a process lives: where a debugger holds it, its keeper sees its end later."""
         with trio.move_on_after(_REAPING):
             while True:
                 try:
-                    return await self._forget(vtpm, lease)
+                    return (await self._keeper.ask(question))[0]
                 except KeeperRefusedError:
                     await trio.sleep(_LOOK_AGAIN)
-                except KeeperError:
-                    break
-        return await self.forget(vtpm, lease)
+        return (await self._keeper.ask(question))[0]
 
     async def _forget(self, vtpm: UUID, lease: int) -> int | None:
         reply, _ = await self._keeper.ask(k.Forget(vtpm.bytes, lease))

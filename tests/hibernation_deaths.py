@@ -23,6 +23,7 @@ from manager.errors import ManagerError
 PCR = 4
 DIGEST = b"\x44" * 32
 FAILURE = 0x101
+_TRACER_ENDS = 5  # seconds
 
 
 class Extender:
@@ -92,7 +93,11 @@ def killed_at(pid: int, call: str, number: int) -> Iterator[None]:
     finally:
         with suppress(ProcessLookupError):
             tracer.send_signal(signal.SIGTERM)
-        tracer.wait()
+        try:
+            tracer.wait(_TRACER_ENDS)
+        except subprocess.TimeoutExpired:  # it waits for threads of a process whose first thread it has killed
+            tracer.kill()
+            tracer.wait()
 
 
 def _is_traced(pid: int) -> bool:

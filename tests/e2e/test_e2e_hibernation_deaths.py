@@ -43,7 +43,7 @@ def test_every_acknowledged_extend_is_there_or_a_reset_is_asked_for(extender: Ex
 
 def test_a_death_before_its_state_is_used_up_costs_no_reset(extender: Extender) -> None:
     resets = extender.resets
-    die(extender, Death("waking", "sendto", 1))
+    die(extender, Death("waking", "flock", 1))  # it has not asked yet: what stands on the ring may be read at any time
     assert extender.resets == resets, "nobody had its key: it is resumed by the next instance"
 
 
