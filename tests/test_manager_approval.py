@@ -306,6 +306,7 @@ NOW = time.time()
         ({"not_after": int(NOW) + 10}, CLOCK_FLOOR - CLOCK_SKEW - 1, "clock .* is wrong"),
         ({"not_after": int(NOW) + 10}, 0, "clock .* is wrong"),
     ],
+    ids=["no limits", "begun", "not begun", "not over", "over", "clock went back", "clock below the floor", "no clock"],
 )
 def test_validity_takes_a_clock_that_can_be_right(limits: dict[str, int], now: float, why: str | None) -> None:
     found = untimely(approve(SAA, TARGET, VALUES, issued=int(NOW), **limits), now)

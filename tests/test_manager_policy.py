@@ -77,7 +77,9 @@ def test_software_and_tpm_name_the_recovery_key_alike(tpm: HardwareTpm) -> None:
         esapi.flush_context(key)
 
 
-@pytest.mark.parametrize("point", [b"", POINT[:-1], b"\x02" + POINT[1:], POINT + b"\0"])
+@pytest.mark.parametrize(
+    "point", [b"", POINT[:-1], b"\x02" + POINT[1:], POINT + b"\0"], ids=["none", "short", "compressed", "long"]
+)
 def test_what_is_no_point_gets_no_name(point: bytes) -> None:
     with pytest.raises(SealDamaged, match="65 bytes"):
         policy.p256_key_name(point)
