@@ -110,6 +110,7 @@ class Daemon:
         self._quotes = Quotes(self._registry, self._groups, hardware, config.attestation.pcrs)
         self._attachments: Attachments
         self._supervision: Supervision
+        self._hibernation: Hibernation
         self._descriptor_limit = raise_descriptor_limit()  # before a keeper is started, which inherits it
 
     def _group_committed(self) -> None:
@@ -149,7 +150,7 @@ class Daemon:
             self._registry, instances, self._layout, config, self._opened.store.uuid, capacity, sleepers
         )
         self._supervision = Supervision(self._registry, self._attachments, instances, nursery, config.instance)
-        hibernation = Hibernation(
+        hibernation = self._hibernation = Hibernation(
             self._registry, self._attachments, instances, keepers, nursery, self._supervision.later
         )
         nursery.start_soon(self._committer.run)
@@ -173,7 +174,7 @@ class Daemon:
             self._layout,
             config,
             self._groups,
-            lambda group: self._start_group(group, hibernation),
+            self._start_group,
             self._approvals,
             self._attestation,
             self._quotes,
@@ -192,11 +193,11 @@ class Daemon:
             self._layout.admin_socket.unlink(missing_ok=True)
         await self._wind_up(keepers)
 
-    async def _start_group(self, group: UUID, hibernation: Hibernation) -> int:
+    async def _start_group(self, group: UUID) -> int:
         async with self._approvals.changing:  # it writes a group's record back as it read it
             await adopt_older_rows(self._committer, self._catalogue)
         self._tombstones.buried()  # the group's, too, have a time that is waited for now
-        return await self._supervision.start_group(group, hibernation)
+        return await self._supervision.start_group(group, self._hibernation)
 
     async def _ended(self, running: Running, status: int | None) -> None:
         await self._supervision.ended(running, status)
