@@ -239,17 +239,7 @@ def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=sorted(_LEVELS), default="info")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vtpm-manager", description="The vTPM manager.", epilog=EXIT_CODES)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-
-    def verb(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
-        _add_places(made)
-        made.set_defaults(call=call, form="people")
-        return made
-
-    init = verb("init", _init, "make a new installation: keys sealed to the hardware TPM, an empty store")
+def _add_init_options(init: argparse.ArgumentParser) -> None:
     init.add_argument(
         "--tcti",
         default=_DEFAULTS.tcti,
@@ -276,6 +266,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     cli_hierarchies.add_init_options(init)
     init.add_argument("--json", dest="form", action="store_const", const="json", help="one JSON document")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vtpm-manager", description="The vTPM manager.", epilog=EXIT_CODES)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+        _add_places(made)
+        made.set_defaults(call=call, form="people")
+        return made
+
+    _add_init_options(verb("init", _init, "make a new installation: keys sealed to the hardware TPM, an empty store"))
     verb("run", _run, "serve until SIGTERM")
     check = verb("check", _check, "check configuration, permissions, TPM and store; fails on weak settings")
     check.add_argument("--allow-weak", action="store_true", help="weak settings are shown, but do not fail")

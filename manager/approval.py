@@ -241,6 +241,8 @@ class Approval:
         if not untrusted.isascii() or len(untrusted) > 2 * MAX_DOCUMENT_BYTES:
             raise ApprovalUnreadable(name, "it is no short text")
         lines = untrusted.split("\n")
+        if lines[0] != _ARMOUR[0]:
+            raise ApprovalUnreadable(name, f"it does not begin with {_ARMOUR[0]}")
         try:
             found = cls.parse(base64.b64decode("".join(lines[1:-2]), validate=True), name)
         except binascii.Error as error:

@@ -12,7 +12,7 @@ from typing import Final, NoReturn
 from frontend_backend.messages_admin import ExitCode
 from manager.cli_output import print_answer, saved
 from manager.client import RemoteError, content_for_verb, open_for_verb, socket_path, stream
-from manager.errors import ManagerError, UsageError
+from manager.errors import ManagerError, NotFoundError, UsageError
 from manager.named_path import place_of
 from manager.verb_table import BY_NAME, REMOVED_COLUMNS, VERBS, Argument, Verb, command_of
 from storage.errors import StorageError
@@ -109,9 +109,8 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
     except BrokenPipeError:
         return _reader_gone()
     except OSError as error:
-        return report(
-            ManagerError(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, command_of(verb)
-        )
+        kind = NotFoundError if isinstance(error, FileNotFoundError) else ManagerError
+        return report(kind(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, command_of(verb))
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

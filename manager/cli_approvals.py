@@ -39,11 +39,8 @@ def add_verbs(verb: MakeVerb, layout: Callable[[argparse.Namespace], Layout], co
 def _read(path: str) -> str:
     with open(path, "rb") as file:
         content = file.read(MAX_CONTENT + 1)
-    try:
-        if len(content) <= MAX_CONTENT:
-            return content.decode("ascii")
-    except UnicodeDecodeError:
-        pass
+    if len(content) <= MAX_CONTENT and content.isascii():
+        return content.decode("ascii")
     raise UsageError(f"{path} is no approval: it is too long, or no text. Nothing was changed")
 
 

@@ -62,6 +62,15 @@ class Quotes:
         self._selection = sum(1 << pcr for pcr in parse_any_pcrs(pcrs))
         self._guests = 0
 
+    def refuse(self, row: VtpmRow, nonce: bytes, selection: int) -> None:
+        """Refuse what cannot be quoted, before its TPM is woken or asked in vain; raises as `of` does."""
+        try:
+            check_wish(nonce, selection)
+        except MessageError as error:
+            raise UsageError(f"{error}. Nothing was quoted") from error
+        self._refuse_closed(row.group)
+        key_of(self._groups.seal(row.group))
+
     async def of(self, row: VtpmRow, running: Running | None, nonce: bytes, selection: int) -> bytes:
         """Return the bundle of a deep quote for an administrator; the caller holds the vTPM's lock.
 
@@ -71,12 +80,7 @@ class Quotes:
             IntegrityError: its instance gave what is no evidence of it.
 
         """
-        try:
-            check_wish(nonce, selection)
-        except MessageError as error:
-            raise UsageError(f"{error}. Nothing was quoted") from error
-        self._refuse_closed(row.group)
-        key_of(self._groups.seal(row.group))  # before a guest's TPM is asked in vain
+        self.refuse(row, nonce, selection)
         untrusted = await _evidence(row, running, QuoteTask(nonce, selection))
         try:
             evidence = Evidence.unpack(untrusted)

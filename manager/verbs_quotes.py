@@ -16,9 +16,11 @@ async def quote(services: Services, caller: Caller, arguments: Arguments) -> lis
     row = services.registry.find(arguments["vtpm"])
     nonce = _nonce(arguments["nonce"])
     pcrs = range(24) if arguments["pcrs"] == _ALL else parse_any_pcrs(arguments["pcrs"])
+    selection = sum(1 << pcr for pcr in pcrs)
+    services.quotes.refuse(row, nonce, selection)
     async with services.attachments.lock(row.uuid):  # it stays as it is until the bundle is made
         running = await services.hibernation.awake(row)
-        bundle = await services.quotes.of(row, running, nonce, sum(1 << pcr for pcr in pcrs))
+        bundle = await services.quotes.of(row, running, nonce, selection)
     group = services.registry.group_name(row.group)
     services.registry.catalogue.log("quoted", row.uuid, f"{row.name}, by user {caller.uid}")
     return [

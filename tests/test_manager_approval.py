@@ -134,6 +134,8 @@ def test_a_file_has_one_form_only(change: str) -> None:
         Approval.from_armoured("é" + DOCUMENT.armoured())
     with pytest.raises(ApprovalUnreadable, match="no short text"):
         Approval.from_armoured("A" * 5000)
+    with pytest.raises(ApprovalUnreadable, match="does not begin with -----BEGIN VTPM APPROVAL-----"):
+        Approval.from_armoured("garbage\n")
 
 
 def test_the_other_form_of_each_signature_is_refused() -> None:

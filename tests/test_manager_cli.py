@@ -104,6 +104,12 @@ def test_a_manager_that_answers_nonsense_or_nothing_is_told(replies: list[bytes]
         client.request(path, "list", {})
 
 
+def test_a_file_that_is_not_there_is_not_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = str(tmp_path / "saa.pem.pub")
+    assert cli.main(["group-add", "tenant", "--saa", missing, "--socket", str(tmp_path / "nobody")]) == 3
+    assert missing in capsys.readouterr().err
+
+
 def test_no_manager_is_not_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(client.SOCKET_VARIABLE, "/nowhere/admin.sock")
     assert cli.main(["list"]) == ExitCode.NOT_FOUND

@@ -288,6 +288,15 @@ def test_init_on_the_control_channel_wakes_it_and_resets_it(shared: Installation
     guest.close()
 
 
+def test_a_quote_that_cannot_be_made_wakes_nobody(shared: Installation) -> None:
+    shared.add("unquoted")
+    shared.attach("unquoted")
+    shared.command("vtpm-hibernate", "unquoted")
+    refused = shared.command("vtpm-quote", "unquoted", "--nonce", "5eed", check=False)
+    assert (refused.code, "vtpm-group-enroll" in refused.err) == (4, True)
+    assert shared.show("unquoted")["state"] == "hibernated"
+
+
 def test_what_cannot_be_hibernated_says_why(shared: Installation) -> None:
     shared.add("cannot")
     assert shared.command("vtpm-hibernate", "nobody", check=False).code == 3
