@@ -72,3 +72,15 @@ class ChannelClosedError(RingError):
 
     def __init__(self) -> None:
         super().__init__("the other side closed the connection")
+
+
+class BlobError(Exception):
+    """The fault of whoever kept it: a state blob cannot be taken."""
+
+
+class BlobFormatError(BlobError):
+    """These bytes are no state blob, or one of a version that cannot be read."""
+
+
+class BlobDamagedError(BlobError):
+    """A state blob, or its header, is not as it was made, or not by whom it says."""

@@ -1,8 +1,8 @@
 """What an instance and the manager say over their ring.
 
-The instance asks, the manager answers: four verbs (load, commit, random / PCR read, quote) and a report of the
-instance's own state, which carries no authority. Orders travel as flags in every answer; a doorbell without an
-answer means "ask me", and the instance then sends a report. A message is a TPM-style packet: the 10-byte header with
+The instance asks, the manager answers: load, commit, random / PCR read, quote, export / import of state blobs, and a
+report of the instance's own state, which carries no authority. Orders travel as flags in every answer; a doorbell
+without an answer means "ask me", and the instance then sends a report. A message is a TPM-style packet: the 10-byte header with
 Xen's vTPM tag (0x01C1 requests, 0x01C4 answers; reference: vtpmmgr/tcg.h), the size, a code, then msgpack.
 Who asks is decided by the ring a message arrives on, never by what it says.
 """
@@ -13,6 +13,7 @@ from typing import Final
 
 from frontend_backend.errors import MessageError
 from frontend_backend.messages import Protocol, later
+from frontend_backend.messages_blobs import Export, ExportReply, Import, ImportReply
 from frontend_backend.tpmhdr import HEADER_SIZE, CommandHeader
 from frontend_backend.tpmif import MAX_PACKET
 
@@ -23,6 +24,7 @@ TAG_ANSWER: Final = 0x01C4  # VTPM_TAG_RSP
 
 IDLE: Final = "idle"  # reasons of a Report that says "ready"
 AWAKE: Final = "awake"
+RESTORE_REFUSED: Final = "restore-refused"  # in any state: a state blob was put in that was not taken
 
 
 class InstanceState(StrEnum):
@@ -54,6 +56,7 @@ class RefusalCode(StrEnum):
     STORE_FAILED = "store-failed"  # nothing was committed
     UNAVAILABLE = "unavailable"  # not now, or not offered by this manager
     LIMIT = "limit"
+    ROLLBACK = "rollback"  # an older state, which nobody permitted
     DENIED = "denied"  # not for this vTPM, or not with this hardware TPM; asking again does not help
     WANTED = "wanted"  # stay awake: there is something to do
 
@@ -95,6 +98,7 @@ class Commit:
     digest: bytes
     lease: int
     final: bool = False
+    restored: bytes = later(b"")  # of a state that state blobs brought in: the header of their export
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +212,40 @@ class Refusal:
     text: str
 
 
-Request = Load | Commit | Hibernate | Random | PcrRead | Quote | QuoteTask | QuoteMade | Report
-Reply = LoadReply | CommitReply | RandomReply | PcrReadReply | QuoteReply | QuoteTaskReply | ReportReply | Refusal
+Request = Load | Commit | Hibernate | Random | PcrRead | Quote | QuoteTask | QuoteMade | Export | Import | Report
+Reply = (
+    LoadReply
+    | CommitReply
+    | RandomReply
+    | PcrReadReply
+    | QuoteReply
+    | QuoteTaskReply
+    | ExportReply
+    | ImportReply
+    | ReportReply
+    | Refusal
+)
 
 _NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET | Orders.HIBERNATE | Orders.QUOTE)
 _HEADER: Final = CommandHeader.CODEC
 
-_REQUESTS = Protocol(VERSION, (Load, Commit, Hibernate, Random, PcrRead, Quote, QuoteTask, QuoteMade, Report))
+_REQUESTS = Protocol(
+    VERSION, (Load, Commit, Hibernate, Random, PcrRead, Quote, QuoteTask, QuoteMade, Export, Import, Report)
+)
 _REPLIES = Protocol(
     VERSION,
-    (LoadReply, CommitReply, RandomReply, PcrReadReply, QuoteReply, QuoteTaskReply, ReportReply, Refusal),
+    (
+        LoadReply,
+        CommitReply,
+        RandomReply,
+        PcrReadReply,
+        QuoteReply,
+        QuoteTaskReply,
+        ExportReply,
+        ImportReply,
+        ReportReply,
+        Refusal,
+    ),
 )
 
 

@@ -103,7 +103,7 @@ class ListReply:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Ask for the manager's ends of one instance."""
+    """Ask for the manager's ends of one instance; of a hibernated one only for the server's end of its device."""
 
     vtpm: bytes
     lease: int
@@ -111,7 +111,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """Descriptors: ring page, manager's doorbell, pidfd, then the listening sockets in the order of `kept`."""
+    """Descriptors: ring page, manager's doorbell, pidfd (none of a hibernated one), then listeners as in `kept`."""
 
     kept: Kept
 

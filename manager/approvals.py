@@ -79,6 +79,15 @@ class Approvals:
 
     # --- changing ----------------------------------------------------------------------------------
 
+    async def keep_migration(self, digest: str, identity: str) -> None:
+        """Have the boot area say which data about migration, and which identity, count; durable, not yet anchored."""
+        async with self.changing, self._committer.hold():
+            boot = self.boot()
+            if (boot.migration, boot.identity) != (digest, identity):
+                packed = replace(boot, migration=digest, identity=identity).pack()
+                await trio.to_thread.run_sync(self._committer.store.write_boot_area, packed)
+                self._opened.boot = self.boot()
+
     async def slot(self) -> tuple[int, int]:
         """Return a free slot of the revocation index, which is defined if there is none yet, and what it holds.
 

@@ -3,14 +3,34 @@
 from manager.config import InstanceConfig
 from manager.errors import UsageError
 from storage.catalogue_rows import AttachmentRow
+from storage.store_records import RecordFlags
 
 _NEVER = "never"
+_FIRMWARE = frozenset({"qemu"})  # front ends whose guests have firmware that sends TPM2_Startup
 _MOST_SECONDS = 10 * 365 * 86_400  # a number of 32 bits in the catalogue, and longer than any host stays up
 
 
 def after_reset(attachment: AttachmentRow) -> str:
     """Return the startup after a platform reset: what the attachment asks for, but never an old state again."""
     return "none" if attachment.startup == "none" else "clear"
+
+
+def default_startup(frontend: str) -> str:
+    """Return the startup of an attachment where nothing else was asked for."""
+    return "none" if frontend in _FIRMWARE else "clear"
+
+
+def next_startup(attachment: AttachmentRow, flags: RecordFlags) -> str:
+    """Return what an instance is started with whose predecessor has ended; `flags` are its vTPM's record's.
+
+    QEMU's connections ended with it, and the next QEMU switches the TPM on anew: it waits for that, switched off, so
+    that nobody finds what the guest before had in its PCRs. Unless it was hibernated: then its QEMU is still there.
+    """
+    if flags & RecordFlags.FRESH:
+        return attachment.startup
+    if attachment.frontend in _FIRMWARE and not flags & RecordFlags.HIBERNATED:
+        return "none"
+    return "state" if flags & RecordFlags.RESUMABLE else "failed"
 
 
 def rest_after(attachment: AttachmentRow, config: InstanceConfig) -> float:

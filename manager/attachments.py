@@ -10,7 +10,7 @@ import trio
 from frontend_backend.release import RELEASE
 from manager.attachment_epochs import stale_removed
 from manager.attachment_marks import Marks, new_lease
-from manager.attachment_words import after_reset, parse_rest
+from manager.attachment_words import after_reset, default_startup, parse_rest
 from manager.capacity import Capacity
 from manager.config import Config, Layout
 from manager.crash_budget import CrashBudget
@@ -26,7 +26,7 @@ from manager.quotas import asked_for
 from manager.registry import Registry, check_name
 from manager.running import Running, Stage
 from manager.sleepers import Sleepers
-from manager.sockets import Owner, SocketFolder, parse_mode
+from manager.sockets import Owner, default_mode, parse_mode
 from manager.starts import Starts
 from storage.catalogue import AttachmentRow, Happened, VtpmRow
 from storage.errors import CatalogueError
@@ -42,8 +42,8 @@ class AttachOptions:
     guest: str
     frontend: str = "socket"
     owner: str | None = None
-    mode: str = "0660"
-    startup: str = "clear"
+    mode: str | None = None
+    startup: str | None = None
     hwinitpcrs: str | None = None
     hibernate: str | None = None
     quota: tuple[int | None, int | None, int | None] = (None, None, None)  # as VtpmQuota's; None: as configured
@@ -120,9 +120,11 @@ class Attachments:
         """
         check_name(options.guest, "guest's name")
         owner = Owner.parse(options.owner, caller_uid)
-        parse_mode(options.mode)
+        mode = default_mode(options.frontend) if options.mode is None else options.mode
+        parse_mode(mode)
+        startup = default_startup(options.frontend) if options.startup is None else options.startup
         hw_pcrs = parse_hw_pcrs(options.hwinitpcrs)
-        if hw_pcrs and options.startup == "none":
+        if hw_pcrs and startup == "none":
             raise UsageError("--hwinitpcrs needs a start that the host does: not --startup none. Nothing was done")
         hibernate_after = parse_rest(options.hibernate)
         quota = asked_for(options.quota, self._config.quota)
@@ -137,8 +139,8 @@ class Attachments:
                 guest=options.guest,
                 frontend=options.frontend,
                 owner=f"{owner.uid}:{owner.gid}",
-                mode=options.mode,
-                startup=options.startup,
+                mode=mode,
+                startup=startup,
                 lease=new_lease(),
                 epoch=next_epoch(record.epoch),
                 hw_pcrs=hw_pcrs,
@@ -150,7 +152,7 @@ class Attachments:
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._undo_attach(row)
-                SocketFolder(self._layout.sockets, row.uuid, options.frontend).remove()
+                    await self.sleepers.ports.close(row.uuid, options.frontend)
                 raise
 
     async def _attach(self, row: VtpmRow, attachment: AttachmentRow) -> None:
@@ -200,7 +202,7 @@ class Attachments:
             how = "cleanly" if clean else "without a clean stop"
             text = f"{row.name} from guest {attachment.guest}, {how}"
             self._catalogue.detach(row.uuid, Happened("detached", text))
-            SocketFolder(self._layout.sockets, row.uuid, attachment.frontend).remove()
+            await self.sleepers.ports.close(row.uuid, attachment.frontend)
             self._budgets.pop(row.uuid, None)
             self._starts.reasons.pop(row.uuid, None)
             await self._marks.take_away(row.uuid)

@@ -2,8 +2,7 @@
 
 import logging
 import os
-import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final
 from uuid import UUID
@@ -22,6 +21,7 @@ from manager.endings import LAST_BREATH, Endings
 from manager.errors import BusyError, KeeperError, KeeperRefusedError
 from manager.keepers import Keepers
 from manager.launches import Adoption, Launch, Once, uid_of
+from manager.ports import Port
 from manager.ring_server import RingServer
 from manager.running import Running, Stage
 
@@ -52,7 +52,7 @@ class Instances:
         rings.on_hang_up, rings.on_sleep = self._hung_up, self._sleeps
 
     async def start(
-        self, launch: Launch, image: int, listeners: list[socket.socket], meanwhile: Callable[[], None]
+        self, launch: Launch, image: int, listeners: Sequence[Port], meanwhile: Callable[[], None]
     ) -> Running:
         """Start an instance; `image` (a locked descriptor) and `listeners` stay the caller's to close.
 
@@ -78,7 +78,7 @@ class Instances:
             listeners=launch.listeners,
             **launch.quota._asdict(),
         )
-        descriptors = (page, doorbell, back.fileno(), image, *(sock.fileno() for sock in listeners))
+        descriptors = (page, doorbell, back.fileno(), image, *(port.fileno() for port in listeners))
         done = Once(meanwhile)
         try:
             pid = await self._spawn(k.Wake(spawn) if launch.wakes else spawn, descriptors, done.call)

@@ -19,6 +19,7 @@ from storage.store_format import MAX_BOOT_BYTES, MAX_GROUP_BLOB
 
 _VERSION: Final = 1
 _VERSION_WITH_MORE: Final = 2  # a record with fields that managers of version 1 would lose when they seal it anew
+_VERSION_WITH_MIGRATION: Final = 3  # managers of version 2 would start a vTPM that left for another manager
 _MAX_UNPACKED: Final = 64 * 1024  # bytes; what is packed has at most 6 KiB
 ANCHOR_AUTH_SIZE: Final = 32
 HIERARCHY_AUTH_SIZE: Final = 32
@@ -107,7 +108,9 @@ class BootArea:
 
     Later fields, absent in older records: `saa` is the approver's public key (PEM), `approvals` its approvals that are
     installed (hex), `slot` the installation's place in the revocation index, `revocation` that index, `least` the
-    lowest sequence that is not revoked, `hierarchies` the escrow of the hardware TPM's hierarchy passwords.
+    lowest sequence that is not revoked, `hierarchies` the escrow of the hardware TPM's hierarchy passwords, `migration`
+    the digest (SHA-256, hex) of what the manager keeps about migration, `identity` the fingerprint of its certificate
+    for other managers.
     """
 
     platform: SealedBlob
@@ -120,6 +123,8 @@ class BootArea:
     hierarchies: bytes = b""
     revocation: AnchorInfo | None = None
     least: int = 0
+    migration: str = ""
+    identity: str = ""
 
     def __post_init__(self) -> None:
         """Have the sealed object carry the approvals that may open it."""
@@ -139,6 +144,8 @@ class BootArea:
             hierarchies=self.hierarchies.hex(),
             revocation=None if self.revocation is None else self.revocation.to_json(),
             least=self.least or None,
+            migration=self.migration,
+            identity=self.identity,
         )
         packed = _pack(
             later,
@@ -169,6 +176,8 @@ class BootArea:
                 hierarchies=bytes.fromhex(fields.get("hierarchies", "")),
                 revocation=AnchorInfo.from_json(fields["revocation"]) if "revocation" in fields else None,
                 least=_number(fields.get("least")) or 0,
+                migration=bytes.fromhex(fields.get("migration", "")).hex(),
+                identity=bytes.fromhex(fields.get("identity", "")).hex(),
             )
 
 
@@ -282,6 +291,8 @@ def _fitting(packed: bytes, most: int, what: str) -> bytes:
 def _pack(later: dict[str, Any], **fields: Any) -> bytes:
     """Return `fields` as JSON, compressed: digests in hexadecimal take half their letters then."""
     version = {"version": _VERSION_WITH_MORE if later else _VERSION}
+    if "migration" in later:
+        version = {"version": _VERSION_WITH_MIGRATION}
     return zlib.compress(json.dumps(version | fields | later, separators=(",", ":")).encode(), 9)
 
 
@@ -290,9 +301,10 @@ def _reading(untrusted: bytes, what: str) -> Iterator[dict[str, Any]]:
     """Yield the fields of what `_pack` wrote; whatever is wrong with them, also inside, is an IntegrityError."""
     try:
         fields = json.loads(zlib.decompressobj().decompress(untrusted, _MAX_UNPACKED))
-        if not isinstance(fields, dict) or fields.get("version") not in (_VERSION, _VERSION_WITH_MORE):
+        known = range(_VERSION, _VERSION_WITH_MIGRATION + 1)
+        if not isinstance(fields, dict) or fields.get("version") not in known:
             raise IntegrityError(
-                f"{what} has another version than {_VERSION} or {_VERSION_WITH_MORE}: use the manager that wrote it"
+                f"{what} has another version than {known.start} to {known.stop - 1}: use the manager that wrote it"
             )
         yield fields
     except (KeyError, TypeError, ValueError, zlib.error, TpmError) as error:

@@ -2,14 +2,15 @@
 
 from collections.abc import AsyncGenerator, Callable
 from typing import Final
-from uuid import UUID
-
 import trio
 
 from manager.attachment_epochs import staleness
 from manager.attachment_words import rest_after
+from manager.connection_help import libvirt_xml, qemu_arguments
 from manager.group_rows import find_group
 from manager.labels import flat, parse_filters
+from manager.ports import PROXY
+from manager.proxy_device import ProxyDevice
 from manager.removed import list_removed
 from manager.running import Running
 from manager.services import Arguments, Caller, Document, Services
@@ -83,6 +84,13 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "endpoint": None,
             "tcti": None,
             "control": None,
+            "owner": attachment.owner if attachment else None,
+            "mode": attachment.mode if attachment else None,
+            "qemu": None,
+            "libvirt_xml": None,
+            "device": None,
+            "device_numbers": None,
+            "resource_manager_numbers": None,
             "pid": running.pid if running else None,
             "reason": registry.closed.get(row.group) if state == "closed" else services.attachments.reason(row.uuid),
             "release": services.attachments.release(row.uuid),
@@ -102,7 +110,7 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "removed_by": None,
             "kept_until": None,
         }
-        return document | _places(services, row.uuid, attachment) if attachment else document
+        return document | _places(services, row, attachment) if attachment else document
 
     return describe_one
 
@@ -111,12 +119,34 @@ def _moment(seconds: float) -> str | None:
     return iso(seconds) if seconds else None
 
 
-def _places(services: Services, vtpm: UUID, attachment: AttachmentRow) -> Document:
-    folder = SocketFolder(services.sockets, vtpm, attachment.frontend)
-    if attachment.frontend != "socket":
-        return {"endpoint": str(folder.endpoint)}
-    control = str(folder.socket_path("control"))
-    return {"endpoint": str(folder.endpoint), "tcti": f"swtpm:path={folder.endpoint}", "control": control}
+def _places(services: Services, row: VtpmRow, attachment: AttachmentRow) -> Document:
+    if attachment.frontend == PROXY:
+        return _device(services.attachments.sleepers.ports.device(attachment))
+    folder = SocketFolder(services.sockets, row.uuid, attachment.frontend)
+    places: Document = {"endpoint": str(folder.endpoint)}
+    if "control" in folder.names:
+        control = str(folder.socket_path("control"))
+        places |= {"tcti": f"swtpm:path={folder.socket_path('data')}", "control": control}
+        if attachment.frontend == "qemu":
+            places |= {
+                "qemu": qemu_arguments(control, row.uuid, row.family),
+                "libvirt_xml": libvirt_xml(control, row.family),
+            }
+    return places
+
+
+def _device(device: ProxyDevice | None) -> Document:
+    """Return what tells of a device: its own numbers, and those of the kernel's resource manager where it has one."""
+    if device is None:
+        return {}
+    best = device.paths[-1]
+    return {
+        "endpoint": str(best),
+        "tcti": f"device:{best}",
+        "device": str(device.path),
+        "device_numbers": f"{device.major}:{device.minor}",
+        "resource_manager_numbers": device.manager_numbers,
+    }
 
 
 async def list_vtpms(services: Services, _caller: Caller, arguments: Arguments) -> AsyncGenerator[Document]:

@@ -6,7 +6,6 @@ lease: the process that had it has ended for certain (the keeper reaped it) befo
 """
 
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,11 @@ from manager.hardware_pcrs import bit_map
 from manager.instances import Instances
 from manager.keepers import Keepers
 from manager.launches import Launch
+from manager.ports import Port, Ports
 from manager.quotas import quota_of
 from manager.registry import Registry
 from manager.running import Running
-from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
+from manager.sockets import LISTENERS_OF
 from storage.catalogue import AttachmentRow, VtpmRow
 from storage.store_records import RecordFlags
 
@@ -73,7 +73,8 @@ class Sleepers:
     ) -> None:
         """Know of none yet."""
         self._registry, self._instances, self._keepers = registry, instances, keepers
-        self._sockets, self._config = sockets, config
+        self._config = config
+        self.ports = Ports(sockets, keepers)
         self._endings = Endings(keepers)
         self._at_once = trio.CapacityLimiter(_AT_ONCE)
         self.asleep: dict[UUID, Asleep] = {}
@@ -118,9 +119,7 @@ class Sleepers:
             self.found(row, attachment.lease)
 
     async def _arm(self, row: VtpmRow, attachment: AttachmentRow) -> None:
-        uid, gid = map(int, attachment.owner.split(":"))
-        folder = SocketFolder(self._sockets, row.uuid, attachment.frontend)
-        made = folder.listen(Owner(uid, gid), parse_mode(attachment.mode))
+        made = self.ports.open(row, attachment)
         names = LISTENERS_OF[attachment.frontend]
         try:
             arm = k.Arm(row.uuid.bytes, attachment.lease, attachment.frontend, names)
@@ -182,7 +181,7 @@ class Sleepers:
             await self._endings.forget(vtpm, entry.lease)
 
 
-_NO_SOCKETS: Final[list[socket.socket]] = []
+_NO_SOCKETS: Final[list[Port]] = []
 
 
 def _nothing() -> None:

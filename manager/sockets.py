@@ -1,4 +1,8 @@
-"""The listening sockets of an attached vTPM: where they lie, who may use them."""
+"""The listening sockets of an attached vTPM: where they lie, who may use them.
+
+Every folder above them can be passed through by everybody and listed by nobody (0711); a vTPM's own folder is its
+owner's. So whether somebody connects is decided by that folder's and the socket's owner and mode alone.
+"""
 
 import contextlib
 import grp
@@ -14,8 +18,15 @@ from uuid import UUID
 from manager.errors import ManagerError, UsageError
 
 BACKLOG: Final = 64  # tpm2-tss connects anew for every command and every control request
-_SOCKET_NAMES: Final = {"data": "swtpm.sock", "control": "swtpm.sock.ctrl", "ring": "ring.sock"}
-LISTENERS_OF: Final = {"socket": ("data", "control"), "ring": ("ring",)}
+_SOCKET_NAMES: Final = {"data": "swtpm.sock", "control": "swtpm.sock.ctrl", "ring": "ring.sock", "proxy": "device.json"}
+LISTENERS_OF: Final = {
+    "socket": ("data", "control"),
+    "qemu": ("data", "control"),
+    "ring": ("ring",),
+    "proxy": ("proxy",),  # no socket, but the server's end of a device: manager.ports
+}
+_ENDPOINTS: Final = {"qemu": "control"}  # the socket a guest is told, where it is not the first one
+_DEFAULT_MODES: Final = {"qemu": "0600"}  # one user, whom QEMU runs as; others: those of a group, too
 _MODE_LIMIT: Final = 0o777
 _NO_ID: Final = (1 << 32) - 1
 
@@ -58,6 +69,11 @@ def _number(text: str) -> int:
     return int(text)
 
 
+def default_mode(frontend: str) -> str:
+    """Return the permissions of a front end's sockets where nothing else was asked for."""
+    return _DEFAULT_MODES.get(frontend, "0660")
+
+
 def parse_mode(text: str) -> int:
     """Return the permissions written in octal.
 
@@ -81,6 +97,7 @@ class SocketFolder:
         """Name the folder; nothing is made yet."""
         self.path = sockets / str(vtpm)
         self.names = LISTENERS_OF[frontend]
+        self._told = _ENDPOINTS.get(frontend, self.names[0])
 
     def socket_path(self, name: str) -> Path:
         """Return where the socket `name` ("data", "control", "ring") lies."""
@@ -88,8 +105,8 @@ class SocketFolder:
 
     @property
     def endpoint(self) -> Path:
-        """The socket a guest is told."""
-        return self.socket_path(self.names[0])
+        """The socket a guest is told; of a device the file that says which it is."""
+        return self.socket_path(self._told)
 
     def listen(self, owner: Owner, mode: int) -> list[socket.socket]:
         """Make the folder and its sockets anew, in the order of `names`; the sockets belong to the caller.
@@ -118,6 +135,12 @@ class SocketFolder:
                 f"cannot make the sockets in {self.path}: {error.strerror or error}; nothing was started"
             ) from error
         return made
+
+    def make(self) -> None:
+        """Make the folder alone, for everybody to look into and nobody but us to write. Raises OSError."""
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        os.chown(self.path, os.geteuid(), os.getegid(), follow_symlinks=False)
+        self.path.chmod(0o755)
 
     @staticmethod
     def _listen_one(path: Path, name: str, owner: Owner, mode: int) -> socket.socket:

@@ -5,8 +5,7 @@ The caller of everything here holds the vTPM's lock.
 
 import logging
 import os
-import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from uuid import UUID
 
 from frontend_backend.messages_instance import Orders
@@ -19,11 +18,12 @@ from manager.errors import BusyError, KeeperError, ManagerError, QuarantinedErro
 from manager.hardware_pcrs import bit_map
 from manager.instances import Instances
 from manager.launches import Launch
+from manager.ports import Port
 from manager.quotas import quota_of
 from manager.registry import Registry
 from manager.running import Running, Stage
 from manager.sleepers import Sleepers
-from manager.sockets import LISTENERS_OF, Owner, SocketFolder, parse_mode
+from manager.sockets import LISTENERS_OF
 from storage.catalogue import AttachmentRow, VtpmRow
 from storage.errors import StorageError
 from storage.store_records import RecordFlags
@@ -90,6 +90,7 @@ class Starts:
             self._starting -= 1
         self.reasons.pop(row.uuid, None)
         await self._verified(row, running)
+        await self.sleepers.ports.ready(attachment)
         return running
 
     async def start_again(self, row: VtpmRow, attachment: AttachmentRow, startup: str) -> Running:
@@ -121,6 +122,7 @@ class Starts:
             self._starting -= 1
         self.reasons.pop(row.uuid, None)
         await self._verified(row, running)
+        await self.sleepers.ports.ready(attachment)
         return running
 
     async def awake(self, row: VtpmRow, attachment: AttachmentRow, *, briefly: bool = False) -> Running | None:
@@ -153,19 +155,17 @@ class Starts:
         fresh = bool(self._registry.record(row.uuid).flags & RecordFlags.FRESH)
         path = self._registry.image_path(row)
         image = state_files.open_locked(path, create=fresh and not row.state_image)
-        sockets: list[socket.socket] = []
+        ports: Sequence[Port] = ()
         try:
             if fresh:
                 state_files.make_image(image, path, row.uuid, self._store, row.family)
-            uid, gid = map(int, attachment.owner.split(":"))
-            folder = SocketFolder(self._layout.sockets, row.uuid, attachment.frontend)
-            sockets = folder.listen(Owner(uid, gid), parse_mode(attachment.mode))
+            ports = self.sleepers.ports.open(row, attachment)
             launch = Launch(
                 vtpm=row.uuid,
                 lease=attachment.lease,
                 family=row.family,
                 frontend=attachment.frontend,
-                owner_uid=uid,
+                owner_uid=int(attachment.owner.split(":")[0]),
                 startup=startup,
                 after_reset=after_reset(attachment),
                 listeners=LISTENERS_OF[attachment.frontend],
@@ -174,11 +174,11 @@ class Starts:
                 rest_after=rest_after(attachment, self._config.instance),
                 quota=quota_of(attachment),
             )
-            return await self._instances.start(launch, image, sockets, record)
+            return await self._instances.start(launch, image, ports, record)
         finally:
             os.close(image)
-            for sock in sockets:
-                sock.close()
+            for port in ports:
+                port.close()
 
     async def _verified(self, row: VtpmRow, running: Running) -> None:
         """Wait for an instance's first word; quarantine the vTPM if its state could not be loaded."""

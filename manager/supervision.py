@@ -7,7 +7,7 @@ from uuid import UUID
 import trio
 
 from frontend_backend.messages_keeper import Kept
-from manager.attachment_words import after_reset, rest_after
+from manager.attachment_words import after_reset, next_startup, rest_after
 from manager.attachments import Attachments
 from manager.config import InstanceConfig
 from manager.errors import BusyError, ConflictError, DeniedError, KeeperError, ManagerError, QuarantinedError
@@ -102,11 +102,7 @@ class Supervision:
         flags = self._registry.record(row.uuid).flags
         if flags & RecordFlags.QUARANTINED:
             raise QuarantinedError("it is quarantined: its state could not be loaded")
-        if flags & RecordFlags.FRESH:
-            startup = attachment.startup
-        else:
-            startup = "state" if flags & RecordFlags.RESUMABLE else "failed"
-        await self._attachments.start_again(row, attachment, startup)
+        await self._attachments.start_again(row, attachment, next_startup(attachment, flags))
 
     def _give_up(self, vtpm: UUID, why: str) -> None:
         _log.error("vTPM %s: %s", vtpm, why)
@@ -117,6 +113,7 @@ class Supervision:
 
         Hibernated ones sleep on.
         """
+        await self._attachments.sleepers.ports.found(kept)
         with self._instances.held():
             for instance in kept:
                 try:
@@ -175,7 +172,7 @@ class Supervision:
             _log.error("vTPM %s: instance %d holds no lease; ending it", vtpm, instance.pid)
             await self._instances.endings.end(vtpm, instance.lease)
         else:
-            startup = "state" if flags & RecordFlags.RESUMABLE else "failed"
+            startup = next_startup(attachment, flags)
             rest = rest_after(attachment, self._config)
             hw_pcrs = bit_map(attachment.hw_pcrs)
             adoption = Adoption(startup, after_reset(attachment), attachment.epoch, rest, hw_pcrs)

@@ -59,10 +59,16 @@ VERBS: Final[tuple[Verb, ...]] = (
         (
             _VTPM,
             Argument("guest", "the guest's name: 1 to 64 of A-Z a-z 0-9 . _ -", positional=True, required=True),
-            Argument("frontend", "how the guest connects", default="socket", choices=("socket", "ring")),
+            Argument(
+                "frontend", "how the guest connects", default="socket", choices=("socket", "qemu", "ring", "proxy")
+            ),
             Argument("owner", "USER[:GROUP] that may use the sockets: USER may also reset the platform"),
-            Argument("mode", "permissions of the sockets, octal", default="0660"),
-            Argument("startup", "TPM2_Startup done for the guest", default="clear", choices=("clear", "state", "none")),
+            Argument("mode", "permissions of the sockets, octal (default: 0660, of qemu 0600)"),
+            Argument(
+                "startup",
+                "TPM2_Startup done for the guest (default: clear, of qemu none: firmware does it)",
+                choices=("clear", "state", "none"),
+            ),
             Argument("hwinitpcrs", "hardware PCRs that are put into the vTPM's at its start: all, none, 0,2,4-7"),
             Argument("hibernate", "'never', or after how many seconds without a command (default: as configured)"),
             Argument("commands_per_second", "answer no more on average; 0: as many as come (default: [quota])", "int"),
@@ -70,7 +76,7 @@ VERBS: Final[tuple[Verb, ...]] = (
             Argument("nv_bytes", "NV that the guest may define; 0: as much as a TPM has (default: [quota])", "int"),
         ),
         prints="endpoint",
-        columns=("uuid", "name", "guest", "state", "frontend", "endpoint", "tcti", "pid"),
+        columns=("uuid", "name", "guest", "state", "frontend", "endpoint", "tcti", "pid", "qemu", "libvirt_xml"),
     ),
     Verb(
         "hibernate",

@@ -27,6 +27,7 @@ class RecordFlags(IntFlag):
     TOMBSTONE = 16  # removed, kept until the retention time is over; set by BuryVtpm only
     HIBERNATED = 32  # with RESUMABLE: the state holds the volatile part too, and is kept until a command comes
     ATTACHED = 64  # the catalogue's attachment row that carries the record's epoch counts, and no other
+    AWAY = 128  # its state is with another manager, or about to leave for it; with FRESH: about to come from there
 
 
 class GroupFlags(IntFlag):

@@ -32,6 +32,13 @@ TPM_RESULT TPMLIB_Process(unsigned char **, uint32_t *, uint32_t *, unsigned cha
 TPM_RESULT TPMLIB_VolatileAll_Store(unsigned char **, uint32_t *);
 TPM_RESULT TPMLIB_CancelCommand(void);
 uint32_t TPMLIB_SetBufferSize(uint32_t, uint32_t *, uint32_t *);
+TPM_RESULT TPMLIB_SetState(int, const unsigned char *, uint32_t);
+char *TPMLIB_GetInfo(int);
+TPM_RESULT TPM_IO_Hash_Start(void);
+TPM_RESULT TPM_IO_Hash_Data(const unsigned char *, uint32_t);
+TPM_RESULT TPM_IO_Hash_End(void);
+TPM_RESULT TPM_IO_TpmEstablished_Get(TPM_BOOL *);
+TPM_RESULT TPM_IO_TpmEstablished_Reset(void);
 void TPMLIB_SetDebugFD(int);
 
 void *malloc(size_t);

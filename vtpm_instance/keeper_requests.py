@@ -112,9 +112,12 @@ class Requests:
 
     def _fetch(self, request: Fetch, _descriptors: list[int], handed_out: list[int]) -> Fetched:
         kept = self._keeping.get(uuid_of(request.vtpm), request.lease)
-        if kept.asleep:
+        if not kept.asleep:
+            handed_out.extend(kept.descriptors)
+        elif "proxy" in kept.listeners:
+            handed_out.extend(kept.listeners.values())
+        else:
             raise BadRequestError(f"vTPM {kept.vtpm} is hibernated: it has no process and no ring")
-        handed_out.extend(kept.descriptors)
         return Fetched(kept.describe())
 
     def _forget(self, request: Forget, _descriptors: list[int], _handed_out: list[int]) -> Forgotten:

@@ -24,6 +24,8 @@ VOLATILE: Final = "volatilestate"
 SAVED: Final = "savestate"
 BLOB_NAMES: Final = frozenset({PERMANENT, VOLATILE, SAVED})
 
+_STATES: Final = {PERMANENT: 1, VOLATILE: 2, SAVED: 4}  # enum TPMLIB_StateType
+
 _buffer: Final = ffi.buffer
 _READ_AND_EXECUTE: Final = 5  # PROT_READ | PROT_EXEC
 _SUCCESS: Final = 0
@@ -307,6 +309,74 @@ class Tpm:
         smallest, largest = ffi.new("uint32_t *"), ffi.new("uint32_t *")
         size = self._c.TPMLIB_SetBufferSize(wanted, smallest, largest)
         return size, smallest[0], largest[0]
+
+    # what a platform does beside commands; results are libtpms' codes
+
+    def _answered(self, code: int) -> int:
+        self._raise_kept()
+        return code
+
+    def hash_start(self) -> int:
+        """Begin a root of trust's measurement: TPM_IO_Hash_Start."""
+        return self._answered(self._c.TPM_IO_Hash_Start())
+
+    def hash_data(self, data: bytes) -> int:
+        """Go on with it: TPM_IO_Hash_Data."""
+        return self._answered(self._c.TPM_IO_Hash_Data(data, len(data)))
+
+    def hash_end(self) -> int:
+        """End it, and extend the PCR: TPM_IO_Hash_End."""
+        return self._answered(self._c.TPM_IO_Hash_End())
+
+    def established(self) -> tuple[int, int]:
+        """Return (code, TPM established bit): TPM_IO_TpmEstablished_Get."""
+        bit = ffi.new("TPM_BOOL *")
+        code = self._answered(self._c.TPM_IO_TpmEstablished_Get(bit))
+        return code, bit[0]
+
+    def reset_established(self, locality: int) -> int:
+        """Clear the TPM established bit at a locality: TPM_IO_TpmEstablished_Reset."""
+        if locality != self._locality:
+            self._set_locality(locality)
+        return self._answered(self._c.TPM_IO_TpmEstablished_Reset())
+
+    def info(self, family: TpmFamily, flags: int) -> bytes:
+        """Return libtpms' JSON text of what `flags` ask for, with its trailing zero byte: TPMLIB_GetInfo.
+
+        Raises:
+            LibtpmsError: it has none.
+
+        """
+        if self._running is None:
+            self._check("ChooseTPMVersion", self._c.TPMLIB_ChooseTPMVersion(_VERSIONS[family]))
+        text = self._c.TPMLIB_GetInfo(flags)
+        if text == ffi.NULL:
+            raise LibtpmsError("GetInfo", _FAIL)
+        try:
+            return bytes(ffi.string(text)) + b"\0"
+        finally:
+            self._libc.free(text)
+
+    def judge(self, family: TpmFamily, blobs: dict[str, bytes]) -> int:
+        """Return libtpms' code for a set of state blobs, 0 if it would start on them; nothing of it is kept.
+
+        Raises:
+            LibtpmsMisuseError: a TPM runs.
+
+        """
+        if self._running is not None:
+            raise LibtpmsMisuseError("this process has a running TPM")
+        other = next(version for known, version in _VERSIONS.items() if known is not family)
+        self._check("ChooseTPMVersion", self._c.TPMLIB_ChooseTPMVersion(_VERSIONS[family]))
+        try:
+            for name, kind in _STATES.items():  # libtpms wants the permanent one first
+                if name in blobs and (code := self._c.TPMLIB_SetState(kind, blobs[name], len(blobs[name]))):
+                    return int(code)
+            return _SUCCESS
+        finally:
+            # Another version and back: the one way to make libtpms forget what it was given.
+            self._check("ChooseTPMVersion", self._c.TPMLIB_ChooseTPMVersion(other))
+            self._check("ChooseTPMVersion", self._c.TPMLIB_ChooseTPMVersion(_VERSIONS[family]))
 
     def write_messages_to(self, descriptor: int) -> None:
         """Have libtpms write its messages to `descriptor`, standard error being its default.

@@ -19,7 +19,7 @@ from vtpm_instance.handover import Handed
 # The spawner's answer to an order: the process id, or 0 and then a text in UTF-8. Not a message of the protocol with
 # the manager: making one writes to pages that the spawner shares with its children.
 STARTED: Final = struct.Struct("=I")
-LISTENERS: Final = ("data", "control", "ring")
+LISTENERS: Final = ("data", "control", "ring", "proxy")
 _FAMILIES: Final = tuple(TpmFamily)
 _FRONT_ENDS: Final = tuple(FrontEnd)
 _BEFORE_LISTENERS: Final = 3  # ring page, instance's doorbell, state image
@@ -31,7 +31,8 @@ _UUID_BYTES: Final = 16
 class InstanceOrder:
     """Everything an instance is handed. Descriptors belong to the instance; `listeners` by name.
 
-    Names are "data", "control" and "ring". `uid` and `gid` 0 keep those of the keeper. Not frozen: that would touch a
+    Names are "data", "control", "ring" and "proxy" (no socket, but the server's end of a device); the rest is said in
+    Spawn. `uid` and `gid` 0 keep those of the keeper. Not frozen: that would touch a
     page for each field in each instance.
     """
 

@@ -41,9 +41,18 @@ def _manager(tree: Tree, kernel: Kernel) -> None:
     tree.library("libtss2-tcti-device.so.0*")
 
 
+def _client(tree: Tree, _kernel: Kernel) -> None:
+    tree.busybox()
+    tree.program("/usr/bin/tpm2")
+    tree.library("libtss2-tcti-device.so.0*")
+    tree.compiled("counting", _HERE / "counting.c")
+    tree.text("init", (_HERE / "agent.sh").read_text(), 0o755)
+
+
 RECIPES: Final[dict[str, Callable[[Tree, Kernel], None]]] = {
     "small": _small,  # busybox only: boots in the time of its kernel
-    "manager": _manager,  # and this project, with tpm2-tools
+    "client": _client,  # busybox and tpm2-tools, led from outside over a serial port
+    "manager": _manager,  # "small" and this project, with tpm2-tools
 }
 
 
@@ -52,9 +61,11 @@ def _fingerprint(recipe: str, kernel: Kernel) -> str:
     digest = hashlib.sha256(f"{recipe} {kernel.directory.name}\n".encode())
     sources = [*_HERE.iterdir()]
     if recipe != "small":
+        sources.append(Path("/var/lib/dpkg/status"))
+    if recipe == "manager":
         packages = ("manager", "vtpm_instance", "frontend_backend", "storage")
         sources += [path for name in packages for path in (ROOT / name).rglob("*") if "__pycache__" not in path.parts]
-        sources += [ROOT / "pyproject.toml", Path("/var/lib/dpkg/status"), *_installed()]
+        sources += [ROOT / "pyproject.toml", *_installed()]
     for path in sorted(path for path in sources if path.is_file()):
         digest.update(f"{path}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]

@@ -58,6 +58,11 @@ class Tree:
         self._copy(path, self.path / "usr/bin" / Path(source).name)
         self._libraries_of(path)
 
+    def compiled(self, name: str, source: Path) -> None:
+        """Compile a C program, linked statically."""
+        target = self.path / "usr/bin" / name
+        subprocess.run(["gcc", "-static", "-O1", "-Wall", "-Werror", "-o", str(target), str(source)], check=True)
+
     def library(self, pattern: str) -> None:
         """Copy libraries that are loaded by name at run time, and what they are linked with."""
         found = sorted(_LIBRARIES.glob(pattern))

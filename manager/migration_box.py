@@ -1,0 +1,141 @@
+"""Where the data about migration lies: two files, sealed under the store key, one of which the store's boot area names.
+
+The boot area holds the digest of the file that counts, and is covered by the store's anchors: a file that somebody put
+back is refused. A new file is written in the place of the other one, and counts with the commit that names it: a power
+cut leaves the old or the new data.
+"""
+
+import hashlib
+import hmac
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+import trio
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from manager.approvals import Approvals
+from manager.durable import sync_directory
+from manager.errors import IntegrityError
+from manager.migration_state import MigrationState
+from storage.secrets import StoreKey
+
+Change = Callable[[MigrationState], MigrationState]
+NAMES: Final = ("migration-0.sealed", "migration-1.sealed")
+_MAGIC: Final = b"vTPMmig1"
+_SALT_BYTES: Final = 32
+_NONCE: Final = bytes(12)  # each derived key meets one message
+_MAX_BYTES: Final = 64 * 1024 * 1024  # a departure has about 300 bytes: more than 200,000 of them
+
+
+def seal(key: StoreKey, store: UUID, content: bytes) -> bytes:
+    """Return `content` encrypted and authenticated as the migration data of this store."""
+    salt = os.urandom(_SALT_BYTES)
+    return _MAGIC + salt + AESGCM(_derived(key, salt)).encrypt(_NONCE, content, _MAGIC + store.bytes)
+
+
+def unseal(key: StoreKey, store: UUID, sealed: bytes) -> bytes:
+    """Undo `seal`. Raises IntegrityError."""
+    start = len(_MAGIC) + _SALT_BYTES
+    try:
+        if not sealed.startswith(_MAGIC):
+            raise InvalidTag
+        salt = sealed[len(_MAGIC) : start]
+        return AESGCM(_derived(key, salt)).decrypt(_NONCE, sealed[start:], _MAGIC + store.bytes)
+    except InvalidTag as error:
+        raise IntegrityError("the manager's data about migration is not what this manager wrote") from error
+
+
+def _derived(key: StoreKey, salt: bytes) -> bytes:
+    hkdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=salt, info=b"vtpm-manager migration v1")
+    return hkdf.derive(key.reveal())
+
+
+def read(state_dir: Path, key: StoreKey, store: UUID, digest: str) -> tuple[MigrationState, int]:
+    """Return the data whose digest (hex, "" for none yet) the boot area has, and the index of its file in NAMES.
+
+    Raises:
+        IntegrityError: no file has it.
+
+    """
+    if not digest:
+        return MigrationState(), 1
+    for index, name in enumerate(NAMES):
+        try:
+            with open(state_dir / name, "rb") as file:
+                sealed = file.read(_MAX_BYTES)
+        except FileNotFoundError:
+            continue
+        if hmac.compare_digest(hashlib.sha256(sealed).hexdigest(), digest):
+            return MigrationState.unpack(unseal(key, store, sealed)), index
+    raise IntegrityError(
+        f"the manager's data about migration ({' or '.join(NAMES)} in {state_dir}) is missing or is not the newest. "
+        f"Nothing was changed: no vTPM can be claimed or released without it. Put the newest files back"
+    )
+
+
+class MigrationBox:
+    """The data about migration of a running manager; `state` is what counts."""
+
+    def __init__(self, state_dir: Path, key: StoreKey, store: UUID, approvals: Approvals) -> None:
+        """Read it. A manager whose data is missing runs all the same: every use raises `problem`."""
+        self._state_dir, self._key, self._store, self._approvals = state_dir, StoreKey(key.view), store, approvals
+        self._saving = trio.Lock()
+        self._index = 1
+        self.problem: IntegrityError | None = None
+        self._state = MigrationState()
+        boot = approvals.boot()
+        try:
+            self._state, self._index = read(state_dir, key, store, boot.migration)
+        except IntegrityError as error:
+            self.problem = error
+
+    @property
+    def state(self) -> MigrationState:
+        """What counts. Raises IntegrityError: it is missing."""
+        if self.problem is not None:
+            raise self.problem
+        return self._state
+
+    @property
+    def identity_counts(self) -> str:
+        """The fingerprint of the identity that counts, empty for none: after a recovery none does."""
+        return self._approvals.boot().identity
+
+    async def save(self, change: Change, identity: str | None = None) -> MigrationState:
+        """Make `change(state)` what counts, durably; not yet anchored. `identity`: the fingerprint that counts now.
+
+        Raises:
+            IntegrityError: the data is missing. StorageError, OSError: the disk; what counts is unchanged, or known
+            only after the next start.
+
+        """
+        async with self._saving:
+            with trio.CancelScope(shield=True):
+                state = change(self.state)
+                sealed = seal(self._key, self._store, state.pack())
+                index = 1 - self._index
+                await trio.to_thread.run_sync(_write, self._state_dir / NAMES[index], sealed)
+                digest = hashlib.sha256(sealed).hexdigest()
+                counts = self.identity_counts if identity is None else identity
+                await self._approvals.keep_migration(digest, counts)
+                self._state, self._index = state, index
+        return state
+
+    def close(self) -> None:
+        """Overwrite the key."""
+        self._key.wipe()
+
+
+def _write(path: Path, content: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(path.parent)

@@ -1,0 +1,233 @@
+"""How managers reach each other: mutual TLS over a Unix socket or TCP, one request and one answer a connection.
+
+The only module of migration with sockets. Whoever connects without a pinned certificate gets no further than the
+handshake; how many are served at once, for how long, and what they may send is limited.
+"""
+
+import logging
+import os
+import socket
+import ssl
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from frontend_backend import messages_migration as m
+from frontend_backend.errors import MessageError
+from manager.errors import BusyError, ConfigurationError, DeniedError, ManagerError, UsageError
+from manager.migration_identity import fingerprint_of
+
+_log = logging.getLogger("vtpm.migration")
+MAX_CONNECTIONS: Final = 16  # at once; each costs a descriptor and a TLS state of some 50 KiB
+HANDSHAKE_SECONDS: Final = 10.0  # for handshake and request together: both are a few packets
+SERVE_SECONDS: Final = 60.0  # a freeze waits for a flush, the hardware TPM, and an instance's last save
+ASK_SECONDS: Final = 75.0  # above the other side's own limit
+_ACCEPT_PAUSE: Final = 0.2
+_LOOPBACK: Final = "127.0.0.1"
+_MAX_PORT: Final = 65535
+
+Handle = Callable[[str, m.MigrationRequest], Awaitable[m.MigrationReply]]
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a manager listens: a Unix socket's path, or a host and a port."""
+
+    path: Path | None = None
+    host: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"unix:{self.path}" if self.path is not None else f"tcp:{host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """Return the address in `unix:/PATH`, `tcp:PORT` (this host's loopback) or `tcp:HOST:PORT`; IPv6 in brackets.
+
+    Raises:
+        UsageError: it is none.
+
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "unix" and rest.startswith("/"):
+        return Address(path=Path(rest))
+    host, _, port = rest.rpartition(":")
+    if kind == "tcp" and port.isdecimal() and 0 < int(port) <= _MAX_PORT:
+        return Address(host=host.removeprefix("[").removesuffix("]") or _LOOPBACK, port=int(port))
+    raise UsageError(f"'{text[:120]}' is no address: write unix:/PATH, tcp:PORT (loopback), or tcp:HOST:PORT")
+
+
+def listen(address: Address) -> socket.socket:
+    """Return a listening socket; a Unix socket is for its user only, until somebody changes its mode.
+
+    Raises:
+        ConfigurationError: it cannot be made.
+
+    """
+    try:
+        if address.path is not None:
+            with suppress(FileNotFoundError):
+                address.path.unlink()
+            sock = socket.socket(socket.AF_UNIX)
+            previous = os.umask(0o177)
+            try:
+                sock.bind(str(address.path))
+            finally:
+                os.umask(previous)
+        else:
+            family, kind, protocol, _, place = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            sock = socket.socket(family, kind, protocol)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(place)
+        sock.listen(MAX_CONNECTIONS)
+    except OSError as error:
+        raise ConfigurationError(f"[migration] listen: cannot listen at {address}: {error.strerror or error}") from error
+    sock.setblocking(False)
+    return sock
+
+
+class MigrationServer:
+    """Answers other managers."""
+
+    def __init__(self, context: Callable[[], ssl.SSLContext | None], handle: Handle) -> None:
+        """Serve with what `context` returns for each connection (None: nobody is paired); `handle` answers."""
+        self._context, self._handle = context, handle
+        self._room = trio.Semaphore(MAX_CONNECTIONS)
+
+    async def run(self, listener: socket.socket) -> None:
+        """Accept until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await trio.lowlevel.wait_readable(listener)
+                await self._room.acquire()  # before the accept: those who wait cost no descriptor
+                try:
+                    client, _ = listener.accept()
+                except OSError as error:
+                    self._room.release()
+                    if not isinstance(error, BlockingIOError):
+                        _log.warning("cannot accept another manager: %s", error)
+                        await trio.sleep(_ACCEPT_PAUSE)
+                    continue
+                client.setblocking(False)
+                nursery.start_soon(self._serve, client)
+
+    async def _serve(self, client: socket.socket) -> None:
+        try:
+            with client:
+                await self._one_request(client)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, MessageError) as error:
+            _log.info("a connection of another manager ended: %s", _cause(error))
+        except trio.TooSlowError:
+            _log.info("a connection of another manager was too slow")
+        except Exception:
+            _log.exception("a request of another manager failed in a way nobody foresaw")
+        finally:
+            self._room.release()
+
+    async def _one_request(self, client: socket.socket) -> None:
+        context = self._context()
+        if context is None:
+            return
+        stream = trio.SSLStream(_stream(client), context, server_side=True, https_compatible=True)
+        with trio.fail_after(HANDSHAKE_SECONDS):
+            await stream.do_handshake()
+            who = _peer(stream)
+            body = await _receive(stream)
+        try:
+            request = m.decode_migration_request(body)
+        except MessageError as error:
+            reply: m.MigrationReply = m.Refused(m.MigrationRefusal.MALFORMED, str(error)[:200])
+        else:
+            with trio.move_on_after(SERVE_SECONDS) as working:
+                reply = await self._handle(who, request)
+            if working.cancelled_caught:
+                reply = m.Refused(m.MigrationRefusal.BUSY, f"it was not done within {SERVE_SECONDS:g} s")
+        with trio.fail_after(HANDSHAKE_SECONDS):
+            await stream.send_all(m.encode_migration_reply(reply))
+            await stream.aclose()
+
+
+async def ask(
+    address: Address, context: ssl.SSLContext, fingerprint: str, request: m.MigrationRequest
+) -> m.MigrationReply:
+    """Ask another manager; who answers is the one with this certificate, or nobody.
+
+    Raises:
+        BusyError: it cannot be reached, or did not answer in time: whether it did what was asked is not known.
+        DeniedError: the other side does not know us, or is another one. ManagerError: an answer that is none.
+
+    """
+    try:
+        with trio.fail_after(ASK_SECONDS):
+            async with _connected(address) as client:
+                stream = trio.SSLStream(_stream(client), context, https_compatible=True)
+                await stream.do_handshake()
+                if _peer(stream) != fingerprint:
+                    raise DeniedError(f"at {address} answers a manager with another certificate than was expected")
+                await stream.send_all(m.encode_migration_request(request))
+                return m.decode_migration_reply(await _receive(stream))
+    except trio.TooSlowError as error:
+        raise BusyError(f"the manager at {address} gave no answer within {ASK_SECONDS:g} s") from error
+    except MessageError as error:
+        raise ManagerError(f"the manager at {address} answered what this one does not understand: {error}") from error
+    except (OSError, trio.BrokenResourceError) as error:
+        cause = _cause(error)
+        if isinstance(cause, ssl.SSLError):
+            raise DeniedError(
+                f"the manager at {address} and this one do not take each other's certificate ({cause.reason or cause}): "
+                f"pair both with 'vtpm-migrate-authorise'; 'vtpm-migrate-identity' shows who each one is"
+            ) from error
+        raise BusyError(f"the manager at {address} cannot be reached: {cause}") from error
+
+
+@asynccontextmanager
+async def _connected(address: Address) -> AsyncGenerator[socket.socket]:
+    family = socket.AF_UNIX
+    place: object = str(address.path)
+    if address.path is None:
+        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        family, place = found[0][0], found[0][4]
+    with socket.socket(family, socket.SOCK_STREAM) as client:
+        client.setblocking(False)
+        await trio.socket.from_stdlib_socket(client.dup()).connect(place)
+        yield client
+
+
+def _stream(sock: socket.socket) -> trio.SocketStream:
+    """Return a stream on a copy of the descriptor, which it closes."""
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock.dup()))
+
+
+def _peer(stream: "trio.SSLStream[trio.SocketStream]") -> str:
+    """Return the fingerprint of the certificate at the other end."""
+    certificate = stream.getpeercert(binary_form=True)
+    assert certificate is not None, "CERT_REQUIRED: a handshake without one has failed"
+    return fingerprint_of(certificate)
+
+
+async def _receive(stream: "trio.SSLStream[trio.SocketStream]") -> bytes:
+    return await _exactly(stream, m.body_size(await _exactly(stream, m.LENGTH.size)))
+
+
+async def _exactly(stream: "trio.SSLStream[trio.SocketStream]", size: int) -> bytes:
+    content = bytearray()
+    while len(content) < size:
+        piece = await stream.receive_some(size - len(content))
+        if not piece:
+            raise MessageError("the connection ended inside a message")
+        content += piece
+    return bytes(content)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what is behind trio's own words."""
+    while isinstance(error, trio.BrokenResourceError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
