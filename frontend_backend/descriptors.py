@@ -73,13 +73,18 @@ def receive_message(
     return checked_message(data, ancillary, flags)
 
 
-def checked_message(data: bytes, ancillary: Iterable[tuple[int, int, bytes]], flags: int) -> tuple[bytes, list[int]]:
-    """Turn what recvmsg(2) returned into (data, descriptors); see receive_message."""
+def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """Return the descriptors among what recvmsg(2) returned beside the bytes; they belong to the caller."""
     received = array.array("i")
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             received.frombytes(payload[: len(payload) - len(payload) % _INT_SIZE])
-    descriptors = list(received)
+    return list(received)
+
+
+def checked_message(data: bytes, ancillary: Iterable[tuple[int, int, bytes]], flags: int) -> tuple[bytes, list[int]]:
+    """Turn what recvmsg(2) returned into (data, descriptors); see receive_message."""
+    descriptors = descriptors_in(ancillary)
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_all(descriptors)
         raise MessageTruncatedError("the peer sent more bytes or descriptors than this message may have")

@@ -1,6 +1,6 @@
-"""What two managers say over mutual TLS when a vTPM moves from one to the other: one request and one answer a connection.
+"""What two managers say over mutual TLS when a vTPM moves: one request and one answer a connection.
 
-The destination asks (Claim, then Confirm), and once the source's operator wants a vTPM back, the source does (Renounce).
+The destination asks (Claim, then Confirm); where the source's operator wants a vTPM back, the source does (Renounce).
 A message is preceded by its length, four bytes, big-endian. Who asks is decided by the pinned certificate of the
 connection, never by what a message says.
 """
@@ -37,7 +37,7 @@ class MigrationRefusal(StrEnum):
 class Claim:
     """Ask for the key of a state blob, and with it for the vTPM.
 
-    `header` is the blob's as it is; `claim` names this claim, 16 bytes by chance: only who repeats it is answered again.
+    `header` is the blob's as it is; `claim` names this claim, 16 random bytes: only who repeats it is answered again.
     """
 
     vtpm: bytes

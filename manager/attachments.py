@@ -214,6 +214,25 @@ class Attachments:
         await self._marks.take_away(row.uuid)
         self._catalogue.log("detached", row.uuid, f"{row.name}: its record said attached, without a row")
 
+    async def let_go(self, row: VtpmRow, why: str) -> None:
+        """End a vTPM's instance unheard, and forget its guest: its state is another manager's. The caller has the lock.
+
+        Done again where it was cut short.
+        """
+        running = self.running(row.uuid)
+        if running is not None:
+            running.awaited = True
+            await self._instances.kill(running)
+        await self.sleepers.forget(row.uuid)
+        attachment = self._catalogue.find_attachment(row.uuid)
+        if attachment is not None:
+            text = f"{row.name} from guest {attachment.guest}: {why}"
+            self._catalogue.detach(row.uuid, Happened("detached", text))
+            await self.sleepers.ports.close(row.uuid, attachment.frontend)
+        self._budgets.pop(row.uuid, None)
+        self._starts.reasons.pop(row.uuid, None)
+        await self._marks.take_away(row.uuid)
+
     async def reset_platform(self, row: VtpmRow) -> None:
         """Do what a guest's platform reset does: load the last state and start it up.
 

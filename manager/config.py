@@ -97,6 +97,13 @@ class AttestationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MigrationConfig:
+    """Where other managers reach this one: unix:/PATH, tcp:PORT (loopback), tcp:HOST:PORT; empty: nowhere."""
+
+    listen: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogueConfig:
     """Names, labels, attachments and events: in which database, and how long events are kept."""
 
@@ -117,6 +124,7 @@ class Config:
     catalogue: CatalogueConfig = field(default_factory=CatalogueConfig)
     quota: QuotaConfig = field(default_factory=QuotaConfig)
     attestation: AttestationConfig = field(default_factory=AttestationConfig)
+    migration: MigrationConfig = field(default_factory=MigrationConfig)
 
     @classmethod
     def load(cls, path: Path) -> "Config":

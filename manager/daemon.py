@@ -17,7 +17,7 @@ import trio
 
 from frontend_backend import messages_keeper as k
 from frontend_backend.release import RELEASE
-from manager import admin_server, confinement
+from manager import admin_server, confinement, migration_wire
 from manager.admin_server import AdminServer
 from manager.anchor import Standing
 from manager.anchoring import Anchoring
@@ -31,17 +31,24 @@ from manager.committer import Committer
 from manager.config import Config, Layout
 from manager.errors import ConfigurationError, ConflictError
 from manager.event_retention import keep_events
+from manager.exports import Exports
+from manager.frequent_events import FrequentEvents
 from manager.group_rows import follow_store
 from manager.groups import Groups
 from manager.hardware import Hardware
 from manager.hibernation import Hibernation
+from manager.imports import Imports
 from manager.instances import Instances
 from manager.keepers import Keepers
-from manager.keys import catalogue_key
+from manager.keys import catalogue_key, state_blob_key
+from manager.migration import Migration
+from manager.migration_box import MigrationBox
+from manager.migration_wire import MigrationServer, parse_address
 from manager.notify import notify
 from manager.opening import Opened, integrity, locked_store, open_store, open_tpm
 from manager.quoting import Quotes
 from manager.registry import Registry
+from manager.restores import Restores
 from manager.ring_server import RingServer
 from manager.running import Running
 from manager.services import Services
@@ -107,10 +114,12 @@ class Daemon:
             opened, self._committer, self._catalogue, self._anchoring, hardware, config.tpm.pcrs, self._approvals
         )
         self._attestation = Attestation(self._groups, hardware, store_uuid)
+        self._restores = Restores(self._registry)
         self._quotes = Quotes(self._registry, self._groups, hardware, config.attestation.pcrs)
         self._attachments: Attachments
         self._supervision: Supervision
         self._hibernation: Hibernation
+        self._exports: Exports
         self._descriptor_limit = raise_descriptor_limit()  # before a keeper is started, which inherits it
 
     def _group_committed(self) -> None:
@@ -142,6 +151,8 @@ class Daemon:
         rings = RingServer(self._committer, self._hardware, nursery, config.instance.commit_timeout)
         self._closing.callback(rings.close)
         rings.on_quote = self._quotes.for_guest
+        blob_events = FrequentEvents(self._catalogue)
+        imports = rings.blobs = self._imports(blob_events)
         instances = Instances(keepers, rings, nursery, config.instance, self._ended)
         self._closing.callback(instances.close)
         sleepers = Sleepers(self._registry, instances, keepers, self._layout.sockets, config.instance)
@@ -160,11 +171,15 @@ class Daemon:
         nursery.start_soon(self._anchoring.run_interval, config.anchor.interval_seconds)
         nursery.start_soon(self._signals)
         nursery.start_soon(keep_events, self._catalogue, config.catalogue)
+        migration = self._migration(instances)
+        imports.claimer = migration.arrivals
         await adopt_older_rows(self._committer, self._catalogue)
+        await migration.settle()
         await self._supervision.take_over(await keepers.list(), hibernation)
         hibernation.listen()
         nursery.start_soon(hibernation.run_idle)
         nursery.start_soon(hibernation.events.run)
+        nursery.start_soon(blob_events.run)
         services = Services(
             self._registry,
             self._attachments,
@@ -180,8 +195,13 @@ class Daemon:
             self._quotes,
             self._upgrade,
             hibernation,
+            self._restores,
+            imports,
+            migration,
         )
         await self._approvals.raise_used()  # from here on the platform has come up: what is older is revoked
+        nursery.start_soon(migration.arrivals.run)
+        self._listen_for_managers(nursery, migration)
         with admin_server.listen(self._layout.admin_socket, config.admin) as listener:
             nursery.start_soon(AdminServer(services, config.admin).run, listener)
             _log.info(READY)
@@ -192,6 +212,28 @@ class Daemon:
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}" if self._upgrading else "STOPPING=1")
             self._layout.admin_socket.unlink(missing_ok=True)
         await self._wind_up(keepers)
+
+    def _imports(self, events: FrequentEvents) -> Imports:
+        store = self._opened.store
+        self._exports = Exports(store, state_blob_key(self._opened.secret.store_key, store.uuid), events)
+        return Imports(self._registry, self._exports, self._restores, events)
+
+    def _migration(self, instances: Instances) -> Migration:
+        opened = self._opened
+        box = MigrationBox(self._layout.state_dir, opened.secret.store_key, opened.store.uuid, self._approvals)
+        self._closing.callback(box.close)
+        if box.problem is not None:
+            _log.error("migration is not possible: %s", box.problem)
+        return Migration(box, self._registry, self._attachments, instances, self._exports.unwrap)
+
+    def _listen_for_managers(self, nursery: trio.Nursery, migration: Migration) -> None:
+        if not self._config.migration.listen:
+            return
+        address = parse_address(self._config.migration.listen)
+        listener = migration_wire.listen(address)
+        self._closing.callback(listener.close)
+        nursery.start_soon(MigrationServer(migration.server_context, migration.handle).run, listener)
+        _log.info("other managers are answered at %s", address)
 
     async def _start_group(self, group: UUID) -> int:
         async with self._approvals.changing:  # it writes a group's record back as it read it

@@ -46,6 +46,7 @@ class Instances:
         self._on_end = on_end
         self.endings = Endings(keeper)
         self.running: dict[UUID, Running] = {}
+        self._silenced: set[Running] = set()  # those that are not heard, though they live
         self._uids: set[int] = set()
         self._next_uid = 0
         self.on_asleep: Callable[[Running, bool], None] = _nobody_listens
@@ -148,6 +149,18 @@ class Instances:
         """Tell whether an instance's code knows how to: releases that do not tell their number do not."""
         return self.release_of(running) is not None
 
+    async def silence(self, running: Running) -> None:
+        """Hear an instance no more, and wait until what it asked for last is done; nothing it wants is saved then."""
+        if self._rings.remove(running):
+            self._silenced.add(running)
+        await self._rings.quiesce(running)
+
+    def hear(self, running: Running) -> None:
+        """Hear an instance again; what it asked for meanwhile is answered."""
+        if running in self._silenced:
+            self._silenced.discard(running)
+            self._rings.add(running)
+
     def held(self) -> AbstractContextManager[None]:
         """Let every instance's requests wait meanwhile: see `RingServer.held`."""
         return self._rings.held()
@@ -232,7 +245,8 @@ class Instances:
         """
         if not running.ended.is_set():
             await self._end_for_certain(running)
-            if self._rings.remove(running):
+            if self._rings.remove(running) or running in self._silenced:
+                self._silenced.discard(running)
                 self._hung_up(running)
         await running.ended.wait()
 

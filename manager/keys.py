@@ -88,6 +88,12 @@ def catalogue_key(store_key: StoreKey, store: UUID) -> bytes:
     return hkdf.derive(store_key.reveal())
 
 
+def state_blob_key(store_key: StoreKey, store: UUID) -> bytes:
+    """Return the key that keys of exported state blobs are wrapped under, 32 bytes; derived from the store key."""
+    hkdf = HKDF(algorithm=hashes.SHA256(), length=32, salt=store.bytes, info=b"vtpm-manager state blobs v1")
+    return hkdf.derive(store_key.reveal())
+
+
 def store_check(store_key: StoreKey, store: UUID) -> str:
     """Return what the configuration pins of a store, hex: public, and bound to its key and UUID.
 

@@ -9,6 +9,7 @@ from manager.attachment_words import rest_after
 from manager.connection_help import libvirt_xml, qemu_arguments
 from manager.group_rows import find_group
 from manager.labels import flat, parse_filters
+from manager.migration_records import is_frozen, is_incoming
 from manager.ports import PROXY
 from manager.proxy_device import ProxyDevice
 from manager.removed import list_removed
@@ -19,7 +20,7 @@ from manager.tombstones import iso
 from manager.verb_table import SCHEMA_VERSION
 from storage.catalogue_rows import AttachmentRow, Filter, Listed, VtpmRow
 from storage.errors import StorageError
-from storage.store_records import RecordFlags
+from storage.store_records import RecordFlags, VtpmRecord
 
 _AT_ONCE: Final = 250  # rows between which others get a turn: about 10 ms
 # of the 15 connections that the catalogue has at once: the event loop, which would wait for one, always finds one
@@ -32,10 +33,14 @@ def state_of(running: Running | None, flags: RecordFlags, attached: bool, asleep
         return running.stage.value
     if asleep:
         return "hibernated"
+    if is_frozen(flags):
+        return "frozen"
     if flags & RecordFlags.QUARANTINED:
         return "quarantined"
     if attached:
         return "down"
+    if is_incoming(flags):
+        return "incoming"
     return "added" if flags & RecordFlags.FRESH else "detached"
 
 
@@ -50,7 +55,7 @@ def describer(services: Services) -> Callable[[Listed], Document]:
     registry, store = services.registry, services.registry.committer.store
     names = {row.uuid: row.name for row in registry.catalogue.groups()}
 
-    def look(row: VtpmRow, running: Running | None, attachment: AttachmentRow | None) -> tuple[str, int | None]:
+    def look(row: VtpmRow, running: Running | None, attachment: AttachmentRow | None) -> tuple[str, VtpmRecord | None]:
         vtpm = row.uuid
         try:
             record = store.get(vtpm)
@@ -64,14 +69,14 @@ def describer(services: Services) -> Callable[[Listed], Document]:
         if running is None and attachment is not None and staleness(record, attachment):
             attachment = registry.catalogue.find_attachment(vtpm)  # the listing read it some time ago
             if attachment is not None and staleness(record, attachment):
-                return "stale", record.generation
+                return "stale", record
         asleep = vtpm in services.attachments.sleepers
-        return state_of(running, record.flags, attachment is not None, asleep), record.generation
+        return state_of(running, record.flags, attachment is not None, asleep), record
 
     def describe_one(listed: Listed) -> Document:
         row, attachment = listed.vtpm, listed.attachment
         running = services.attachments.running(row.uuid)
-        state, generation = look(row, running, attachment)
+        state, record = look(row, running, attachment)
         document: Document = {
             "schema": SCHEMA_VERSION,
             "uuid": str(row.uuid),
@@ -102,10 +107,13 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "saves_per_second": attachment.saves_per_second or None if attachment else None,
             "nv_bytes": attachment.nv_bytes or None if attachment else None,
             "hibernated_since": _moment(services.attachments.sleepers.since(row.uuid)),
-            "generation": generation,
+            "generation": record and record.generation,
+            "restore": record and services.restores.policy(row.uuid, record.flags).value,
+            "restore_refused": services.imports.refused.get(row.uuid),
             "state_image": str(registry.image_path(row)),
             "created": row.created,
             "labels": flat(listed.labels),
+            **_elsewhere(services, row, record),
             "removed": None,
             "removed_by": None,
             "kept_until": None,
@@ -113,6 +121,18 @@ def describer(services: Services) -> Callable[[Listed], Document]:
         return document | _places(services, row, attachment) if attachment else document
 
     return describe_one
+
+
+def _elsewhere(services: Services, row: VtpmRow, record: VtpmRecord | None) -> Document:
+    """Return which other manager claimed a vTPM, and since when; or from which one it is to come."""
+    departure = services.migration.departures.of(row.uuid) if record and is_frozen(record.flags) else None
+    arrival = services.migration.arrivals.of(row.uuid)
+    return {
+        "claimed_by": departure and departure.peer,
+        "frozen_since": departure and iso(departure.since),
+        "comes_from": arrival and arrival.peer,
+        "migrated_to": None,
+    }
 
 
 def _moment(seconds: float) -> str | None:

@@ -107,6 +107,12 @@ class MigrationBox:
         """The fingerprint of the identity that counts, empty for none: after a recovery none does."""
         return self._approvals.boot().identity
 
+    def files(self) -> list[tuple[str, bytes]]:
+        """Return name and content of the file that counts, for a backup; of what there is where none does."""
+        wanted = NAMES if self.problem is not None else [NAMES[self._index]]
+        paths = [self._state_dir / name for name in wanted]
+        return [(path.name, path.read_bytes()) for path in paths if path.exists()]
+
     async def save(self, change: Change, identity: str | None = None) -> MigrationState:
         """Make `change(state)` what counts, durably; not yet anchored. `identity`: the fingerprint that counts now.
 

@@ -1,4 +1,4 @@
-"""Who a manager is for other managers: a P-256 key pair, a self-signed certificate, and TLS that knows pinned ones only.
+"""Who a manager is for others: a P-256 key pair, a self-signed certificate, and TLS that knows pinned ones only.
 
 Not certified by a hardware TPM: what an operator compares is the fingerprint, on both sides. What a certificate by a
 group's attestation key would add, and where it would come in: docs/migration.md, "What is not there".
@@ -66,7 +66,7 @@ def parse_certificate(text: str) -> tuple[str, str, UUID]:
         certificate.verify_directly_issued_by(certificate)
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         store = UUID(str(names[0].value).removeprefix(_PREFIX))
-    except Exception as error:  # noqa: BLE001 - cryptography raises a dozen kinds for what is no certificate
+    except Exception as error:
         raise UsageError(
             f"this is no certificate of a manager (vtpm-migrate-identity -o FILE writes one): {error}. Nothing was done"
         ) from error

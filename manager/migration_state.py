@@ -1,4 +1,4 @@
-"""What a manager keeps about migration: its identity, its peers, what left, what is to come. Pure: no I/O, no keys' use.
+"""What a manager keeps about migration: its identity, its peers, what left, what is to come. Pure.
 
 All of it is one document, sealed under the store key, whose digest the store keeps (`migration_box`): an old copy of it
 is no more accepted than an old store.
@@ -136,7 +136,7 @@ class MigrationState:
         try:
             document = json.loads(content)
             if document["version"] != _VERSION:
-                raise IntegrityError("the manager's data about migration is of a newer version: use the one that wrote it")
+                raise IntegrityError("the data about migration is of a newer version: use the manager that wrote it")
             made = document["identity"]
             identity = None if made is None else Identity(bytes.fromhex(made[0]), str(made[1]))
             peers = [_made(Peer, item) for item in document["peers"]]

@@ -8,8 +8,8 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -88,7 +88,9 @@ def listen(address: Address) -> socket.socket:
             sock.bind(place)
         sock.listen(MAX_CONNECTIONS)
     except OSError as error:
-        raise ConfigurationError(f"[migration] listen: cannot listen at {address}: {error.strerror or error}") from error
+        raise ConfigurationError(
+            f"[migration] listen: cannot listen at {address}: {error.strerror or error}; nothing was started"
+        ) from error
     sock.setblocking(False)
     return sock
 
@@ -120,35 +122,34 @@ class MigrationServer:
 
     async def _serve(self, client: socket.socket) -> None:
         try:
-            with client:
-                await self._one_request(client)
+            with trio.socket.from_stdlib_socket(client) as sock:
+                await self._one_request(trio.SocketStream(sock))
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, MessageError) as error:
             _log.info("a connection of another manager ended: %s", _cause(error))
         except trio.TooSlowError:
             _log.info("a connection of another manager was too slow")
-        except Exception:
+        except Exception:  # noqa: BLE001 - our own mistake in one request must not end every vTPM's manager
             _log.exception("a request of another manager failed in a way nobody foresaw")
         finally:
             self._room.release()
 
-    async def _one_request(self, client: socket.socket) -> None:
+    async def _one_request(self, client: trio.SocketStream) -> None:
         context = self._context()
         if context is None:
             return
-        stream = trio.SSLStream(_stream(client), context, server_side=True, https_compatible=True)
+        stream = trio.SSLStream(client, context, server_side=True, https_compatible=True)
         with trio.fail_after(HANDSHAKE_SECONDS):
             await stream.do_handshake()
             who = _peer(stream)
             body = await _receive(stream)
+        reply: m.MigrationReply = m.Refused(m.MigrationRefusal.BUSY, f"it was not done within {SERVE_SECONDS:g} s")
         try:
             request = m.decode_migration_request(body)
         except MessageError as error:
-            reply: m.MigrationReply = m.Refused(m.MigrationRefusal.MALFORMED, str(error)[:200])
+            reply = m.Refused(m.MigrationRefusal.MALFORMED, str(error)[:200])
         else:
-            with trio.move_on_after(SERVE_SECONDS) as working:
+            with trio.move_on_after(SERVE_SECONDS):
                 reply = await self._handle(who, request)
-            if working.cancelled_caught:
-                reply = m.Refused(m.MigrationRefusal.BUSY, f"it was not done within {SERVE_SECONDS:g} s")
         with trio.fail_after(HANDSHAKE_SECONDS):
             await stream.send_all(m.encode_migration_reply(reply))
             await stream.aclose()
@@ -166,8 +167,8 @@ async def ask(
     """
     try:
         with trio.fail_after(ASK_SECONDS):
-            async with _connected(address) as client:
-                stream = trio.SSLStream(_stream(client), context, https_compatible=True)
+            with await _connected(address) as sock:
+                stream = trio.SSLStream(trio.SocketStream(sock), context, https_compatible=True)
                 await stream.do_handshake()
                 if _peer(stream) != fingerprint:
                     raise DeniedError(f"at {address} answers a manager with another certificate than was expected")
@@ -181,28 +182,24 @@ async def ask(
         cause = _cause(error)
         if isinstance(cause, ssl.SSLError):
             raise DeniedError(
-                f"the manager at {address} and this one do not take each other's certificate ({cause.reason or cause}): "
-                f"pair both with 'vtpm-migrate-authorise'; 'vtpm-migrate-identity' shows who each one is"
+                f"the manager at {address} and this one refuse each other's certificate ({cause.reason or cause}). "
+                f"Pair both with 'vtpm-migrate-authorise'; 'vtpm-migrate-identity' shows who each one is"
             ) from error
         raise BusyError(f"the manager at {address} cannot be reached: {cause}") from error
 
 
-@asynccontextmanager
-async def _connected(address: Address) -> AsyncGenerator[socket.socket]:
-    family = socket.AF_UNIX
-    place: object = str(address.path)
+async def _connected(address: Address) -> trio.socket.SocketType:
+    family, place = int(socket.AF_UNIX), str(address.path)
     if address.path is None:
         found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        family, place = found[0][0], found[0][4]
-    with socket.socket(family, socket.SOCK_STREAM) as client:
-        client.setblocking(False)
-        await trio.socket.from_stdlib_socket(client.dup()).connect(place)
-        yield client
-
-
-def _stream(sock: socket.socket) -> trio.SocketStream:
-    """Return a stream on a copy of the descriptor, which it closes."""
-    return trio.SocketStream(trio.socket.from_stdlib_socket(sock.dup()))
+        family, place = found[0][0], found[0][4]  # type: ignore[assignment] # what connect takes
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await sock.connect(place)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _peer(stream: "trio.SSLStream[trio.SocketStream]") -> str:

@@ -111,7 +111,7 @@ class Ports:
         if device is None or server is None:
             raise KeeperError("it is not known which device this vTPM has; detach and attach it")
         with trio.move_on_after(_REGISTERED_SECONDS):
-            while not device.registered:  # noqa: ASYNC110 - the kernel tells nobody
+            while not device.registered:  # the kernel tells nobody
                 if given_up(server):
                     raise KeeperError(
                         f"the kernel does not get on with the TPM behind {device.path} and has given the device up; "

@@ -17,6 +17,7 @@ from manager.committer import Committer
 from manager.errors import ConflictError, DeniedError, GroupClosedError, IntegrityError, NotFoundError, UsageError
 from manager.group_rows import find_group
 from manager.keys import GroupSeal
+from manager.migration_records import is_away, refuse_change, refuse_reset
 from manager.tombstones import Tombstones, iso
 from storage.catalogue import Catalogue, GroupRow, Happened, VtpmRow
 from storage.errors import GenerationError, GroupClosed, NoSuchVtpm, StoreDamaged
@@ -160,10 +161,10 @@ class Registry:
         group_row = find_group(self.catalogue, group)
         async with self.adding:
             if uuid is not None:
-                self._refuse_in_use(vtpm)
+                self.refuse_in_use(vtpm)
                 self.tombstones.refuse_known(vtpm)
             row = VtpmRow(uuid=vtpm, name=name, group=group_row.uuid, family=family, state_image=state_image)
-            return await self._add(row, group_row, labels or {})
+            return await self.make(row, group_row, labels or {})
 
     def refuse_beyond_quota(self, group: GroupRow, adding: int) -> None:
         """Check that a group may have `adding` vTPMs more; the caller holds `adding`.
@@ -188,19 +189,25 @@ class Registry:
                 f"made. Remove some, or raise the quota by {how}"
             )
 
-    async def _add(self, row: VtpmRow, group: GroupRow, labels: Mapping[str, str]) -> VtpmRow:
-        self._refuse_taken(row.uuid, row.name, row.state_image)
+    async def make(
+        self, row: VtpmRow, group: GroupRow, labels: Mapping[str, str], flags: RecordFlags = _NO_FLAGS
+    ) -> VtpmRow:
+        """Make a record, `flags` beside its own, and its name; the caller holds `adding`. Raises what `add` does."""
+        self.refuse_taken(row.uuid, row.name, row.state_image)
         self.refuse_beyond_quota(group, 1)
+        record = new_record(row)
         try:
-            await self._committer.commit(PutVtpm(new_record(row)))
+            await self._committer.commit(PutVtpm(replace(record, flags=record.flags | flags)))
         except GroupClosed as error:
             raise self.closed_group(group.uuid) from error
-        happened = Happened("added", f"{row.name}, TPM {row.family}, group {group.name}")
+        how = ", incoming" if flags else ""
+        happened = Happened("added", f"{row.name}, TPM {row.family}, group {group.name}{how}")
         row = self.catalogue.add_vtpm(row, happened, labels)
         await self._anchoring.write_durable()
         return row
 
-    def _refuse_taken(self, vtpm: UUID, name: str, state_image: str) -> None:
+    def refuse_taken(self, vtpm: UUID, name: str, state_image: str) -> None:
+        """Refuse a UUID, name or state image that another vTPM has. Raises ConflictError."""
         if self.catalogue.find_vtpm(vtpm) is not None:
             raise ConflictError(f"there is a vTPM {vtpm} already")
         if self.catalogue.find_vtpm_by_name(name) is not None:
@@ -208,7 +215,7 @@ class Registry:
         if state_image and self.catalogue.find_vtpm_by_image(state_image) is not None:
             raise ConflictError(f"{state_image} is the state image of another vTPM")
 
-    def _refuse_in_use(self, vtpm: UUID) -> None:
+    def refuse_in_use(self, vtpm: UUID) -> None:
         """Refuse a UUID, chosen by an administrator, under which an open group of the store has a used vTPM.
 
         An add that was cut short leaves a record that no name leads to; it holds nothing, and may be taken up again.
@@ -220,23 +227,29 @@ class Registry:
             return
         except StoreDamaged as error:
             raise IntegrityError(str(error)) from error
-        if record.generation != 0 or not record.flags & RecordFlags.FRESH:
+        if record.generation != 0 or not record.flags & RecordFlags.FRESH or is_away(record.flags):
             raise ConflictError(f"there is a vTPM {vtpm} already")
 
     async def reset(self, row: VtpmRow) -> None:
         """Give a detached vTPM's state up: its key is gone, and the next attach makes a new TPM under the same UUID."""
-        self._refuse_attached(row)
+        self.refuse_attached(row)
         record = self.record(row.uuid)
+        refuse_reset(row, record.flags)
         flags = RecordFlags.FRESH | (record.flags & RecordFlags.TPM12)
         await self._committer.commit(PutVtpm(replace(record, key=StateKey(_NOTHING), digest=_NOTHING, flags=flags)))
         await self._anchoring.write_durable()
         state_files.discard(self.image_path(row), row.uuid, ours=not row.state_image)
         self.catalogue.log("reset", row.uuid, f"{row.name}: state of generation {record.generation} given up")
 
-    async def remove(self, row: VtpmRow, event: str) -> None:
-        """Remove a detached vTPM: record and key first, then the state image and the name; keep `event` of it."""
-        self._refuse_attached(row)
+    async def remove(self, row: VtpmRow, event: str, *, departed: bool = False) -> None:
+        """Remove a detached vTPM: record and key first, then the state image and the name; keep `event` of it.
+
+        `departed`: it is frozen, and with another manager.
+        """
+        self.refuse_attached(row)
         if not self._removed_before(row.uuid):
+            if not departed:
+                refuse_change(row, self.record(row.uuid).flags)
             await self._committer.commit(self.tombstones.burial(row.uuid))
             self.tombstones.buried()
         await self._anchoring.write_durable()  # the removal that was cut short may not have come to it
@@ -276,7 +289,8 @@ class Registry:
                 continue  # its instance saved meanwhile: the newer record is looked at
             return
 
-    def _refuse_attached(self, row: VtpmRow) -> None:
+    def refuse_attached(self, row: VtpmRow) -> None:
+        """Refuse what needs a detached vTPM. Raises ConflictError."""
         attachment = self.catalogue.find_attachment(row.uuid)
         if attachment is not None:
             raise ConflictError(

@@ -8,22 +8,14 @@ import trio
 
 from manager.errors import UsageError
 from manager.group_rows import find_group
+from manager.removal_words import EVENT, MIGRATED, where_to, who_removed
 from manager.services import Arguments, Document, Services
 from manager.tombstones import iso
 from manager.verb_table import SCHEMA_VERSION
-from storage.catalogue_rows import EventRow
 from storage.store_records import RecordFlags, Tombstone
 
-EVENT: Final = "removed"
-_BY: Final = " by user "  # in the event's text, between the name, which has no space, and the user's id
-_MAX_UID_DIGITS: Final = 10  # of 32 bits; nothing vouches for the text of an event
 _AT_ONCE: Final = 250  # tombstones between which others get a turn
 _NOT_OF_REMOVED: Final = ("state", "guest", "label")
-
-
-def event_text(name: str, uid: int) -> str:
-    """Return the text of the event of a removal."""
-    return f"{name}{_BY}{uid}"
 
 
 def describe_removed(services: Services, tombstone: Tombstone) -> Document:
@@ -77,6 +69,8 @@ _OF_ATTACHED: Final = (
         "startup",
         "hwinitpcrs",
     ),
+    *("restore", "restore_refused"),
+    *("claimed_by", "frozen_since", "comes_from"),
     *("hibernate_after", "hibernated_since", "commands_per_second", "saves_per_second", "nv_bytes"),
 )
 
@@ -85,8 +79,9 @@ def _documents(services: Services, tombstones: list[Tombstone]) -> Iterator[Docu
     catalogue = services.registry.catalogue
     groups = {row.uuid: row.name for row in catalogue.groups()}
     events = catalogue.last_events(EVENT, [found.uuid for found in tombstones])
+    moves = catalogue.last_events(MIGRATED, [found.uuid for found in tombstones])
     for found in tombstones:
-        name, user = _who(events.get(found.uuid))
+        name, user = who_removed(events.get(found.uuid))
         yield {
             "schema": SCHEMA_VERSION,
             "uuid": str(found.uuid),
@@ -100,12 +95,5 @@ def _documents(services: Services, tombstones: list[Tombstone]) -> Iterator[Docu
             "removed": iso(found.removed),
             "removed_by": user,
             "kept_until": services.registry.tombstones.kept_until(found),
+            "migrated_to": where_to(moves.get(found.uuid)),
         }
-
-
-def _who(event: EventRow | None) -> tuple[str | None, int | None]:
-    """Read name and user id out of the event; removals of earlier versions have no user in theirs."""
-    if event is None:
-        return None, None
-    name, _, user = event.text.partition(_BY)
-    return name, int(user) if user.isdecimal() and len(user) <= _MAX_UID_DIGITS else None

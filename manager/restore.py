@@ -63,7 +63,7 @@ def restore(source: Path, state_dir: Path, catalogue: str | None = None) -> Rest
         if os.path.lexists(state_dir / STORE):
             raise ManagerError(f"all is in {state_dir}, but whether it would survive a power cut: {error}") from error
         raise ManagerError(f"not restored: {error}; {state_dir} was left empty") from error
-    images = sum(1 for name in manifest["members"] if name not in REQUIRED)
+    images = sum(1 for name in manifest["members"] if name.endswith(".img") and name not in REQUIRED)
     return Restored(manifest["store"], manifest["sequence"], manifest["vtpms"], images, manifest["named"])
 
 

@@ -16,7 +16,8 @@ _STORE: Final = "store.img"  # as in manager.config.Layout and in a backup
 UNFINISHED: Final = f"{_STORE}.restoring"
 FOLDERS: Final = ("state", "named")
 _UUID: Final = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-MEMBER: Final = re.compile(rf"config\.toml|catalogue\.sqlite|store\.img|(?:{'|'.join(FOLDERS)})/{_UUID}\.img")
+_FILES: Final = r"config\.toml|catalogue\.sqlite|store\.img|migration-[01]\.sealed"
+MEMBER: Final = re.compile(rf"{_FILES}|(?:{'|'.join(FOLDERS)})/{_UUID}\.img")
 
 _CONFIG_BEING_WRITTEN: Final = "config.new"
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Final
 
 from frontend_backend import messages_instance as m
+from manager import migration_records
 from manager.running import Running
 from storage.secrets import StateKey
 from storage.store_records import RecordFlags, VtpmRecord
@@ -32,6 +33,9 @@ def objection(running: Running, record: VtpmRecord, commit: m.Commit) -> m.Refus
     """Return why this commit may not be made, or None."""
     if len(commit.key) != StateKey.size or len(commit.digest) != _DIGEST_SIZE:
         return m.Refusal(m.RefusalCode.MALFORMED, "a key and a digest have 32 bytes")
+    away = migration_records.objection(record.flags, claimed=bool(commit.restored))
+    if away is not None:
+        return m.Refusal(m.RefusalCode.DENIED, away)
     if commit.lease != running.lease:
         return m.Refusal(m.RefusalCode.STALE_LEASE, "another instance holds this vTPM")
     if commit.generation not in (record.generation, record.generation + 1):

@@ -17,11 +17,14 @@ import trio
 
 from frontend_backend import messages_instance as m
 from frontend_backend.errors import MessageError
+from frontend_backend.messages_blobs import Export, Import
 from frontend_backend.ring import Answered, Request
 from manager.committer import Committer
 from manager.errors import ManagerError
 from manager.hardware import Hardware
 from manager.hardware_pcrs import may_read
+from manager.migration_records import is_away, is_frozen
+from manager.ring_blobs import Blobs, NoBlobs
 from manager.ring_records import load_reply, marked, objection, same, same_triple
 from manager.running import Running, Stage
 from storage.errors import StorageError
@@ -61,6 +64,7 @@ class RingServer:
         self.on_hang_up: Callable[[Running], None] = _nothing
         self.on_quote: Callable[[Running, m.Quote], Awaitable[m.Reply]] = _no_quote
         self.on_sleep: Callable[[Running], None] = _nothing
+        self.blobs: Blobs = NoBlobs()
 
     def add(self, running: Running) -> None:
         """Serve this instance's ring from now on; a request that waits on its page is answered."""
@@ -155,15 +159,26 @@ class RingServer:
                 self._load(running)
             case m.Report():
                 running.take_report(request)
+                if request.reason == m.RESTORE_REFUSED and running.report is not None:
+                    self.blobs.noted(running, running.report)
                 self._answer(running, m.ReportReply())
             case m.Random() | m.Quote() | m.PcrRead():
                 self._nursery.start_soon(self._ask_hardware, running, request)
-            case m.QuoteTask():
-                self._answer(running, running.quote.taken() if running.quote is not None else m.QuoteTaskReply(0))
-            case m.QuoteMade():
-                if running.quote is not None:
-                    running.quote.made(request)
-                self._answer(running, m.ReportReply())
+            case Export():
+                self._answer(running, self.blobs.export(running, request))
+            case Import():
+                self._nursery.start_soon(self._take_in, running, request)
+            case m.QuoteTask() | m.QuoteMade():
+                self._quote_task(running, request)
+
+    def _quote_task(self, running: Running, request: m.QuoteTask | m.QuoteMade) -> None:
+        task = running.quote
+        if isinstance(request, m.QuoteTask):
+            self._answer(running, task.taken() if task is not None else m.QuoteTaskReply(0))
+            return
+        if task is not None:
+            task.made(request)
+        self._answer(running, m.ReportReply())
 
     async def _ask_hardware(self, running: Running, request: m.Random | m.Quote | m.PcrRead) -> None:
         """Answer what the hardware TPM is needed for; nobody else waits for it."""
@@ -174,6 +189,10 @@ class RingServer:
                 await self._quote(running, request)
             case m.PcrRead():
                 await self._pcr_read(running, request)
+
+    async def _take_in(self, running: Running, request: Import) -> None:
+        """Answer Import; nobody else waits for a claim from another manager."""
+        self._answer(running, await self.blobs.take_in(running, request))
 
     def _answer(self, running: Running, reply: m.Reply) -> None:
         running.busy = False
@@ -218,11 +237,20 @@ class RingServer:
         new = replace(record, key=StateKey(commit.key), digest=commit.digest, generation=commit.generation, flags=flags)
         new = marked(new, running)
         if same(record, new):  # sent again, by an instance whose manager died before it could answer
+            if commit.restored:
+                self.blobs.committed(record, commit)
             self._acknowledge(running, commit, sleeps)
             return
+        if commit.restored:
+            refusal = self.blobs.objection(record, commit)
+            if refusal is not None:
+                self._answer(running, refusal)
+                return
 
         def acknowledge(error: Exception | None) -> None:
             if error is None:
+                if commit.restored:
+                    self.blobs.committed(record, commit)
                 self._acknowledge(running, commit, sleeps)
             else:
                 _log.error("vTPM %s: generation %d not committed: %s", running.vtpm, commit.generation, error)
@@ -248,11 +276,14 @@ class RingServer:
         if isinstance(record, m.Refusal):
             self._answer(running, record)
             return
+        if is_frozen(record.flags):
+            self._answer(running, m.Refusal(m.RefusalCode.DENIED, "another manager claimed this vTPM"))
+            return
         startup, running.startup = running.startup, running.after_reset
         if startup == "state" and not record.flags & RecordFlags.RESUMABLE:
             startup = "failed"  # consumed, or never saved: the same volatile state is not resumed twice
         reply = load_reply(running, record, startup, self._commit_timeout)
-        new = replace(record, flags=RecordFlags(int(record.flags) & ~_SLEPT))
+        new = record if is_away(record.flags) else replace(record, flags=RecordFlags(int(record.flags) & ~_SLEPT))
         if not new.flags & RecordFlags.FRESH:  # a fresh one commits before its guest is answered
             new = marked(new, running)
         if same(record, new):

@@ -13,8 +13,11 @@ from manager.attestation import Attestation
 from manager.config import Config, Layout
 from manager.groups import Groups
 from manager.hibernation import Hibernation
+from manager.imports import Imports
+from manager.migration import Migration
 from manager.quoting import Quotes
 from manager.registry import Registry
+from manager.restores import Restores
 
 Document = dict[str, Any]
 Arguments = dict[str, Any]
@@ -46,6 +49,9 @@ class Services:
     quotes: Quotes
     upgrade: Callable[[], Awaitable[Document]]
     hibernation: Hibernation
+    restores: Restores
+    imports: Imports
+    migration: Migration
 
 
 # A verb answers with all its documents at once, or, where there are many or it takes long, one after the other with

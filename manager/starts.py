@@ -18,6 +18,7 @@ from manager.errors import BusyError, KeeperError, ManagerError, QuarantinedErro
 from manager.hardware_pcrs import bit_map
 from manager.instances import Instances
 from manager.launches import Launch
+from manager.migration_records import refuse_start
 from manager.ports import Port
 from manager.quotas import quota_of
 from manager.registry import Registry
@@ -152,7 +153,9 @@ class Starts:
     async def _launch(
         self, row: VtpmRow, attachment: AttachmentRow, startup: str, record: Callable[[], None]
     ) -> Running:
-        fresh = bool(self._registry.record(row.uuid).flags & RecordFlags.FRESH)
+        flags = self._registry.record(row.uuid).flags
+        refuse_start(row, flags, attachment.frontend)
+        fresh = bool(flags & RecordFlags.FRESH)
         path = self._registry.image_path(row)
         image = state_files.open_locked(path, create=fresh and not row.state_image)
         ports: Sequence[Port] = ()

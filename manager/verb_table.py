@@ -7,7 +7,9 @@ from typing import Final
 
 from manager.verb_form import Argument, Role, Verb
 from manager.verb_table_groups import APPROVE, GROUP_VERBS
+from manager.verb_table_migration import MIGRATION_VERBS
 from manager.verb_table_quotes import QUOTE_VERBS
+from manager.verb_table_restores import RESTORE_VERBS
 
 __all__ = [
     "BY_NAME",
@@ -25,7 +27,7 @@ SCHEMA_VERSION: Final = 1  # `schema` in every JSON document; grows when a field
 # docs/states.md; an attached vTPM's are the stages of its instance (manager.running)
 STATES: Final = (
     *("added", "starting", "running", "needs-reset", "stopping", "stopped", "failed", "ended", "down", "detached"),
-    *("hibernated", "quarantined", "closed", "missing", "stale"),
+    *("hibernated", "quarantined", "closed", "missing", "stale", "incoming", "frozen"),
 )
 
 
@@ -161,6 +163,8 @@ VERBS: Final[tuple[Verb, ...]] = (
     ),
     *GROUP_VERBS,
     *QUOTE_VERBS,
+    *RESTORE_VERBS,
+    *MIGRATION_VERBS,
 )
 
 # Verbs of the daemon's own command, on the same socket.

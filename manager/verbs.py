@@ -12,7 +12,8 @@ from manager.errors import ConflictError, UsageError
 from manager.labels import parse_labels
 from manager.listing import describe, list_vtpms
 from manager.named_path import UNUSED_BYTES, is_unused
-from manager.removed import describe_removed, event_text
+from manager.removal_words import event_text
+from manager.removed import describe_removed
 from manager.services import Answer, Arguments, Caller, Document, Handler, Services
 from manager.tpm_status import tpm_status
 from manager.verb_table import SCHEMA_VERSION
@@ -20,7 +21,9 @@ from manager.verbs_approval import approve
 from manager.verbs_backup import backup
 from manager.verbs_catalogue import events, label
 from manager.verbs_groups import GROUP_HANDLERS
+from manager.verbs_migration import MIGRATION_HANDLERS
 from manager.verbs_quotes import QUOTE_HANDLERS
+from manager.verbs_restores import RESTORE_HANDLERS
 from manager.verbs_store import compact, scrub
 from manager.verbs_verify import verify
 
@@ -115,6 +118,7 @@ async def reset(services: Services, _caller: Caller, arguments: Arguments) -> li
     row = services.registry.find(arguments["vtpm"])
     _confirmed(arguments, f"this throws the state of vTPM {row.name} ({row.uuid}) away")
     async with services.attachments.lock(row.uuid):  # an attach that has begun ends first
+        services.restores.used(row.uuid)
         await services.registry.reset(row)
     return [describe(services, row)]
 
@@ -125,7 +129,10 @@ async def remove(services: Services, caller: Caller, arguments: Arguments) -> li
     _confirmed(arguments, f"this removes vTPM {row.name} ({row.uuid}), its key, and with it everything it holds")
     document = describe(services, row)
     async with services.attachments.lock(row.uuid):
-        await services.registry.remove(row, event_text(row.name, caller.uid))
+        services.restores.used(row.uuid)
+        event = event_text(row.name, caller.uid)
+        if not await services.migration.arrivals.forget(row, f"by user {caller.uid}"):
+            await services.registry.remove(row, event)
     tombstone = services.registry.tombstones.find(str(row.uuid))
     return [describe_removed(services, tombstone) if tombstone else document | {"state": "removed"}]
 
@@ -159,6 +166,8 @@ HANDLERS: Final[dict[str, Handler]] = {
     "verify": verify,
     **GROUP_HANDLERS,
     **QUOTE_HANDLERS,
+    **RESTORE_HANDLERS,
+    **MIGRATION_HANDLERS,
     "label": label,
     "events": events,
     "status": status,

@@ -157,6 +157,8 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
     finally:
         os.close(descriptor)
     writer.add(CATALOGUE, services.registry.catalogue.snapshot())
+    for name, content in services.migration.box.files():
+        writer.add(name, content)
     writer.add(CONFIG, without_password(services.config).to_toml().encode())
     backed_up = [*(record.uuid for record in records), *unseen]
     places = {str(vtpm): images.named[vtpm] for vtpm in backed_up if images.named.get(vtpm)}

@@ -86,6 +86,12 @@ class GroupKey(Secret):
     __slots__ = ()
 
 
+class ExportKey(Secret):
+    """256-bit key of one export of one vTPM's state, for its parts (frontend_backend.state_blob)."""
+
+    __slots__ = ()
+
+
 class StateKey(Secret):
     """256-bit key of one save of one vTPM's state; used for exactly one encryption."""
 

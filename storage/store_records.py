@@ -26,8 +26,9 @@ class RecordFlags(IntFlag):
     QUARANTINED = 8  # not to be started
     TOMBSTONE = 16  # removed, kept until the retention time is over; set by BuryVtpm only
     HIBERNATED = 32  # with RESUMABLE: the state holds the volatile part too, and is kept until a command comes
+    AWAY = 32  # without RESUMABLE: its state left for another manager; with FRESH: it is to come from there
     ATTACHED = 64  # the catalogue's attachment row that carries the record's epoch counts, and no other
-    AWAY = 128  # its state is with another manager, or about to leave for it; with FRESH: about to come from there
+    ANY_AGE = 128  # state blobs of an older state may be put in at any time (manager.restores)
 
 
 class GroupFlags(IntFlag):

@@ -1,13 +1,16 @@
 """What TPM programs need around them: a home of their own, a private message bus, a resource manager on it."""
 
 import os
+import pwd
+import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from e2e_rig import Answer, Installation, wait_for
+from e2e_rig import Answer, wait_for
 
 _BUS = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -34,7 +37,7 @@ class Programs:
         self.home = base / "home"
         self.home.mkdir(exist_ok=True)
         self.environment = {
-            "PATH": os.environ["PATH"],
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
             "HOME": str(self.home),
             "XDG_RUNTIME_DIR": str(base),
             "LC_ALL": "C.UTF-8",
@@ -119,9 +122,34 @@ def resource_manager(programs: Programs, tcti: str, name: str) -> Iterator[str]:
         yield clients
 
 
+def free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return int(chosen.getsockname()[1])
+
+
 @contextmanager
-def vtpms_for_clients(made: Installation, *names: str, tpm: str = "2.0") -> Iterator[dict[str, str]]:
-    """Running vTPMs; the TCTI of each by its name."""
-    for name in names:
-        made.add(name, "--tpm", tpm)
-    yield {name: str(made.attach(name, f"guest-of-{name}")["tcti"]) for name in names}
+def tcsd(base: Path, **device: str) -> Iterator[Programs]:
+    """TrouSerS' daemon on a TPM 1.2, started by root, and programs that talk to it."""
+    tss = pwd.getpwnam("tss")
+    home = base / "tss"
+    base.chmod(0o711)
+    if not home.exists():
+        home.mkdir()
+        shutil.chown(home, tss.pw_uid, tss.pw_gid)
+    port = free_port()
+    configuration = home / "tcsd.conf"
+    configuration.write_text(f"port = {port}\nsystem_ps_file = {home}/system.data\ndisable_ipv6 = 1\n")
+    os.chown(configuration, 0, tss.pw_gid)
+    configuration.chmod(0o640)
+    programs = Programs(base, {"TSS_TCSD_HOSTNAME": "localhost", "TSS_TCSD_PORT": str(port)})
+    on = programs.with_(TCSD_USE_TCP_DEVICE="1", **device)
+    with on.running("tcsd", "-e", "-f", "-c", str(configuration)) as daemon:
+        wait_for(lambda: listens(port) or not daemon.alive(), "tcsd")
+        assert daemon.alive(), daemon.said
+        yield programs
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0

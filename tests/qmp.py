@@ -7,7 +7,6 @@ import json
 import select
 import socket
 import time
-from pathlib import Path
 from typing import Any
 
 ANSWER_SECONDS = 120.0  # savevm writes the guest's memory
@@ -20,10 +19,9 @@ class QmpError(Exception):
 class Monitor:
     """A connection to one QEMU."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self.events: list[dict[str, Any]] = []
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
+        self._socket = sock
         self._rest = b""
         assert "QMP" in self._message(time.monotonic() + ANSWER_SECONDS)
         self.execute("qmp_capabilities")

@@ -26,7 +26,7 @@ from frontend_backend.front import RingFrontEnd
 OK = 0
 CANCELED = 0x909  # TPM_RC_CANCELED (TPM 2.0 Part 2, 6.6.3)
 CAPABILITY = struct.pack(">I", 0x01)
-CAPABLE = struct.pack(">II", 0, 0x29)
+CAPABLE = struct.pack(">II", 0, 0xE82D)  # bits 0, 2, 3, 5, 11, 13, 14, 15
 INIT = struct.pack(">II", 0x02, 0)
 CANCEL = struct.pack(">I", 0x09)
 INDEX = 0x01500001

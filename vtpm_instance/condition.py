@@ -7,7 +7,7 @@ from typing import Final
 class Condition(Enum):
     """What a vTPM is doing."""
 
-    OFF = auto()
+    OFF = auto()  # not loaded yet, or loaded and switched off
     RUNNING = auto()
     FAILED = auto()  # every command is answered with a failure until a platform reset
     STOPPED = auto()
@@ -19,11 +19,16 @@ class Change(Enum):
     STARTED = auto()
     FAILED = auto()
     STOPPED = auto()
+    POWERED_OFF = auto()  # by its platform, which may switch it on again
 
 
 TRANSITIONS: Final[dict[tuple[Condition, Change], Condition]] = {
     (Condition.OFF, Change.STARTED): Condition.RUNNING,
     (Condition.OFF, Change.FAILED): Condition.FAILED,
+    (Condition.OFF, Change.STOPPED): Condition.STOPPED,
+    (Condition.OFF, Change.POWERED_OFF): Condition.OFF,  # loaded and verified
+    (Condition.RUNNING, Change.POWERED_OFF): Condition.OFF,
+    (Condition.FAILED, Change.POWERED_OFF): Condition.OFF,
     (Condition.RUNNING, Change.STARTED): Condition.RUNNING,  # platform reset of a healthy vTPM
     (Condition.RUNNING, Change.FAILED): Condition.FAILED,
     (Condition.RUNNING, Change.STOPPED): Condition.STOPPED,

@@ -45,18 +45,24 @@ Calls = tuple[tuple[int, ...], ...]  # system calls to be made: number and argum
 class Confinement:
     """What is left to do in each instance, prepared so that an instance only walks through it: see `confinement`.
 
-    `kept` holds what the calls point to, and `landlock` the descriptor they use, None where there is none.
+    `filter_taking` is the filter of those whose front end passes them a descriptor. `kept` holds what the calls point
+    to, and `landlock` the descriptor they use, None where there is none.
     """
 
     landlock: int | None
     before_user: Calls
     after_user: Calls
     filter: Calls
+    filter_taking: Calls
     kept: tuple[Any, ...]
 
 
-def confinement(landlock_rules: int | None, program: Any | None, name: str, *, yields: bool = True) -> Confinement:
-    """Prepare the calls; `landlock_rules` and `program` are None where they are not to be had.
+def confinement(
+    landlock_rules: int | None, programs: tuple[Any, Any] | None, name: str, *, yields: bool = True
+) -> Confinement:
+    """Prepare the calls; `landlock_rules` and `programs` are None where they are not to be had.
+
+    `programs`: the filters of those that take no descriptors, and of those that do.
 
     `yields`: it gives way to manager, keeper and guests (`call_to_yield`).
     """
@@ -75,8 +81,8 @@ def confinement(landlock_rules: int | None, program: Any | None, name: str, *, y
         (prctl, _PR_SET_DUMPABLE, 0),
         (prctl, _PR_SET_NAME, syscalls.address_of(short)),
     )
-    last = () if program is None else (seccomp.call_to_load(program),)
-    return Confinement(landlock_rules, tuple(before), after, last, (header, sets, short, program))
+    last, last_taking = ((), ()) if programs is None else ((seccomp.call_to_load(each),) for each in programs)
+    return Confinement(landlock_rules, tuple(before), after, last, last_taking, (header, sets, short, programs))
 
 
 def call_to_yield() -> tuple[int, ...]:
@@ -168,7 +174,9 @@ def _capability_words(bits: int) -> tuple[Any, Any]:
     return header, ffi.new("uint32_t[6]", [low, low, 0, high, high, 0])  # effective, permitted, inheritable, twice
 
 
-def lock_down(confinement: Confinement, uid: int, gid: int, keep: Iterable[int], parent: int) -> bool:
+def lock_down(
+    confinement: Confinement, uid: int, gid: int, keep: Iterable[int], parent: int, *, takes_descriptors: bool = False
+) -> bool:
     """Become an instance: everything it must not have is gone on return. Returns False when `parent` is gone already.
 
     Raises:
@@ -187,7 +195,7 @@ def lock_down(confinement: Confinement, uid: int, gid: int, keep: Iterable[int],
     syscalls.make(confinement.after_user)
     if os.getppid() != parent:
         return False
-    syscalls.make(confinement.filter)
+    syscalls.make(confinement.filter_taking if takes_descriptors else confinement.filter)
     return True
 
 

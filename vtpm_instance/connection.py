@@ -9,10 +9,11 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from frontend_backend.descriptors import PeerCredentials
+from frontend_backend.descriptors import PeerCredentials, ancillary_space, descriptors_in
 
 MAX_CONNECTIONS: Final = 8  # a port; more wait in the listener's backlog
 _NO_SIGNAL: Final = socket.MSG_NOSIGNAL
+_ROOM: Final = ancillary_space(2)  # one is what a command takes; with a second one it is refused
 
 
 class Session(Protocol):
@@ -41,6 +42,9 @@ class Session(Protocol):
     def take_up(self, note: int) -> None:
         """Go on where the session was that had this note."""
 
+    def end(self) -> None:
+        """Give back what is kept for a peer that is gone."""
+
     def exchange(self, size: int) -> bytes | None:
         """Take the first `size` bytes of `buffer`, which were just received, then do as `next_answer`."""
 
@@ -68,7 +72,8 @@ class Connection:
         """Serve `session` on `sock`, which becomes ours and non-blocking."""
         self._sock, self._session, self._host = sock, session, host
         sock.setblocking(False)
-        self._receive, self._transmit, self._exchange = sock.recv_into, sock.send, session.exchange
+        self._receive: Callable[[Any], int] = sock.recv_into
+        self._transmit, self._exchange = sock.send, session.exchange
         self._buffer = session.buffer
         self._unsent = b""
         self._waiting_turn = False
@@ -171,25 +176,67 @@ class Connection:
 
     def _end(self) -> None:
         self._host.drop(self)
-        self._sock.close()
+        self.close()
 
     def close(self) -> None:
         """Close the socket, without telling the host. May be repeated."""
+        self._session.end()
         self._sock.close()
+
+    @property
+    def session(self) -> Session:
+        """What is said on it."""
+        return self._session
+
+    @property
+    def peer_is_gone(self) -> bool:
+        """Whether its peer has hung up, though we may not have been told yet."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+
+class DescriptorSession(Session, Protocol):
+    """A session that descriptors may be passed to."""
+
+    def take_in(self, descriptors: list[int]) -> None:
+        """Take over descriptors that came with the bytes that `exchange` is given next."""
+
+
+class DescriptorConnection(Connection):
+    """A connection on which descriptors may come along (SCM_RIGHTS)."""
+
+    def __init__(self, sock: socket.socket, session: DescriptorSession, host: Host) -> None:
+        """Serve `session` on `sock`, as `Connection` does."""
+        super().__init__(sock, session, host)
+        self._take_in = session.take_in
+        self._receive = self._receive_message
+
+    def _receive_message(self, buffer: Any) -> int:
+        size, ancillary, _, _ = self._sock.recvmsg_into([buffer], _ROOM, socket.MSG_CMSG_CLOEXEC)
+        if ancillary:
+            self._take_in(descriptors_in(ancillary))
+        return size
 
 
 class Port:
-    """A listening socket and its connections; a new session is made by `serve` from the peer's credentials."""
+    """A listening socket and its connections; a new session is made by `serve` from the peer's credentials.
 
-    def __init__(self, listener: socket.socket, serve: Callable[[PeerCredentials], Session], host: Host) -> None:
+    One without a listener has the connections that came in another way.
+    """
+
+    def __init__(
+        self, listener: socket.socket | None, serve: Callable[[PeerCredentials | None], Session], host: Host
+    ) -> None:
         """Take `listener` over; connections report to `host`."""
         self._listener, self._serve, self._host = listener, serve, host
-        self._listener.setblocking(False)
+        if listener is not None:
+            listener.setblocking(False)
         self.connections: set[Connection] = set()
 
     def fileno(self) -> int:
-        """Return the listener's descriptor."""
-        return self._listener.fileno()
+        """Return the listener's descriptor, -1 when there is none."""
+        return -1 if self._listener is None else self._listener.fileno()
 
     @property
     def full(self) -> bool:
@@ -203,6 +250,8 @@ class Port:
             OSError: out of descriptors or memory; the connection still waits.
 
         """
+        if self._listener is None:
+            return None
         try:
             sock, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
@@ -211,15 +260,26 @@ class Port:
 
     def adopt(self, sock: socket.socket, note: int = 0) -> Connection:
         """Serve a connection that was accepted before, where the one before us left off."""
-        session = self._serve(PeerCredentials.of(sock))
+        session = self._serve(PeerCredentials.of(sock) if sock.family == socket.AF_UNIX else None)
         session.take_up(note)
-        connection = Connection(sock, session, self._host)
+        connection = self._connect(sock, session)
         self.connections.add(connection)
         return connection
+
+    def _connect(self, sock: socket.socket, session: Session) -> Connection:
+        return Connection(sock, session, self._host)
 
     def close(self) -> None:
         """Close everything."""
         for connection in self.connections:
             connection.close()
         self.connections.clear()
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
+
+
+class DescriptorPort(Port):
+    """A port on whose connections descriptors may come along; its sessions are `DescriptorSession`s."""
+
+    def _connect(self, sock: socket.socket, session: Any) -> Connection:
+        return DescriptorConnection(sock, session, self._host)

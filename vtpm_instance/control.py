@@ -39,7 +39,7 @@ class ControlSession:
         self.is_platform = False
         self.held = False  # a whole command waits until the vTPM is not busy
 
-    def feed(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+    def feed(self, data: bytes | bytearray, descriptors: Sequence[int] = ()) -> None:
         """Add what was received."""
         self._buffer += data
         self._descriptors += descriptors

@@ -61,7 +61,13 @@ class StateBlobs(Protocol):
         """Take a blob in; asked only while the vTPM is powered off."""
 
     def used(self) -> None:
-        """Do what comes before the first command (or INIT, HASH_*) after a `take_out`. Raises what a commit raises."""
+        """Do what comes before the first command (or HASH_*) after a `take_out`, also where INIT or STOP came between.
+
+        Raises what a commit raises.
+        """
+
+    def forget(self) -> None:
+        """Drop what was put in: the platform was switched off before it was used."""
 
     def take_staged(self) -> dict[str, bytes]:
         """Return what was put in by libtpms' names (permall, volatilestate, savestate), and forget it."""

@@ -177,9 +177,7 @@ def _set_stateblob(session: Conversation, payload: bytes, left: int) -> Body:
         return refused_body(TABLE[Command.SET_STATEBLOB], left)
     if left > MAX_BLOB:
         return refused_body(TABLE[Command.SET_STATEBLOB], left, Result.FAIL)
-    return Body(
-        left, content.extend, lambda: NUMBER.pack(machine.set_blob(kind, flags, bytes(content))), alone=True
-    )
+    return Body(left, content.extend, lambda: NUMBER.pack(machine.set_blob(kind, flags, bytes(content))), alone=True)
 
 
 def _get_config(session: Conversation, _payload: bytes) -> bytes:

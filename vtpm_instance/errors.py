@@ -4,6 +4,7 @@ One tree: InstanceError. Below it: the C library (LibtpmsError...), the save pat
 process (StartError...), and the keeper (KeeperError...).
 """
 
+from collections.abc import Sequence
 from uuid import UUID
 
 
@@ -289,6 +290,28 @@ class SpawnerLostError(KeeperError):
             "started for the next instance"
         )
         self.pid, self.why, self.status = pid, why, status
+
+
+class NotTakenOutError(InstanceError):
+    """No state blob was given out; the vTPM goes on as it is."""
+
+    def __init__(self, generation: int, why: str) -> None:
+        super().__init__(
+            f"the state of generation {generation} was not given out, as the manager gives no key for it: {why}; the "
+            "vTPM goes on"
+        )
+        self.generation = generation
+
+
+class IncompleteBlobsError(InstanceError):
+    """Whoever put state blobs in left some out; the stored state is kept."""
+
+    def __init__(self, missing: Sequence[str]) -> None:
+        super().__init__(
+            f"the state that was put in lacks its {' and '.join(missing)} part, so it was not used; the stored state "
+            "is kept; have it restored whole"
+        )
+        self.missing = tuple(missing)
 
 
 class RehearsalError(InstanceError):

@@ -31,17 +31,21 @@ class FrontEnd(Enum):
 class Rules:
     """What a platform may do to its vTPM.
 
-    `powered`: INIT and STOP switch the TPM on and off, and it begins switched off. `driver_sets_locality`: the command
-    0x20001000 on the data channel does (Linux' vTPM proxy). `auto_shutdown`: power off saves what the guest did not.
-    The last four are options of the swtpm command: what ends the process, and whether a data connection takes more than
-    one command.
+    `powered`: INIT and STOP switch the TPM on and off, and it begins switched off. `takes_descriptors`: SET_DATAFD passes
+    one. `tcg_prefix`: a data connection may put the TCG's head before a command, with a locality. `auto_shutdown`: power
+    off saves what the guest did not. `like_swtpm`: it is the swtpm command's, whose TPM nobody else has: SHUTDOWN ends
+    the process, a stored volatile state stays until an INIT deletes it, and what would be a failure is one. The rest are
+    options of that command: `driver_sets_locality` (0x20001000 on the data channel does; Linux' vTPM proxy), what ends
+    the process, and whether a data connection takes but one command.
     """
 
     highest_locality: int = 0
-    driver_sets_locality: bool = False
     powered: bool = False
+    takes_descriptors: bool = False
+    tcg_prefix: bool = False
     auto_shutdown: bool = True
-    ends_on_shutdown: bool = False
+    like_swtpm: bool = False
+    driver_sets_locality: bool = False
     ends_with_control: bool = False
     ends_with_data: bool = False
     one_command: bool = False
@@ -49,11 +53,13 @@ class Rules:
 
 # QEMU's TIS writes nothing at locality 4, which is the hardware's own: HASH_START implies it.
 RULES: Final = {
-    FrontEnd.SOCKET: Rules(),
-    FrontEnd.QEMU: Rules(highest_locality=3, powered=True),
+    FrontEnd.SOCKET: Rules(tcg_prefix=True),
+    FrontEnd.QEMU: Rules(highest_locality=3, powered=True, takes_descriptors=True, tcg_prefix=True),
     FrontEnd.RING: Rules(),
-    FrontEnd.PROXY: Rules(highest_locality=4, driver_sets_locality=True),
+    FrontEnd.PROXY: Rules(highest_locality=4),
     FrontEnd.XEN: Rules(),
-    FrontEnd.SWTPM: Rules(highest_locality=4, powered=True, ends_on_shutdown=True),
+    FrontEnd.SWTPM: Rules(
+        highest_locality=4, powered=True, takes_descriptors=True, tcg_prefix=True, like_swtpm=True
+    ),
     FrontEnd.MSSIM: Rules(highest_locality=4),
 }

@@ -12,11 +12,11 @@ import socket
 from typing import Final
 
 from frontend_backend.local import LocalRing
-from frontend_backend.messages_instance import AWAKE, IDLE, InstanceState, Report
+from frontend_backend.messages_instance import AWAKE, IDLE, RESTORE_REFUSED, InstanceState, Report
 from storage.errors import StorageError
 from storage.state_image import Emulator
+from vtpm_instance.blobs import ManagedBlobs
 from vtpm_instance.condition import Condition
-from vtpm_instance.control import FrontEnd
 from vtpm_instance.errors import (
     CommitUnansweredError,
     ImageBusyError,
@@ -25,6 +25,7 @@ from vtpm_instance.errors import (
     ManagerGoneError,
     ManagerSilentError,
 )
+from vtpm_instance.front_ends import RULES, FrontEnd
 from vtpm_instance.handover import Handed, pack
 from vtpm_instance.journal import note, speak_as
 from vtpm_instance.libtpms import the_tpm
@@ -33,7 +34,7 @@ from vtpm_instance.metered import Limits, MeteredVtpm
 from vtpm_instance.order import InstanceOrder
 from vtpm_instance.quoting import Quoter
 from vtpm_instance.rest import take_up
-from vtpm_instance.server import Server
+from vtpm_instance.server import Calls, Server
 from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import Startup
 from vtpm_instance.vtpm import Vtpm
@@ -47,6 +48,7 @@ _REPORT_TIMEOUT: Final = 5.0  # seconds for a last word to a manager that may be
 _TEXT_LIMIT: Final = 1000  # characters of a report's text; a message has one page
 
 _STATES: Final = {
+    Condition.OFF: InstanceState.READY,  # loaded and verified; its guest's machine switches it on
     Condition.RUNNING: InstanceState.READY,
     Condition.FAILED: InstanceState.NEEDS_RESET,
     Condition.STOPPED: InstanceState.STOPPED,
@@ -137,7 +139,7 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
         vtpm = Vtpm(emulator, keeper, order.family, after_reset, announce)
     try:
         _claim_image(order)
-        vtpm.start()
+        vtpm.start(power=not RULES[order.front_end].powered)
     except (InstanceError, StorageError) as error:
         return _give_up(link, error)
     owners = frozenset({0, order.manager_uid, order.owner_uid})
@@ -152,7 +154,11 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
     def on_awake(why: str) -> None:
         link.report(Report(_STATES[vtpm.condition], AWAKE, why[:_TEXT_LIMIT], quotes=True))
 
-    server = Server(vtpm, link, order.front_end, owners, wakeup, on_asked, on_awake, quoter.serve)
+    def on_refused(why: str) -> None:
+        link.report(Report(_STATES[vtpm.condition], RESTORE_REFUSED, why[:_TEXT_LIMIT], quotes=True))
+
+    vtpm.state_blobs = ManagedBlobs(emulator, keeper, link, order.family, on_refused)
+    server = Server(vtpm, link, order.front_end, owners, wakeup, Calls(on_asked, on_awake, quoter.serve))
     try:
         _open_ports(server, order)
         take_up(server, order.connections)
@@ -170,6 +176,9 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
 def _open_ports(server: Server, order: InstanceOrder) -> None:
     add = {"data": server.add_data_port, "control": server.add_control_port, "ring": server.add_ring_port}
     for name, descriptor in order.listeners.items():
+        if name == "proxy":
+            server.add_proxy_port(descriptor)
+            continue
         add[name](socket.socket(fileno=descriptor))
 
 

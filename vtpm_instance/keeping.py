@@ -69,3 +69,6 @@ class Keeper(Protocol):
 
     def fits(self, growth: int) -> bool:
         """Tell whether a state that is `growth` bytes larger than now fits as it is."""
+
+    def lock(self, retries: int) -> int:
+        """Take the lock on the stored state back (LOCK_STORAGE), with `retries` 10 ms apart; returns a `Result`."""

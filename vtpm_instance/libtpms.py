@@ -69,6 +69,7 @@ class Tpm:
         self._on_store: StoreHook = _ignore
         self._locality = 0
         self._running: TpmFamily | None = None
+        self.starts = 0  # how often it was powered on
         self._raised: BaseException | None = None
         self._response = ffi.new("unsigned char **")
         self._response_size = ffi.new("uint32_t *")
@@ -226,6 +227,7 @@ class Tpm:
             self._raise_kept()
             raise StateRefusedError(family.value, code, "it cannot be read")
         self._running = family
+        self.starts += 1
         if VOLATILE in blobs and family is TpmFamily.TPM_2_0:
             self._check_resumed()
 

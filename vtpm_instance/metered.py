@@ -15,8 +15,8 @@ from typing import Final
 
 from frontend_backend.tpmhdr import ResponseCode, TpmFamily, error_response
 from vtpm_instance.condition import Condition
+from vtpm_instance.keeping import Keeper
 from vtpm_instance.libtpms import PERMANENT, Tpm
-from vtpm_instance.statekeeper import StateKeeper
 from vtpm_instance.tpm_commands import CODE_END, CODE_OFFSET, Startup
 from vtpm_instance.vtpm import Cancellable, Vtpm
 
@@ -76,7 +76,7 @@ class MeteredVtpm(Vtpm):
     def __init__(
         self,
         emulator: Tpm,
-        keeper: StateKeeper,
+        keeper: Keeper,
         family: TpmFamily,
         after_reset: Startup,
         announce: Callable[[Condition, Exception | None], None],

@@ -12,7 +12,7 @@ from frontend_backend.tpmhdr import TpmFamily
 from storage.errors import StorageError
 from vtpm_instance import tpm_commands as tpm
 from vtpm_instance.condition import TRANSITIONS, Change, Condition, without_frames
-from vtpm_instance.control_machine import StateBlobs
+from vtpm_instance.control_machine import Result, StateBlobs
 from vtpm_instance.errors import (
     CommitRefusedError,
     CrashedBeforeError,
@@ -82,8 +82,7 @@ class Power:
 
     def _change(self, change: Change, cause: Exception | None = None) -> None:
         self._condition = TRANSITIONS[self._condition, change]
-        self._serving = self._condition is Condition.RUNNING
-        self._taken_out = False
+        self._serving = self.running and not self._taken_out
         # Without its traceback, whose frames hold the command, the blobs and the commit's key until the next change.
         self._cause = cause and without_frames(cause)
         self._announce(self._condition, cause)
@@ -92,6 +91,21 @@ class Power:
         self._tpm.terminate()
         self._loaded = False
         self._change(Change.FAILED, cause)
+
+    def take_out(self, kind: int, flags: int) -> tuple[int, int, bytes]:
+        """Take a state blob out of the running TPM: see `StateBlobs.take_out`, whose the result is."""
+        if self.state_blobs is None:
+            return Result.BAD_ORDINAL, 0, b""
+        found = self.state_blobs.take_out(kind, flags)
+        if not found[0]:
+            self._taken_out, self._serving = True, False
+        return found
+
+    def _use(self) -> None:
+        """See to it that what was taken out is history before anything more is done. Raises what a commit raises."""
+        if self._taken_out and self.state_blobs is not None:
+            self.state_blobs.used()
+        self._taken_out, self._serving = False, self.running
 
     # starting
 
@@ -113,18 +127,15 @@ class Power:
             raise ManagerConfusedError("Load", str(error)) from error
         if kind is Startup.NONE:
             self._after_reset = Startup.NONE  # who starts it the first time does it every time
-        if kind is Startup.FAILED or not power:
+        try:
             slumber = self._keeper.take_slumber() if kind is Startup.STATE else None
-            if slumber is None:
+            if slumber is not None:
+                self._resume(slumber)
+            elif kind is Startup.FAILED or not power:
                 self._stay_off(crashed=power)
                 return
-        else:
-            slumber = self._keeper.take_slumber() if kind is Startup.STATE else None
-        try:
-            if slumber is None:
-                self._power_on(kind)
             else:
-                self._resume(slumber)
+                self._power_on(kind)
         except (StartupRefusedError, ResumeRefusedError, SaveError, HardwarePcrsError) as error:
             self._fail(error)
             return
@@ -196,7 +207,7 @@ class Power:
 
     def _start_on_staged(self, staged: dict[str, bytes]) -> None:
         """Start on a state that was put in instead of the stored one, and make it the one that counts."""
-        self._loaded = self._guest_shut_down = self._stirred = False
+        self._loaded = self._guest_shut_down = self._stirred = self._taken_out = False
         self._keeper.blobs = dict(staged)
         volatile = self._keeper.blobs.get(VOLATILE)
         with self._keeper.gather():
@@ -218,6 +229,21 @@ class Power:
         if wanted:
             self._buffer_size = sizes[0]
         return sizes
+
+    # for the platform
+
+    @property
+    def config(self) -> int:
+        """Which blobs are encrypted: `Keeper.config`."""
+        return self._keeper.config
+
+    def info(self, flags: int) -> bytes:
+        """Return what libtpms says of itself; raises what `Tpm.info` raises."""
+        return self._tpm.info(self.family, flags)
+
+    def lock_storage(self, retries: int) -> int:
+        """Take the lock on the stored state back: `Keeper.lock`."""
+        return self._keeper.lock(retries)
 
     # reset, power and stop
 
@@ -309,9 +335,7 @@ class Power:
         volatile = self._tpm.volatile()
         firmware = self._after_reset is Startup.NONE
         try:
-            self._keeper.commit_slumber(
-                Slumber(volatile, self._guest_shut_down, firmware, locality, self._buffer_size)
-            )
+            self._keeper.commit_slumber(Slumber(volatile, self._guest_shut_down, firmware, locality, self._buffer_size))
         except (StateNotWrittenError, CommitRefusedError):
             raise
         except InstanceError as error:

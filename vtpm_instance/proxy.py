@@ -26,20 +26,28 @@ _TOO_SHORT: Final = {TpmFamily.TPM_2_0: 0x9A, TpmFamily.TPM_1_2: 0x19}
 _FAILURE: Final = {TpmFamily.TPM_2_0: 0x101, TpmFamily.TPM_1_2: 0x09}
 
 
-class LocalityServer(Protocol):
-    """Whose vTPM the device is, and what decides about its locality."""
-
-    vtpm: Vtpm
-    locality: int
+class Localities(Protocol):
+    """What decides about localities."""
 
     def set_locality(self, locality: int) -> int:
         """Use `locality` from now on; returns 0, or why not."""
 
 
+class ProxyServer(Protocol):
+    """Whose vTPM the device is, and at which locality its commands run."""
+
+    vtpm: Vtpm
+    locality: int
+
+    @property
+    def platform(self) -> Localities:
+        """What decides about its locality."""
+
+
 class ProxySession:
     """What is said on the descriptor, sans-IO: a command in, its answer out."""
 
-    def __init__(self, server: LocalityServer) -> None:
+    def __init__(self, server: ProxyServer) -> None:
         """Serve `server`'s vTPM."""
         self._server = server
         self._family = server.vtpm.family
@@ -59,7 +67,7 @@ class ProxySession:
     def _set_locality(self, command: bytes) -> bytes:
         if len(command) == HEADER_SIZE:
             return error_response(self._family, _TOO_SHORT[self._family])
-        if self._server.set_locality(command[HEADER_SIZE]):
+        if self._server.platform.set_locality(command[HEADER_SIZE]):
             return error_response(self._family, _BAD_LOCALITY[self._family])
         return error_response(self._family, 0)
 
@@ -67,7 +75,7 @@ class ProxySession:
 class ProxyPort:
     """The descriptor of one device, and the session on it."""
 
-    def __init__(self, descriptor: int, server: LocalityServer, gone: Callable[[], None]) -> None:
+    def __init__(self, descriptor: int, server: ProxyServer, gone: Callable[[], None]) -> None:
         """Take `descriptor` over; `gone` is told once when the kernel has given the device up."""
         self._descriptor, self._gone = descriptor, gone
         self._session = ProxySession(server)

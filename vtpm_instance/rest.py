@@ -15,12 +15,14 @@ from vtpm_instance.connection import Connection, Port
 from vtpm_instance.errors import NotNowError
 from vtpm_instance.handover import MAX_HANDED, Handed, Kind, count, readable
 from vtpm_instance.ring_port import RingPort, ServedRing
+from vtpm_instance.sessions import PASSED
 
 
 class Sleepy(Protocol):
     """A server as it goes to sleep, and as the next one takes up where it left off."""
 
     data_ports: list[Port]
+    passed_port: Port  # of data connections that came by SET_DATAFD
     control_ports: list[Port]
     ring_ports: list[RingPort]
 
@@ -41,7 +43,7 @@ def connections(server: Sleepy) -> list[Handed]:
         NotNowError: one is not, has something to be read, or there are too many.
 
     """
-    found = [*_of(server.data_ports, Kind.DATA), *_of(server.control_ports, Kind.CONTROL)]
+    found = [*_of([*server.data_ports, server.passed_port], Kind.DATA), *_of(server.control_ports, Kind.CONTROL)]
     if readable(each.watched for each in found):
         raise NotNowError("a command has just arrived")
     for port in server.ring_ports:
@@ -82,7 +84,8 @@ def take_up(server: Sleepy, handed: Iterable[Handed]) -> None:
             gone = partial(server.on_ring_gone, ring_port)
             server.take_on_ring(ring_port, ring_port.adopt(each.descriptors, gone))
         elif each.kind is not Kind.RING and ports[each.kind]:
-            port = ports[each.kind][0]
+            passed = each.kind is Kind.DATA and each.note & PASSED
+            port = server.passed_port if passed else ports[each.kind][0]
             server.take_on(port, port.adopt(socket.socket(fileno=each.descriptors[0]), each.note))
         else:
             close_all(each.descriptors)

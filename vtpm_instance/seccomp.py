@@ -49,7 +49,7 @@ class Compare:
 
 
 ALLOWED: Final = (
-    # what it was handed: ring, state image, connections; never recvmsg, by which an accomplice could hand it more
+    # what it was handed: ring, state image, connections; no recvmsg, by which an accomplice could hand it more
     *("read", "write", "pread64", "pwrite64", "fdatasync", "fsync", "ftruncate", "fallocate"),
     *("fstat", "newfstatat", "lseek", "close", "close_range", "flock", "dup"),
     *("accept4", "recvfrom", "sendto", "sendmsg", "shutdown", "getsockname", "getpeername"),
@@ -77,6 +77,8 @@ CONDITIONAL: Final[dict[str, tuple[tuple[Compare, ...], ...]]] = {
     "ioctl": tuple((Compare(1, request),) for request in (0x5421, 0x5451, 0x5401)),
     "clone": ((Compare(0, _THREAD),),),
 }
+# QEMU passes its end of the data channel over the control channel (SET_DATAFD)
+DESCRIPTOR_TAKING: Final = ("recvmsg",)
 REFUSED: Final = {
     "clone3": _ENOSYS,  # the flags lie in memory, where a filter cannot look; glibc then takes clone
     "openat": _EPERM,  # the C library looks for files when it is out of memory or writes a message: no reason to die
@@ -84,8 +86,10 @@ REFUSED: Final = {
 }
 
 
-def build(on_violation: OnViolation) -> Any:
+def build(on_violation: OnViolation, *, takes_descriptors: bool = False) -> Any:
     """Return the filter's program (struct sock_fprog), for `call_to_load`.
+
+    `takes_descriptors`: it is for a front end that passes a descriptor to its instance.
 
     Raises:
         OSError: libseccomp does not make it.
@@ -97,7 +101,7 @@ def build(on_violation: OnViolation) -> Any:
         raise OSError("libseccomp makes no filter here")
     try:
         _check(library.seccomp_attr_set(context, _OPTIMIZE, 2), "attributes")
-        for name in ALLOWED:
+        for name in (*ALLOWED, *DESCRIPTOR_TAKING) if takes_descriptors else ALLOWED:
             _add(library, context, _ALLOW, name, ())
         for name, ways in CONDITIONAL.items():
             for conditions in ways:

@@ -11,14 +11,14 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.messages_instance import Orders
 from storage.errors import StorageError
-from vtpm_instance.connection import Connection, Port
-from vtpm_instance.control import FrontEnd, Role
+from vtpm_instance.connection import Connection, DescriptorPort, Port
 from vtpm_instance.errors import (
     CommitRefusedError,
     InstanceError,
@@ -26,17 +26,58 @@ from vtpm_instance.errors import (
     NotNowError,
     StateNotWrittenError,
 )
+from vtpm_instance.front_ends import RULES, FrontEnd, Role, Rules
 from vtpm_instance.handover import Handed
 from vtpm_instance.journal import note
-from vtpm_instance.managerlink import ManagerLink
+from vtpm_instance.platform import Platform
+from vtpm_instance.proxy import ProxyPort
 from vtpm_instance.rest import Activity, connections
 from vtpm_instance.ring_port import RingPort, ServedRing, rings_anew
-from vtpm_instance.sessions import ControlPortSession, DataSession
+from vtpm_instance.sessions import PASSED, ControlPortSession, DataSession
 from vtpm_instance.stand_in import StandIn
 from vtpm_instance.vtpm import Vtpm
 
 _DEAF_SECONDS: Final = 1.0  # between attempts to accept while the system has no descriptor or memory left
 _EVENTS: Final = 32  # taken in one turn; without it each turn would allocate room for a thousand
+
+
+class Link(Protocol):
+    """What a server needs of its connection to the manager: `managerlink.ManagerLink` is one."""
+
+    news: bool  # whether there may be something to take; plain, for a hot loop
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when the manager has rung."""
+
+    def on_doorbell(self) -> None:
+        """Deal with a ring. Raises ManagerConfusedError, ManagerGoneError."""
+
+    def take_orders(self) -> Orders:
+        """Return the manager's orders since the last call."""
+
+    def take_asked(self) -> bool:
+        """Tell whether the manager has asked for a report since the last call."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PlatformGone:
+    platform: Platform
+
+    def step(self) -> None:
+        self.platform.platform_gone()
+
+
+def _nothing(*_arguments: object) -> None:
+    """Do nothing: there is no manager."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What to do for the manager: send a report; say why an order to hibernate is not followed; send evidence."""
+
+    asked: Callable[[], None] = _nothing
+    awake: Callable[[str], None] = _nothing
+    quote: Callable[[], None] = _nothing
 
 
 class Server:
@@ -45,22 +86,23 @@ class Server:
     def __init__(
         self,
         vtpm: Vtpm,
-        link: ManagerLink,
+        link: Link | None,
         front_end: FrontEnd,
         owners: frozenset[int],
         wakeup: int,
-        on_asked: Callable[[], None],
-        on_awake: Callable[[str], None],
-        on_quote: Callable[[], None],
+        calls: Calls | None = None,
+        rules: Rules | None = None,
     ) -> None:
         """Serve `vtpm`; `owners` are the uids that may reset its platform, `wakeup` is readable after SIGTERM.
 
-        `on_asked` sends a report when the manager wants one; `on_awake` says why an order to hibernate is not followed;
-        `on_quote` sends evidence when the manager has ordered a quote.
+        Without `link` there is no manager. `rules` are the front end's own unless others are given.
         """
         self.vtpm, self._link, self._front_end, self._owners = vtpm, link, front_end, owners
-        self._on_asked, self._on_awake, self._on_quote = on_asked, on_awake, on_quote
+        self._calls = calls or Calls()
         self.locality = vtpm.locality
+        self._rules = rules or RULES[front_end]
+        vtpm.auto_shutdown = self._rules.auto_shutdown
+        self.platform = Platform(vtpm, self, self._rules)
         self.activity = Activity()
         self.asleep: list[Handed] | None = None  # once it is: the connections that it had
         self._stopping = False
@@ -70,34 +112,21 @@ class Server:
         self._stand_in = StandIn(self, vtpm.cancel)
         vtpm.beside_long = self._stand_in.on_duty
         self.ring_ports: list[RingPort] = []
-        self._busy: list[Connection] = []
+        self._proxy_ports: list[ProxyPort] = []
+        self._busy: list[Waiting] = []
         self._epoll = select.epoll()
         self._deaf: list[Port | RingPort] = []  # ports that could not accept, and when to try again
         self._deaf_until = 0.0
         self._handlers: dict[int, Callable[[int], None]] = {}
+        self.passed_port = Port(None, lambda _peer: DataSession(self), self)
+        self._ports.append(self.passed_port)
         self._watch(wakeup, self._on_wakeup)
-        self._watch(link.fileno(), self._on_doorbell)
+        if link is not None:
+            self._watch(link.fileno(), self._on_doorbell)
 
-    # Machine: what control commands act on
+    # Surroundings: what the platform asks for
 
-    def set_locality(self, locality: int) -> bool:
-        """Set the data channel's locality; a front end that is a plain socket has locality 0 only."""
-        if locality != 0:
-            return False
-        self.locality = locality
-        return True
-
-    def platform_reset(self) -> bool:
-        """Reset the vTPM's platform; returns False when it did not come up (it then answers failure)."""
-        try:
-            self.vtpm.reset()
-        except (InstanceError, StorageError) as error:
-            note(f"platform reset failed: {error}")
-            return False
-        self.locality = 0
-        return True
-
-    def cancel(self) -> bool:
+    def request_cancel(self) -> bool:
         """Have the TPM command that runs give up; returns False where libtpms cannot (TPM 1.2)."""
         return self._stand_in.request_cancel()
 
@@ -105,6 +134,21 @@ class Server:
     def busy(self) -> bool:
         """Whether a TPM command runs while this is asked: then it is the stand-in that asks."""
         return self._stand_in.busy
+
+    def take_data_socket(self, sock: socket.socket) -> bool:
+        """Serve a data connection that was passed, unless there is one whose peer is still there."""
+        for old in [each for each in self.passed_port.connections if each.peer_is_gone]:
+            self.drop(old)
+            old.close()
+        if self.passed_port.connections:
+            sock.close()
+            return False
+        self.take_on(self.passed_port, self.passed_port.adopt(sock, PASSED))
+        return True
+
+    def end(self) -> None:
+        """End after this turn."""
+        self._stopping = True
 
     # ports
 
@@ -115,11 +159,12 @@ class Server:
     def add_control_port(self, listener: socket.socket) -> None:
         """Take control commands on `listener`."""
 
-        def serve(peer: PeerCredentials) -> ControlPortSession:
-            role = Role.OWNER if peer.uid in self._owners else Role.OTHER
-            return ControlPortSession(self._front_end, role, self)
+        def serve(peer: PeerCredentials | None) -> ControlPortSession:
+            role = Role.OWNER if peer is not None and peer.uid in self._owners else Role.OTHER
+            return ControlPortSession(self._front_end, role, self.platform, self.vtpm.family)
 
-        self.control_ports.append(self._add_port(Port(listener, serve, self)))
+        kind = DescriptorPort if self._rules.takes_descriptors else Port
+        self.control_ports.append(self._add_port(kind(listener, serve, self)))
 
     def add_ring_port(self, listener: socket.socket) -> None:
         """Hand rings out on `listener`."""
@@ -127,113 +172,21 @@ class Server:
         self.ring_ports.append(port)
         self._watch(port.fileno(), partial(self._on_ring_listener, port))
 
-    def _on_ring_listener(self, port: RingPort, _events: int) -> None:
-        try:
-            ring = port.accept(partial(self.on_ring_gone, port))
-        except OSError:
-            self._go_deaf(port)
-            return
-        if ring is not None:
-            self.take_on_ring(port, ring)
+    def add_proxy_port(self, descriptor: int) -> None:
+        """Answer what a device's driver says on the server's end of it."""
 
-    def take_on_ring(self, port: RingPort, ring: ServedRing) -> None:
-        """Serve one more ring of a port."""
-        events = select.EPOLLIN | (select.EPOLLET if rings_anew() else 0)
-        self._watch(ring.fileno(), ring.on_doorbell, events)
-        if port.full:
-            self._epoll.unregister(port.fileno())
+        def gone() -> None:
+            self._forget(port.fileno())
 
-    def on_ring_gone(self, port: RingPort, ring: ServedRing) -> None:
-        """Forget a ring whose guest has left."""
-        if port.full:
-            self._epoll.register(port.fileno(), select.EPOLLIN)
-        descriptor = ring.fileno()
-        del port.rings[descriptor]
-        self._forget(descriptor)
-        ring.close()
-
-    def _add_port(self, port: Port) -> Port:
-        self._ports.append(port)
-        self._watch(port.fileno(), partial(self._on_listener, port))
-        return port
-
-    def _watch(self, descriptor: int, handler: Callable[[int], None], events: int = select.EPOLLIN) -> None:
-        self._handlers[descriptor] = handler
-        self._epoll.register(descriptor, events)
-
-    def _forget(self, descriptor: int) -> None:
-        del self._handlers[descriptor]
-        self._epoll.unregister(descriptor)
-
-    def _go_deaf(self, port: Port | RingPort) -> None:
-        """Leave a port alone for a while: out of descriptors or memory, who waits there would keep the loop awake."""
-        self._epoll.unregister(port.fileno())
-        self._deaf.append(port)
-        self._deaf_until = time.monotonic() + _DEAF_SECONDS
-
-    def _listen_again(self) -> None:
-        if time.monotonic() >= self._deaf_until:
-            deaf, self._deaf = self._deaf, []
-            for port in deaf:
-                self._epoll.register(port.fileno(), select.EPOLLIN)
-
-    def _on_listener(self, port: Port, _events: int) -> None:
-        try:
-            connection = port.accept()
-        except OSError:
-            self._go_deaf(port)
-            return
-        if connection is not None:
-            self.take_on(port, connection)
-
-    def take_on(self, port: Port, connection: Connection) -> None:
-        """Serve one more connection of a port."""
-        self._watch(connection.fileno(), connection.on_event)
-        if port.full:
-            self._epoll.unregister(port.fileno())
-
-    # Host: what connections tell us
-
-    def wait_for(self, connection: Connection, events: int) -> None:
-        """Call the connection when one of `events` happens."""
-        self._epoll.modify(connection.fileno(), events)
-
-    def come_back(self, connection: Connection) -> None:
-        """Let the connection go on in the next turn."""
-        self._busy.append(connection)
-
-    def drop(self, connection: Connection) -> None:
-        """Forget a connection that is about to close itself."""
-        self._forget(connection.fileno())
-        for port in self._ports:
-            if connection in port.connections:
-                was_full = port.full
-                port.connections.remove(connection)
-                if was_full:
-                    self._epoll.register(port.fileno(), select.EPOLLIN)
-
-    # ServerSide: what the stand-in asks for
-
-    def listens_on(self, port: Port) -> bool:
-        """Whether new connections of a port are taken just now."""
-        return not port.full and port not in self._deaf
-
-    def handle(self, descriptor: int, events: int) -> None:
-        """Deal with what happened on a descriptor, unless it was closed meanwhile."""
-        handler = self._handlers.get(descriptor)
-        if handler is not None:
-            handler(events)
-
-    def take_busy(self, ports: list[Port]) -> list[Connection]:
-        """Return the connections of `ports` that wait for their next turn, and forget that they do."""
-        taken = [connection for connection in self._busy if any(connection in port.connections for port in ports)]
-        self._busy = [connection for connection in self._busy if connection not in taken]
-        return taken
+        port = ProxyPort(descriptor, self, gone)
+        self._proxy_ports.append(port)
+        self._watch(port.fileno(), port.on_event)
 
     # manager and signals
 
     def _on_doorbell(self, _events: int) -> None:
         self.activity.rung()
+        assert self._link is not None, "its doorbell rang"
         try:
             self._link.on_doorbell()
         except ManagerConfusedError as error:
@@ -243,18 +196,18 @@ class Server:
         # Left readable: it keeps the waits of the clean stop short too (ManagerLink.watch_for_stop).
         self._stopping = True
 
-    def _obey(self) -> None:
-        orders = self._link.take_orders()
+    def _obey(self, link: Link) -> None:
+        orders = link.take_orders()
         if orders & Orders.RESET:
-            self.platform_reset()
+            self.platform.reset()
         if orders & Orders.QUOTE:
-            self._on_quote()
+            self._calls.quote()
         if orders & Orders.STOP:
             self._stopping = True
         if orders & Orders.HIBERNATE and not self._stopping:
             self._hibernate()
-        if self._link.take_asked() and not self._stopping:
-            self._on_asked()
+        if link.take_asked() and not self._stopping:
+            self._calls.asked()
 
     def _hibernate(self) -> None:
         """Go to sleep if nothing speaks against it. Between two turns no command is under way."""
@@ -264,7 +217,7 @@ class Server:
             handed = connections(self)
             self.vtpm.hibernate(self.locality)
         except (NotNowError, StateNotWrittenError, CommitRefusedError) as error:
-            self._on_awake(str(error))
+            self._calls.awake(str(error))
         except (InstanceError, StorageError) as error:
             note(f"hibernating failed: {error}")
         else:
@@ -289,8 +242,8 @@ class Server:
                 waiting, self._busy = self._busy, []
                 for connection in waiting:
                     connection.step()
-            if link.news:
-                self._obey()
+            if link is not None and link.news:
+                self._obey(link)
             if self._deaf:
                 self._listen_again()
 
@@ -300,4 +253,6 @@ class Server:
             port.close()
         for ring_port in self.ring_ports:
             ring_port.close()
+        for proxy_port in self._proxy_ports:
+            proxy_port.close()
         self._epoll.close()

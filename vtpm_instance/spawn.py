@@ -17,6 +17,7 @@ from vtpm_instance import confine
 from vtpm_instance._libtpms import ffi
 from vtpm_instance.confine import Confinement
 from vtpm_instance.errors import LibtpmsMisuseError
+from vtpm_instance.front_ends import RULES
 from vtpm_instance.journal import note
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.order import InstanceOrder
@@ -60,7 +61,8 @@ def become_instance(
     status = EXIT_BUG
     try:
         order = make_order()
-        if confine.lock_down(confinement, order.uid, order.gid, order.descriptors, parent):
+        taking = RULES[order.front_end].takes_descriptors
+        if confine.lock_down(confinement, order.uid, order.gid, order.descriptors, parent, takes_descriptors=taking):
             status = run(order)
     except BaseException:  # noqa: BLE001 - the process ends here whatever it was; it must not unwind into the spawner
         note(f"a bug ended this instance: {traceback.format_exc()}")

@@ -55,8 +55,8 @@ def prepare(on_violation: seccomp.OnViolation, *, shared: bool = True) -> tuple[
     confine.keep_spawner_capabilities()
     confine.gain_nothing()
     rules, missing["landlock"] = _landlock()
-    program, missing["seccomp"] = _seccomp(on_violation)
-    return confine.confinement(rules, program, PROCESS_NAME, yields=_may_yield()), missing
+    programs, missing["seccomp"] = _seccomp(on_violation)
+    return confine.confinement(rules, programs, PROCESS_NAME, yields=_may_yield()), missing
 
 
 def _may_yield() -> bool:
@@ -79,16 +79,17 @@ def _landlock() -> tuple[int | None, str | None]:
     return rules, None
 
 
-def _seccomp(on_violation: seccomp.OnViolation) -> tuple[Any, str | None]:
-    """Return a filter that works and None, or why it does not protect."""
+def _seccomp(on_violation: seccomp.OnViolation) -> tuple[tuple[Any, Any] | None, str | None]:
+    """Return filters that work (see `confine.confinement`) and None, or why they do not protect."""
     try:
-        program = seccomp.build(on_violation)
-        _try_out(seccomp.call_to_load(program))
+        programs = seccomp.build(on_violation), seccomp.build(on_violation, takes_descriptors=True)
+        for program in programs:
+            _try_out(seccomp.call_to_load(program))
     except OSError as error:
         return None, str(error)
     if on_violation is seccomp.OnViolation.LOG:
-        return program, "it only logs (instance.seccomp is 'log')"
-    return program, None
+        return programs, "it only logs (instance.seccomp is 'log')"
+    return programs, None
 
 
 def _try_out(step: tuple[int, ...]) -> None:

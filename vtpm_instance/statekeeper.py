@@ -54,6 +54,7 @@ class StateKeeper:
         self._dirty = False
         self._timeout = LOAD_TIMEOUT
         self._slumber: Slumber | SlumberUnreadableError | None = None
+        self.restoring = b""  # header of the export that `blobs` came in by, until they are committed
         self.blobs: dict[str, bytes] = {}
 
     def load(self) -> LoadReply:
@@ -90,7 +91,7 @@ class StateKeeper:
             self._slumber = Slumber.taken_from(blobs)
         except SlumberUnreadableError as error:
             self._slumber = error  # a platform reset needs nothing of it
-        self._image, self.blobs = image, blobs
+        self._image, self.blobs, self.restoring = image, blobs, b""
         self._generation, self._timeout, self._dirty = reply.generation, reply.commit_timeout, False
         self._measure()
         return replace(reply, key=b"")
@@ -110,6 +111,16 @@ class StateKeeper:
         if not isinstance(reply, PcrReadReply) or [len(value) for value in reply.values] != [32] * len(pcrs):
             raise ManagerConfusedError("PcrRead", type(reply).__name__)
         return dict(zip(pcrs, reply.values, strict=True))
+
+    @property
+    def config(self) -> int:
+        """What GET_CONFIG answers: the stored state and state blobs are both encrypted, always."""
+        return 3
+
+    @staticmethod
+    def lock(_retries: int) -> int:
+        """Succeed (LOCK_STORAGE): the image is locked for as long as the instance lives."""
+        return 0
 
     @property
     def generation(self) -> int:
@@ -173,11 +184,11 @@ class StateKeeper:
 
         """
         saved = self._save(self.blobs)
-        message = Commit(saved.generation, saved.key.reveal(), saved.digest, self._lease, final)
+        message = Commit(saved.generation, saved.key.reveal(), saved.digest, self._lease, final, self.restoring)
         saved.key.wipe()
         self._tell_manager(message)
         self._opened().switch()
-        self._generation, self._dirty = saved.generation, False
+        self._generation, self._dirty, self.restoring = saved.generation, False, b""
         self._measure()
 
     def _save(self, blobs: Mapping[str, bytes]) -> Saved:

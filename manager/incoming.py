@@ -1,0 +1,45 @@
+"""Records of vTPMs whose state is to come from another manager: made, and removed while nothing has come."""
+
+from collections.abc import Awaitable, Callable
+from uuid import UUID
+
+from manager import state_files
+from manager.registry import Registry, check_name
+from storage.catalogue_rows import GroupRow, Happened, VtpmRow
+from storage.store_records import ForgetVtpm, RecordFlags, RemoveVtpm
+
+
+async def add_incoming(
+    registry: Registry,
+    name: str | None,
+    vtpm: UUID,
+    group: GroupRow,
+    family: str,
+    announced: Callable[[], Awaitable[object]],
+) -> VtpmRow:
+    """Make an incoming vTPM's record, durable and anchored.
+
+    The UUID may be that of one that was removed here: what comes is not its old state, but the same vTPM's newest. That
+    is so where one moves back. `announced` is awaited when nothing speaks against it, before anything is made.
+
+    Raises what `Registry.add` raises.
+    """
+    name = check_name(name, "name") if name is not None else f"vtpm-{vtpm.hex[:12]}"
+    row = VtpmRow(uuid=vtpm, name=name, group=group.uuid, family=family)
+    async with registry.adding:
+        registry.refuse_in_use(vtpm)
+        registry.refuse_taken(vtpm, name, "")
+        registry.refuse_beyond_quota(group, 1)
+        await announced()
+        if registry.tombstones.find(str(vtpm)) is not None:
+            await registry.committer.commit(ForgetVtpm(vtpm))
+        return await registry.make(row, group, {}, RecordFlags.AWAY)
+
+
+async def remove_incoming(registry: Registry, row: VtpmRow, why: str) -> None:
+    """Remove a detached vTPM that never got its state, without a tombstone: it may be expected again."""
+    registry.refuse_attached(row)
+    await registry.committer.commit(RemoveVtpm(row.uuid))
+    await registry.anchoring.write_durable()
+    state_files.discard(registry.image_path(row), row.uuid, ours=not row.state_image)
+    registry.catalogue.remove_vtpm(row.uuid, Happened("removed", f"{row.name}: {why}"))

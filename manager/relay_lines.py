@@ -1,0 +1,308 @@
+"""The far side's connections to instances: each asks one thing at a time, and finds its instance again.
+
+An instance may end and come back: its manager was restarted, it crashed, it hibernated. Linux tells whether it had
+taken a request when it went: closing a Unix socket with something unread resets it, so a reset says that the request
+was not read, and it is said again to the next instance. An end of file says that it was read; whether it was executed
+nobody knows, and the answer is failure, unless saying it twice is the same as once. Before anything else is said to
+the next instance it gets the data descriptor and the locality that its client believes to be set.
+Source: unix_release_sock in linux/net/unix/af_unix.c (ECONNRESET where the receive queue is not empty).
+"""
+
+import array
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import trio
+
+from manager.relay_cutting import (
+    MAX_BODY,
+    SET_DATAFD,
+    SET_LOCALITY,
+    answer_size,
+    failure,
+    form_of,
+    locality_of,
+    number_of,
+    set_locality,
+    succeeded,
+)
+from manager.relay_frames import NO_LOCALITY
+
+_READ: Final = 64 * 1024
+_MAX_ANSWER: Final = MAX_BODY + 1024
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between looks for an instance that is away
+_DATAFD: Final = SET_DATAFD.to_bytes(4, "big")
+
+
+class NotTakenError(Exception):
+    """The instance did not take the request: it is away, or went without reading it."""
+
+
+class UnknownError(Exception):
+    """The instance took the request and went without an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where an instance listens. `data` is None where there is no data socket."""
+
+    control: Path
+    data: Path | None
+
+
+Find = Callable[[], Awaitable[Places]]  # raises NotTakenError where nothing is just now
+
+
+@dataclass(slots=True)
+class Locality:
+    """The locality that the clients of one vTPM set last, shared by their lines."""
+
+    value: int = NO_LOCALITY
+
+
+class Line(Protocol):
+    """One connection to an instance."""
+
+    async def exchange(self, request: bytes) -> bytes:
+        """Return the answer to a request: the instance's, or failure."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+async def persist(once: Callable[[bytes], Awaitable[bytes]], request: bytes, patience: float, *, control: bool) -> bytes:
+    """Ask until it is known what became of the request; waits at most `patience` seconds for an instance to come."""
+    deadline, pause = trio.current_time() + patience, _FIRST_PAUSE
+    while True:
+        try:
+            return await once(request)
+        except UnknownError:
+            if not (control and form_of(request).repeatable):
+                return failure(request, control=control)
+        except NotTakenError:
+            pass
+        if trio.current_time() + pause > deadline:
+            return failure(request, control=control)
+        await trio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+async def ask(sock: trio.socket.SocketType, request: bytes, *, control: bool, descriptor: int | None = None) -> bytes:
+    """Say one thing and return the whole answer.
+
+    Raises:
+        NotTakenError, UnknownError: the instance went.
+
+    """
+    try:
+        sent = 0
+        if descriptor is not None:
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+            sent = await sock.sendmsg([request], rights)
+        while sent < len(request):
+            sent += await sock.send(request[sent:])
+    except (OSError, trio.ClosedResourceError):
+        raise NotTakenError from None  # a part of a request is never executed
+    answer = bytearray()
+    while (size := answer_size(request, answer, control=control)) is None or len(answer) < size:
+        if (size or 0) > _MAX_ANSWER or len(answer) > _MAX_ANSWER:
+            raise UnknownError
+        try:
+            data = await sock.recv(_READ)
+        except ConnectionResetError:
+            if answer:
+                raise UnknownError from None
+            raise NotTakenError from None
+        except (OSError, trio.ClosedResourceError):
+            raise UnknownError from None
+        if not data:
+            raise UnknownError
+        answer += data
+    return bytes(answer)
+
+
+async def connected(path: Path) -> trio.socket.SocketType:
+    """Return a connection. Raises NotTakenError."""
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        await sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        raise NotTakenError(f"{path}: {error.strerror}") from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class ControlLine:
+    """A control connection, with the data connection that was handed over on it, if any."""
+
+    def __init__(self, find: Find, locality: Locality, patience: float) -> None:
+        """Ask the instance that `find` finds."""
+        self._find, self._locality, self._patience = find, locality, patience
+        self._sock: trio.socket.SocketType | None = None
+        self._making = trio.Lock()
+        self._closed = False
+        self.passed: PassedLine | None = None
+
+    async def exchange(self, request: bytes) -> bytes:
+        """Return the answer to a control command."""
+        return await persist(self._once, request, self._patience, control=True)
+
+    async def _once(self, request: bytes) -> bytes:
+        sock = await self.connect()
+        try:
+            if number_of(request) == SET_DATAFD and self.passed is not None:
+                return await self._pass(sock, self.passed)
+            answer = await ask(sock, request, control=True)
+        except (NotTakenError, UnknownError):
+            self.drop()
+            raise
+        if number_of(request) == SET_LOCALITY and succeeded(answer):
+            self._locality.value = locality_of(request)
+        return answer
+
+    async def connect(self) -> trio.socket.SocketType:
+        """Return the connection, made anew with all that was set where the last instance has gone."""
+        async with self._making:
+            if self._sock is None:
+                if self._closed:
+                    raise UnknownError
+                sock = await connected((await self._find()).control)
+                try:
+                    await self._restore(sock)
+                except BaseException:
+                    sock.close()
+                    raise
+                self._sock = sock
+            return self._sock
+
+    async def _restore(self, sock: trio.socket.SocketType) -> None:
+        try:
+            if self.passed is not None and self.passed.wanted and not succeeded(await self._pass(sock, self.passed)):
+                raise NotTakenError("its data connection is in use")
+            if self._locality.value != NO_LOCALITY:
+                await ask(sock, set_locality(self._locality.value), control=True)
+        except UnknownError:
+            raise NotTakenError from None  # nothing of a client's was said yet
+
+    @staticmethod
+    async def _pass(sock: trio.socket.SocketType, passed: "PassedLine") -> bytes:
+        """Hand one end of a new pair over; returns the instance's answer."""
+        if passed.sock is not None:
+            return bytes(4)  # as this connection was made
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                answer = await ask(sock, _DATAFD, control=True, descriptor=theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+        passed.wanted = succeeded(answer)
+        if passed.wanted:
+            passed.sock = trio.socket.from_stdlib_socket(ours)
+        else:
+            ours.close()
+        return answer
+
+    def drop(self) -> None:
+        """Let go of an instance that has gone: the next thing said is said to the next one."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self.passed is not None and self.passed.sock is not None:
+            self.passed.sock.close()
+            self.passed.sock = None
+
+    def close(self) -> None:
+        """End it; what is being asked is answered with failure."""
+        self._closed = True
+        self.drop()
+
+
+class PassedLine:
+    """The data connection that SET_DATAFD handed over on a control connection; `wanted` once it was."""
+
+    def __init__(self, parent: ControlLine, patience: float, *, wanted: bool) -> None:
+        """Belong to `parent`."""
+        self._parent, self._patience = parent, patience
+        self.wanted = wanted
+        self.sock: trio.socket.SocketType | None = None
+
+    async def exchange(self, request: bytes) -> bytes:
+        """Return the answer to a TPM command."""
+        return await persist(self._once, request, self._patience, control=False)
+
+    async def _once(self, request: bytes) -> bytes:
+        if self.sock is None:
+            await self._parent.connect()
+        if self.sock is None:
+            self._parent.drop()
+            raise NotTakenError
+        try:
+            return await ask(self.sock, request, control=False)
+        except (NotTakenError, UnknownError):
+            self._parent.drop()
+            raise
+
+    def close(self) -> None:
+        """End it, and with it what is left of its control connection's part."""
+        self.wanted = False
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        if self._parent.passed is self:
+            self._parent.passed = None
+
+
+class DataLine:
+    """A connection to the data socket."""
+
+    def __init__(self, find: Find, locality: Locality, patience: float) -> None:
+        """Ask the instance that `find` finds."""
+        self._find, self._locality, self._patience = find, locality, patience
+        self._sock: trio.socket.SocketType | None = None
+        self._lost = self._closed = False
+
+    async def exchange(self, request: bytes) -> bytes:
+        """Return the answer to a TPM command."""
+        return await persist(self._once, request, self._patience, control=False)
+
+    async def _once(self, request: bytes) -> bytes:
+        if self._sock is None:
+            self._sock = await self._connect()
+        try:
+            return await ask(self._sock, request, control=False)
+        except (NotTakenError, UnknownError):
+            self._drop()
+            raise
+
+    async def _connect(self) -> trio.socket.SocketType:
+        if self._closed:
+            raise UnknownError
+        places = await self._find()
+        if places.data is None:
+            raise NotTakenError("it has no data socket")
+        if self._lost and self._locality.value != NO_LOCALITY:
+            control = await connected(places.control)
+            with control:
+                try:
+                    await ask(control, set_locality(self._locality.value), control=True)
+                except UnknownError:
+                    raise NotTakenError from None
+        return await connected(places.data)
+
+    def _drop(self) -> None:
+        self._lost = True
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def close(self) -> None:
+        """End it."""
+        self._closed = True
+        self._drop()

@@ -1,0 +1,89 @@
+# A host whose kernel has the vTPM proxy: devices for programs and containers, whatever happens to those that serve them.
+# The machine's own TPM is the manager's, by its registers; Linux's driver for it was never loaded.
+run vtpm-manager init --state-dir $state --tcti tis:locality=2 --pcrs none --no-recovery
+run start_manager
+run vtpm-add web --json
+run vtpm-add old --tpm 1.2 --json
+run vtpm-attach web host --frontend proxy
+run insmod /modules/tpm_vtpm_proxy.ko
+run vtpm-attach web host --frontend proxy --owner nobody --mode 0640 --json
+run stat -c '%U %a' /dev/tpm0 /dev/tpmrm0
+run vtpm-attach old host --frontend proxy --json
+numbers() { sed -n 's/.*"resource_manager_numbers": "\([0-9]*\):\([0-9]*\)".*/\1 \2/p'; }
+# as a container gets it: a node of its own with these numbers, under another name
+set -- $(vtpm-show web --json | numbers)
+mkdir /box
+run mknod /box/tpmrm c "$1" "$2"
+export TPM2TOOLS_TCTI=device:/box/tpmrm
+run tpm2 nvdefine 0x1500016 -C o -s 16 -a 'ownerread|ownerwrite'
+cp /data/secret /tmp/secret
+run tpm2 nvwrite 0x1500016 -C o -i /tmp/secret
+run tpm2 pcrextend 16:sha256=5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a
+secret() { tpm2 nvread 0x1500016 -C o -s 16 && tpm2 pcrread sha256:16; }
+run secret at-first
+run cat /sys/class/tpm/tpm1/tpm_version_major /sys/class/tpm/tpm1/pcrs
+run ls /dev/tpm1 /dev/tpmrm1
+pid_of() { vtpm-show "$1" --json | sed -n 's/.*"pid": \([0-9]*\),.*/\1/p'; }
+ends() { for _ in $(seq 100); do kill -0 "$1" 2>/dev/null || return 0; sleep 0.1; done; return 1; }
+state_is() {
+    for _ in $(seq 100); do
+        vtpm-show "$1" --json | grep -q "\"state\": \"$2\"" && return 0
+        sleep 0.1
+    done
+    vtpm-show "$1" --json
+    return 1
+}
+
+# asleep: no process; the next command wakes it
+run vtpm-hibernate web --quiet
+run state_is web hibernated
+run secret after-hibernation
+
+# the instance is killed with a command under way, which is answered with failure; then until the platform is reset
+run touch "$(echo $runtime/vtpm/*/device.json | cut -d' ' -f1)"
+(
+    timeout 100 tpm2 createprimary -C o -G rsa3072 -c /tmp/primary
+    echo "ended $?" >/tmp/in-flight
+) 2>/tmp/in-flight.log &
+sleep 1
+first=$(pid_of web)
+run kill -9 "$first"
+run ends "$first"
+wait $!
+run cat /tmp/in-flight /tmp/in-flight.log
+run state_is web needs-reset
+run secret of-a-crashed-one
+run vtpm-reset-platform web --quiet
+run tpm2 nvread 0x1500016 -C o -s 16
+
+# the manager is killed; one device's vTPM runs meanwhile, the other one's sleeps, and both go on
+run vtpm-hibernate old --quiet
+kill -9 $manager
+ends $manager
+run secret without-a-manager
+rm $runtime/admin.sock
+run start_manager
+run vtpm-show web --json
+run cat /sys/class/tpm/tpm1/pcrs
+# the new manager has the devices as well: also without the instance they stay
+second=$(pid_of web)
+run kill -9 "$second"
+run ends "$second"
+run state_is web needs-reset
+run vtpm-reset-platform web --quiet
+run secret after-everything
+
+# a program that goes on using the device does not keep it
+tpm2 createprimary -C o -G rsa3072 -c /tmp/primary >/tmp/last 2>&1 &
+run vtpm-detach web --quiet
+wait $!
+run cat /tmp/last
+run ls /dev/tpm0
+run ls /dev/tpmrm0
+run vtpm-attach web host --frontend proxy --json --hibernate never
+run vtpm-detach old --quiet
+run ls /dev/tpm1
+run vtpm-verify --all --quiet
+run stop_manager
+run ls /dev/tpm0
+run grep -i -E 'bug|traceback|exception' /data/manager.log

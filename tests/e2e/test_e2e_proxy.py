@@ -1,0 +1,91 @@
+"""Devices of the Linux vTPM proxy, in a guest whose kernel has it: they outlive instances and managers, not a detach."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from guest_rig import Transcript, machine
+
+SCRIPTS = Path(__file__).parent / "guest"
+SECRET = "a host's secret"
+EXTENDED = "0x" + "".join(f"{byte:02X}" for byte in __import__("hashlib").sha256(bytes(32) + b"\x5a" * 32).digest())
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def host() -> Transcript:
+    files = {path.name: path.read_text() for path in SCRIPTS.iterdir() if path.is_file()}
+    with machine("manager", files | {"secret": SECRET.ljust(16)}) as vm:
+        transcript = vm.boot(["step=proxy", "initcall_blacklist=init_tis"])
+        sys.stdout.write(f"{transcript.seconds:.1f} s\n{transcript.text}")
+        assert transcript.finished, transcript.text[-6000:]
+        return transcript
+
+
+def document(host: Transcript, beginning: str) -> dict[str, object]:
+    return dict(json.loads(host.good(beginning)))
+
+
+def test_without_the_module_it_is_named_and_nothing_is_attached(host: Transcript) -> None:
+    refused = next(step for step in host.steps if step.command == "vtpm-attach web host --frontend proxy")
+    assert refused.code == 1
+    assert "there is no /dev/vtpmx" in refused.output
+    assert "modprobe tpm_vtpm_proxy" in refused.output
+    assert "nothing was attached" in refused.output
+
+
+def test_a_device_appears_and_is_the_guests_users(host: Transcript) -> None:
+    shown = document(host, "vtpm-attach web host --frontend proxy --owner")
+    assert (shown["endpoint"], shown["device"], shown["tcti"]) == ("/dev/tpmrm0", "/dev/tpm0", "device:/dev/tpmrm0")
+    assert re.fullmatch(r"\d+:\d+", str(shown["device_numbers"]))
+    assert host.good("stat").split() == ["nobody", "640"] * 2
+    assert SECRET in host.good("secret at-first")
+    assert EXTENDED in host.good("secret at-first")
+
+
+def test_a_tpm_1_2_has_a_device_without_resource_manager(host: Transcript) -> None:
+    shown = document(host, "vtpm-attach old")
+    assert (shown["endpoint"], shown["device"], shown["resource_manager_numbers"]) == ("/dev/tpm1", "/dev/tpm1", None)
+    version, *registers = host.good("cat /sys/class/tpm/tpm1/tpm_version_major").strip().splitlines()
+    assert version == "1"
+    assert len(registers) == 24
+    assert "/dev/tpmrm1: No such file" in host.step("ls /dev/tpm1 /dev/tpmrm1").output
+
+
+def test_a_command_wakes_a_hibernated_one_which_has_kept_its_pcrs(host: Transcript) -> None:
+    host.good("state_is web hibernated")
+    assert SECRET in host.good("secret after-hibernation")
+    assert EXTENDED in host.good("secret after-hibernation")
+
+
+def test_what_a_killed_instance_took_is_answered_with_failure_and_the_device_stays(host: Transcript) -> None:
+    in_flight = host.good("cat /tmp/in-flight /tmp/in-flight.log")
+    assert re.search(r"^ended [1-9]", in_flight)
+    assert "ended 124" not in in_flight, "nobody answered it"
+    assert "0x101" in in_flight or "0x00000101" in in_flight or "TPM_RC_FAILURE" in in_flight
+    assert host.step("secret of-a-crashed-one").code != 0
+    assert SECRET in [step for step in host.steps if step.command.startswith("tpm2 nvread")][0].output
+
+
+def test_devices_are_used_while_there_is_no_manager_and_by_the_next_one(host: Transcript) -> None:
+    assert SECRET in host.good("secret without-a-manager")
+    shown = document(host, "vtpm-show web --json")
+    assert (shown["endpoint"], shown["state"]) == ("/dev/tpmrm0", "running")
+    assert len([step for step in host.steps if step.command.endswith("tpm1/pcrs")][-1].output.split("\n")) >= 24
+    assert SECRET in host.good("secret after-everything")
+
+
+def test_detach_takes_the_device_away_also_from_who_uses_it(host: Transcript) -> None:
+    host.good("vtpm-detach web")
+    gone = [step for step in host.steps if step.command in ("ls /dev/tpm0", "ls /dev/tpmrm0", "ls /dev/tpm1")]
+    assert [step.code != 0 for step in gone] == [True] * 4
+    again = document(host, "vtpm-attach web host --frontend proxy --json --hibernate")
+    assert again["endpoint"] == "/dev/tpmrm0"
+
+
+def test_nothing_went_wrong_unseen(host: Transcript) -> None:
+    host.good("vtpm-verify")
+    host.good("stop_manager")
+    assert host.step("grep -i").code == 1, host.step("grep -i").output

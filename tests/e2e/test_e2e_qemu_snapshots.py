@@ -1,0 +1,124 @@
+"""Snapshots (savevm, loadvm) and machines saved to a file: an older TPM comes back only where somebody allowed it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e_rig import Installation, installation, wait_for
+from guest_rig import Image, built_image
+from qemu_guest import counter, define_counter, extend, increment, pcrs
+from qemu_rig import Qemu
+from qemu_tpms import SUBJECTS, Behind, Bench, Ours, Swtpm, place
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def image() -> Image:
+    return built_image("client")
+
+
+@pytest.fixture
+def bench(image: Image) -> Iterator[Bench]:
+    with place() as directory:
+        made = Bench(directory, image)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def vtpms() -> Iterator[Installation]:
+    with installation() as made:
+        made.init()
+        made.start()
+        yield made
+
+
+def told(tpm: Ours) -> list[str]:
+    return [event["text"] for event in tpm.made.command("vtpm-events", tpm.name, "--json").json]
+
+
+def load(qemu: Qemu, name: str) -> str:
+    """Go back to a snapshot; returns what QEMU says against it, and lets the machine run where it says nothing."""
+    said = qemu.monitor.human(f"loadvm {name}")
+    if not said:
+        assert qemu.monitor.execute("query-status")["running"]
+    return said
+
+
+def to_file(qemu: Qemu, saved: Path) -> None:
+    """What `virsh save` does: the machine stands still, goes to a file, and QEMU ends."""
+    qemu.monitor.execute("stop")
+    qemu.monitor.execute("migrate", uri=f"exec:cat >{saved}")
+    wait_for(lambda: qemu.monitor.execute("query-migrate")["status"] != "active", "the saved machine", 60)
+    assert qemu.monitor.execute("query-migrate")["status"] == "completed"
+    qemu.quit()
+
+
+def from_file(bench: Bench, tpm: Behind, saved: Path) -> Qemu:
+    """What `virsh restore` does."""
+    qemu = bench.qemu(tpm, "second", incoming=f"exec:cat {saved}", disk=bench.directory / "disk")
+    wait_for(lambda: qemu.monitor.execute("query-status")["status"] != "inmigrate", "the restored machine", 60)
+    qemu.monitor.execute("cont")
+    return qemu
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_snapshots_and_saved_machines(subject: str, bench: Bench, request: pytest.FixtureRequest) -> None:
+    if subject == "swtpm":
+        tpm: Behind = Swtpm(bench.directory)
+        request.addfinalizer(tpm.close)
+    else:
+        tpm = Ours(request.getfixturevalue("vtpms"), "snap")
+    disk = bench.directory / "disk"
+    bench.disk(disk)
+    qemu = bench.qemu(tpm, disk=disk)
+    qemu.boot()
+    define_counter(qemu.guest)
+    begun, then = counter(qemu.guest), extend(qemu.guest, 16, "then")
+    assert qemu.monitor.human("savevm one") == ""
+
+    assert load(qemu, "one") == ""  # nothing was used meanwhile: no older state
+    assert (counter(qemu.guest), pcrs(qemu.guest, "16")[16]) == (begun, then)
+    increment(qemu.guest)
+    assert extend(qemu.guest, 16, "now") != then
+    if isinstance(tpm, Ours):
+        refused_until_allowed(tpm, qemu)
+    else:
+        assert load(qemu, "one") == ""
+    assert (counter(qemu.guest), pcrs(qemu.guest, "16")[16]) == (begun, then)
+    increment(qemu.guest)
+
+    saved = bench.directory / "saved"
+    to_file(qemu, saved)
+    qemu = from_file(bench, tpm, saved)
+    assert (counter(qemu.guest), pcrs(qemu.guest, "16")[16]) == (begun + 1, then)
+    increment(qemu.guest)
+    if isinstance(tpm, Ours):
+        the_file_is_used_up(bench, tpm, qemu, saved)
+
+
+def refused_until_allowed(tpm: Ours, qemu: Qemu) -> None:
+    made, generation = tpm.made, tpm.made.show(tpm.name)["generation"]
+    for _ in range(2):  # and again where it was refused before
+        assert "Error" in load(qemu, "one")
+        assert not qemu.monitor.execute("query-status")["running"]
+        shown = made.show(tpm.name)
+        assert "vtpm-allow-restore" in shown["restore"]
+        assert shown["generation"] == generation
+    assert any("vtpm-allow-restore" in text for text in told(tpm))
+    made.command("vtpm-allow-restore", tpm.name)
+    assert load(qemu, "one") == ""
+    assert made.show(tpm.name)["generation"] > generation
+    assert "restored" in told(tpm)[-1]
+    increment(qemu.guest)
+    assert "Error" in load(qemu, "one")  # it was allowed once
+    made.command("vtpm-allow-restore", tpm.name)
+    assert load(qemu, "one") == ""
+
+
+def the_file_is_used_up(bench: Bench, tpm: Ours, qemu: Qemu, saved: Path) -> None:
+    qemu.kill()
+    again = bench.qemu(tpm, "third", incoming=f"exec:cat {saved}", disk=bench.directory / "disk")
+    assert again.process.wait(60) != 0
+    assert "vtpm-allow-restore" in tpm.made.show(tpm.name)["restore"]
