@@ -11,16 +11,15 @@ nonce is zero; associated data: the 112 bytes before the wrapped key. Each part 
 with a random nonce of its own; associated data: all 180 bytes before the ciphertext.
 """
 
+import hmac
 import struct
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import ClassVar, Final, Self
 from uuid import UUID
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from frontend_backend.errors import BlobDamagedError, BlobFormatError
 
@@ -37,6 +36,13 @@ FAMILIES: Final = {"1.2": 0x0102, "2.0": 0x0200}  # as in state images
 _WRAP_INFO: Final = b"vtpm-manager state blob v1"
 _ZERO_NONCE: Final = bytes(NONCE_BYTES)  # a derived key meets one message
 _NAMES: Final = {number: name for name, number in FAMILIES.items()}
+
+
+class PartFlags(IntFlag):
+    """What is to be known of a part before it is used."""
+
+    NONE = 0
+    UNSTARTED = 1  # of a volatile part: Startup had not been sent, so that there is nothing to go on from
 
 
 class Part(IntEnum):
@@ -63,7 +69,8 @@ HEADER_FIELDS: Final = (  # name, struct code, meaning: docs/format.md is printe
 )
 PART_FIELDS: Final = (
     ("part", "B", "1 permanent, 2 volatile, 3 savestate"),
-    ("reserved", "3s", "zero"),
+    ("flags", "B", "bit 0, of a volatile part: its guest's firmware had not started the TPM up"),
+    ("reserved", "2s", "zero"),
     ("length", "I", "bytes of the blob in clear; the ciphertext has the same"),
     ("nonce", "12s", "random"),
 )
@@ -172,14 +179,22 @@ def unwrap(manager_key: bytes, header: BlobHeader) -> bytes:
 def _wrapping_key(manager_key: bytes, export: bytes) -> bytes:
     assert len(manager_key) == KEY_BYTES
     assert len(export) == EXPORT_ID_BYTES
-    return HKDF(SHA256(), KEY_BYTES, export, _WRAP_INFO).derive(manager_key)
+    # HKDF-SHA256 (RFC 5869) to one block, written out: each instance would have a library's HKDF in its memory
+    return hmac.digest(hmac.digest(export, manager_key, "sha256"), _WRAP_INFO + b"\1", "sha256")
 
 
-def seal_part(header: bytes, key: bytes | memoryview, part: Part, content: bytes, nonce: bytes) -> bytes:
+def seal_part(
+    header: bytes,
+    key: bytes | memoryview,
+    part: Part,
+    content: bytes,
+    nonce: bytes,
+    flags: PartFlags = PartFlags.NONE,
+) -> bytes:
     """Return the blob that QEMU gets: `header` as packed, then `content` encrypted. `nonce`: 12 random bytes."""
     assert len(header) == HEADER_BYTES
     assert len(content) + OVERHEAD <= MAX_PART, "the largest state of a TPM has some 173 KiB"
-    before = header + _PART.pack(part, b"", len(content), nonce)
+    before = header + _PART.pack(part, flags, b"", len(content), nonce)
     return before + AESGCM(key).encrypt(nonce, content, before)
 
 
@@ -189,7 +204,7 @@ class SealedPart:
 
     header: BlobHeader
     part: Part
-    length: int
+    flags: PartFlags
     raw: bytes = field(repr=False)
 
     @classmethod
@@ -203,10 +218,11 @@ class SealedPart:
         header = BlobHeader.unpack(untrusted)
         if not OVERHEAD <= len(untrusted) <= MAX_PART:
             raise BlobFormatError(f"a state blob of {len(untrusted)} bytes")
-        number, reserved, length, _ = _PART.unpack_from(untrusted, HEADER_BYTES)
-        if number not in header.parts or any(reserved) or length != len(untrusted) - OVERHEAD:
+        number, flags, reserved, length, _ = _PART.unpack_from(untrusted, HEADER_BYTES)
+        unknown = any(reserved) or flags & ~PartFlags.UNSTARTED
+        if number not in header.parts or unknown or length != len(untrusted) - OVERHEAD:
             raise BlobFormatError("what it says of its part does not agree with its header, or with its length")
-        return cls(header, Part(number), length, untrusted)
+        return cls(header, Part(number), PartFlags(flags), untrusted)
 
     @property
     def export_header(self) -> bytes:

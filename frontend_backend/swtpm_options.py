@@ -193,7 +193,7 @@ def _manager(given: Mapping[str, str], found: Options) -> Manager | None:
         if stray is not None:
             raise OptionError(f"Error: --{stray} goes with --manager only")
         return None
-    ignored = {"tpmstate"} if _IGNORE in given else set()
+    ignored = {"tpmstate", "print-states"} if _IGNORE in given else set()
     refused = next((name for name, _ in found if name in _NOT_MANAGED and name not in ignored), None)
     if refused is not None:
         raise OptionError(

@@ -41,9 +41,9 @@ class ResponseCode(IntEnum):
     TPM12_BAD_PARAM_SIZE = 0x019
     TPM12_RETRY = 0x800
     FAILURE = 0x101  # TPM 2.0 Part 2, 6.6.3: TPM_RC_FAILURE
-    LOCALITY = 0x107
     COMMAND_SIZE = 0x142
     NV_SPACE = 0x14B
+    LOCALITY = 0x907
     NV_UNAVAILABLE = 0x923
 
 

@@ -26,7 +26,7 @@ from manager.quotas import asked_for
 from manager.registry import Registry, check_name
 from manager.running import Running, Stage
 from manager.sleepers import Sleepers
-from manager.sockets import Owner, default_mode, parse_mode
+from manager.sockets import Owner, check_port, default_mode, parse_mode
 from manager.starts import Starts
 from storage.catalogue import AttachmentRow, Happened, VtpmRow
 from storage.errors import CatalogueError
@@ -46,6 +46,7 @@ class AttachOptions:
     startup: str | None = None
     hwinitpcrs: str | None = None
     hibernate: str | None = None
+    tcp: int | None = None
     quota: tuple[int | None, int | None, int | None] = (None, None, None)  # as VtpmQuota's; None: as configured
 
 
@@ -127,6 +128,7 @@ class Attachments:
         if hw_pcrs and startup == "none":
             raise UsageError("--hwinitpcrs needs a start that the host does: not --startup none. Nothing was done")
         hibernate_after = parse_rest(options.hibernate)
+        tcp_port = check_port(options.frontend, options.tcp)
         quota = asked_for(options.quota, self._config.quota)
         async with self.lock(row.uuid):
             attached = self._catalogue.find_attachment(row.uuid)
@@ -145,6 +147,7 @@ class Attachments:
                 epoch=next_epoch(record.epoch),
                 hw_pcrs=hw_pcrs,
                 hibernate_after=hibernate_after,
+                tcp_port=tcp_port,
                 **quota._asdict(),
             )
             try:

@@ -3,7 +3,7 @@
 import shlex
 from typing import Final
 from uuid import UUID
-from xml.sax.saxutils import quoteattr
+from xml.sax.saxutils import escape
 
 # The device is the guest's choice: tpm-crb is what Windows and UEFI expect of a TPM 2.0, tpm-tis is there for both
 # families (QEMU refuses tpm-crb for TPM 1.2).
@@ -27,5 +27,6 @@ def qemu_arguments(control: str, vtpm: UUID, family: str) -> str:
 
 def libvirt_xml(control: str, family: str) -> str:
     """Return the element for a domain's <devices>, in one line; libvirt 9.0 and newer know the external back end."""
-    source = f"<source type='unix' mode='connect' path={quoteattr(control)}/>"
+    path = escape(control, {"'": "&apos;"})
+    source = f"<source type='unix' mode='connect' path='{path}'/>"
     return f"<tpm model='{_DEVICES[family]}'><backend type='external'>{source}</backend></tpm>"

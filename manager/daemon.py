@@ -25,6 +25,7 @@ from manager.approvals import Approvals
 from manager.attachment_epochs import adopt_older_rows, refuse_any_stale
 from manager.attachments import Attachments
 from manager.attestation import Attestation
+from manager.blob_events import BlobEvents
 from manager.capacity import Capacity, descriptors_in_use, raise_descriptor_limit
 from manager.catalogue_place import place_of, shown_place
 from manager.committer import Committer
@@ -213,8 +214,8 @@ class Daemon:
             self._layout.admin_socket.unlink(missing_ok=True)
         await self._wind_up(keepers)
 
-    def _imports(self, events: FrequentEvents) -> Imports:
-        store = self._opened.store
+    def _imports(self, notes: FrequentEvents) -> Imports:
+        store, events = self._opened.store, BlobEvents(notes)
         self._exports = Exports(store, state_blob_key(self._opened.secret.store_key, store.uuid), events)
         return Imports(self._registry, self._exports, self._restores, events)
 

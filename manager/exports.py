@@ -6,24 +6,17 @@ state, and the way back from a header to its key. Who may start from one: `impor
 
 import os
 import time
-from typing import Protocol
 from uuid import UUID
 
 from frontend_backend import messages_instance as m
 from frontend_backend.errors import BlobFormatError
 from frontend_backend.messages_blobs import Export, ExportReply
 from frontend_backend.state_blob import EXPORT_ID_BYTES, KEY_BYTES, BlobHeader, Part, unwrap, wrap
-from manager.running import EXPORTS_A_SECOND, Running, Stage
+from manager.blob_events import BlobEvents
+from manager.running import Running, Stage
 from storage.errors import StorageError
 from storage.store import Store
 from storage.store_records import RecordFlags, VtpmRecord
-
-
-class Notes(Protocol):
-    """Where events go that come often."""
-
-    def note(self, kind: str, vtpm: UUID, text: str, seconds: float) -> None:
-        """Keep an event."""
 
 
 def family_of(record: VtpmRecord) -> str:
@@ -47,7 +40,7 @@ def is_fresh(header: BlobHeader, record: VtpmRecord) -> bool:
 class Exports:
     """Makes headers and keys of exports, and opens those it made."""
 
-    def __init__(self, store: Store, key: bytes, events: Notes) -> None:
+    def __init__(self, store: Store, key: bytes, events: BlobEvents) -> None:
         """Wrap under `key` (manager.keys.state_blob_key)."""
         self._store, self._key, self._events = store, key, events
 
@@ -63,8 +56,6 @@ class Exports:
             return m.Refusal(m.RefusalCode.MALFORMED, "an export has a permanent and a volatile part")
         if running.stage is not Stage.RUNNING:
             return m.Refusal(m.RefusalCode.UNAVAILABLE, f"it is {running.stage.value}")
-        if not running.exports.take(time.monotonic()):
-            return m.Refusal(m.RefusalCode.LIMIT, f"more than {EXPORTS_A_SECOND:g} exports a second")
         try:
             record = self._store.get(running.vtpm)
         except StorageError as error:
@@ -73,7 +64,7 @@ class Exports:
             text = f"generation {request.generation} is not the newest, which is {record.generation}"
             return m.Refusal(m.RefusalCode.STALE_GENERATION, text)
         header, key = self.make(record, parts)
-        self._events.note("exported", running.vtpm, f"state of generation {record.generation}", time.time())
+        self._events.routine("exported", running.vtpm, f"state of generation {record.generation}")
         return ExportReply(header.pack(), key)
 
     def make(self, record: VtpmRecord, parts: frozenset[Part]) -> tuple[BlobHeader, bytes]:

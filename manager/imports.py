@@ -8,7 +8,7 @@ leaves nothing to be put right. An export of another manager is the `Claimer`'s 
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 from uuid import UUID
 
@@ -16,8 +16,9 @@ from frontend_backend import messages_instance as m
 from frontend_backend.errors import BlobError
 from frontend_backend.messages_blobs import Export, Import, ImportReply
 from frontend_backend.state_blob import BlobHeader
+from manager.blob_events import BlobEvents
 from manager.errors import ManagerError
-from manager.exports import Exports, Notes, family_of, is_fresh
+from manager.exports import Exports, family_of, is_fresh
 from manager.registry import Registry
 from manager.restores import Policy, Restores
 from manager.running import Running
@@ -57,17 +58,17 @@ class _Refused(Exception):  # noqa: N818 - an outcome, not an error of ours
 
 @dataclass(frozen=True, slots=True)
 class _Grounds:
-    """On what an import was granted; `policy` None: it is the newest state, or was claimed."""
+    """On what an import was granted; `policy` None: it is the newest state, or another manager's, without a `key`."""
 
     header: BlobHeader
-    policy: Policy | None
-    foreign: bool
+    policy: Policy | None = None
+    key: bytes = field(default=b"", repr=False)
 
 
 class Imports:
     """Judges what instances want to start from; `refused` says, by vTPM, what was refused last and why."""
 
-    def __init__(self, registry: Registry, exports: Exports, restores: Restores, events: Notes) -> None:
+    def __init__(self, registry: Registry, exports: Exports, restores: Restores, events: BlobEvents) -> None:
         """Judge by `registry`'s records; `claimer` is set by whoever knows other managers."""
         self._registry, self._exports, self._restores, self._events = registry, exports, restores, events
         self.claimer: Claimer | None = None
@@ -81,25 +82,19 @@ class Imports:
 
     async def take_in(self, running: Running, request: Import) -> m.Reply:
         """Answer an instance that was given a state blob: with the key, or why not."""
-        if not running.imports.take(time.monotonic()):
-            return m.Refusal(m.RefusalCode.LIMIT, "state blobs are put in too often")
         try:
             record = self._record(running.vtpm)
             grounds = self._judge(record, request.header)
-            if grounds.foreign:
-                key = await self._claim(running.vtpm, grounds.header, request.header)
-            else:
-                key = self._exports.unwrap(grounds.header)
+            key = grounds.key or await self._claim(running.vtpm, grounds.header, request.header)
         except _Refused as refused:
             self._tell(running.vtpm, str(refused))
             return m.Refusal(refused.code, str(refused)[:_WORDS])
-        _log.info("vTPM %s: %s is put in", running.vtpm, grounds.header)
+        _log.debug("vTPM %s: %s is put in", running.vtpm, grounds.header)
         return ImportReply(key)
 
     def noted(self, running: Running, report: m.Report) -> None:
         """Take note of what an instance says of a blob that it refused by itself."""
-        if running.imports.take(time.monotonic()):
-            self._tell(running.vtpm, report.text)
+        self._tell(running.vtpm, report.text)
 
     # what an instance commits
 
@@ -110,7 +105,7 @@ class Imports:
         """
         try:
             grounds = self._judge(record, commit.restored)
-            if grounds.foreign:
+            if not grounds.key:
                 why = None if self.claimer is None else self.claimer.may_commit(record.uuid, grounds.header)
                 if why is not None:
                     raise _Refused(m.RefusalCode.DENIED, why)
@@ -135,7 +130,7 @@ class Imports:
                 self.claimer.committed(record.uuid, header)
         elif is_fresh(header, record):
             text = f"state of generation {header.generation}, the newest, as generation {commit.generation}"
-            self._events.note("restored", record.uuid, text, time.time())
+            self._events.routine("restored", record.uuid, text)
         else:
             self._restores.used(record.uuid)
 
@@ -162,17 +157,17 @@ class Imports:
         if header.store != self._exports.store:
             if self.claimer is None:
                 raise _Refused(denied, f"what was put in comes from another manager (store {header.store})")
-            return _Grounds(header, None, foreign=True)
+            return _Grounds(header)
         try:
-            self._exports.unwrap(header)
+            key = self._exports.unwrap(header)
         except BlobError as error:
             raise _Refused(denied, f"what was put in is not as it was exported: {error}") from error
         if is_fresh(header, record):
-            return _Grounds(header, None, foreign=False)
+            return _Grounds(header, None, key)
         policy = self._restores.may_use(record.uuid, record.flags, header.export)
         if policy is Policy.NEVER:
             raise _Refused(m.RefusalCode.ROLLBACK, self._older(record, header))
-        return _Grounds(header, policy, foreign=False)
+        return _Grounds(header, policy, key)
 
     def _older(self, record: VtpmRecord, header: BlobHeader) -> str:
         return (
@@ -206,6 +201,8 @@ class Imports:
     def _tell(self, vtpm: UUID, text: str) -> None:
         """Keep a refusal where an administrator looks; QEMU's user is told nothing but that it failed."""
         self.refused[vtpm] = f"{iso(time.time())}: {text}"
+        if not self._events.may_tell_of_refusal(vtpm):
+            return
         _log.warning("vTPM %s: a state blob was refused: %s", vtpm, text)
         try:
             self._registry.catalogue.log("restore-refused", vtpm, text)

@@ -15,7 +15,7 @@ from manager.proxy_device import ProxyDevice
 from manager.removed import list_removed
 from manager.running import Running
 from manager.services import Arguments, Caller, Document, Services
-from manager.sockets import SocketFolder
+from manager.sockets import LOOPBACK, SocketFolder
 from manager.tombstones import iso
 from manager.verb_table import SCHEMA_VERSION
 from storage.catalogue_rows import AttachmentRow, Filter, Listed, VtpmRow
@@ -142,6 +142,8 @@ def _moment(seconds: float) -> str | None:
 def _places(services: Services, row: VtpmRow, attachment: AttachmentRow) -> Document:
     if attachment.frontend == PROXY:
         return _device(services.attachments.sleepers.ports.device(attachment))
+    if attachment.tcp_port:
+        return _tcp_places(attachment)
     folder = SocketFolder(services.sockets, row.uuid, attachment.frontend)
     places: Document = {"endpoint": str(folder.endpoint)}
     if "control" in folder.names:
@@ -153,6 +155,16 @@ def _places(services: Services, row: VtpmRow, attachment: AttachmentRow) -> Docu
                 "libvirt_xml": libvirt_xml(control, row.family),
             }
     return places
+
+
+def _tcp_places(attachment: AttachmentRow) -> Document:
+    port = attachment.tcp_port
+    kind = "mssim" if attachment.frontend == "mssim" else "swtpm"
+    return {
+        "endpoint": f"{LOOPBACK}:{port}",
+        "tcti": f"{kind}:host={LOOPBACK},port={port}",
+        "control": f"{LOOPBACK}:{port + 1}",
+    }
 
 
 def _device(device: ProxyDevice | None) -> Document:

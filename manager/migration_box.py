@@ -126,7 +126,7 @@ class MigrationBox:
                 state = change(self.state)
                 sealed = seal(self._key, self._store, state.pack())
                 index = 1 - self._index
-                await trio.to_thread.run_sync(_write, self._state_dir / NAMES[index], sealed)
+                await trio.to_thread.run_sync(write, self._state_dir / NAMES[index], sealed)
                 digest = hashlib.sha256(sealed).hexdigest()
                 counts = self.identity_counts if identity is None else identity
                 await self._approvals.keep_migration(digest, counts)
@@ -138,7 +138,8 @@ class MigrationBox:
         self._key.wipe()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Write one of the files, durably; it counts once the boot area names it. Raises OSError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags, 0o600), "wb") as file:
         file.write(content)

@@ -88,7 +88,8 @@ def tls_context(identity: Identity, pinned: Iterable[str], *, server: bool) -> s
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     context.options |= ssl.OP_NO_TICKET  # a resumed session would outlive a revocation
-    context.num_tickets = 0
+    if server:
+        context.num_tickets = 0
     context.set_alpn_protocols([_ALPN])
     for certificate in pinned:
         context.load_verify_locations(cadata=certificate)

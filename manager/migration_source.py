@@ -17,7 +17,7 @@ import trio
 from frontend_backend import messages_migration as m
 from frontend_backend.errors import BlobError
 from frontend_backend.state_blob import BlobHeader
-from manager.errors import BusyError, ConflictError, IntegrityError, ManagerError
+from manager.errors import BusyError, ConflictError, IntegrityError, ManagerError, NotFoundError
 from manager.migration_parts import NotAsItWasError, Parts
 from manager.migration_records import is_away, is_frozen, thawed
 from manager.migration_state import Departure, Peer
@@ -113,11 +113,18 @@ class Departures:
             its_own = departure is not None and _named(departure, peer, request)
             if row is None:
                 return m.ConfirmReply()
-            if departure is None or not its_own or not is_frozen(self._registry.record(vtpm).flags):
+            if departure is None or not its_own or not self._is_leaving(vtpm):
                 return m.Refused(m.MigrationRefusal.RECLAIMED, "the vTPM is not frozen for this claim (any more)")
             with trio.CancelScope(shield=True):
                 await self._left(row, departure, peer.by)
         return m.ConfirmReply()
+
+    def _is_leaving(self, vtpm: UUID) -> bool:
+        """Tell whether a vTPM is frozen, or its removal was cut short."""
+        try:
+            return is_frozen(self._registry.record(vtpm).flags)
+        except NotFoundError:
+            return True
 
     # --- what an operator says -----------------------------------------------------------------------
 
@@ -156,9 +163,17 @@ class Departures:
             f"Nothing was changed, the vTPM stays frozen. If that manager is gone for good and its disk with it, "
             f"'vtpm-migrate-reclaim {row.name} --yes --destination-is-gone' takes it back; if it is not, two will run"
         )
-        peer = None if departure is None else self._box.state.by_fingerprint(departure.fingerprint)
-        if departure is None or peer is None:
-            raise ConflictError(f"the manager that claimed vTPM {row.name} is not paired any more. {stronger}")
+        claimers = "" if departure is None else departure.fingerprint
+        for fingerprint in claimers.split(","):  # several: one of them may have claimed it before a rollback
+            peer = self._box.state.by_fingerprint(fingerprint)
+            if departure is None or peer is None:
+                raise ConflictError(
+                    f"a manager that claimed vTPM {row.name}, or may have, is not paired any more: pair it again, or "
+                    f"give the vTPM up with 'vtpm-migrate-release {row.name} --yes'. {stronger}"
+                )
+            await self._promised_by(peer, row, departure, stronger)
+
+    async def _promised_by(self, peer: Peer, row: VtpmRow, departure: Departure, stronger: str) -> None:
         try:
             reply = await self._parts.ask(peer, m.Renounce(row.uuid.bytes, bytes.fromhex(departure.export)))
         except ManagerError as error:

@@ -156,9 +156,7 @@ _Item = TypeVar("_Item", Peer, Departure, Arrival)
 
 
 def _made(kind: type[_Item], item: dict[str, Any]) -> _Item:
-    values = {
-        known.name: _value(item[known.name], str(known.type)) for known in fields(kind) if known.name in item
-    }
+    values = {known.name: _value(item[known.name], str(known.type)) for known in fields(kind) if known.name in item}
     return kind(**values)
 
 

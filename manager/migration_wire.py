@@ -17,7 +17,7 @@ from typing import Final
 import trio
 
 from frontend_backend import messages_migration as m
-from frontend_backend.errors import MessageError
+from frontend_backend.errors import ChannelClosedError, MessageError, RingError
 from manager.errors import BusyError, ConfigurationError, DeniedError, ManagerError, UsageError
 from manager.migration_identity import fingerprint_of
 
@@ -98,9 +98,14 @@ def listen(address: Address) -> socket.socket:
 class MigrationServer:
     """Answers other managers."""
 
-    def __init__(self, context: Callable[[], ssl.SSLContext | None], handle: Handle) -> None:
-        """Serve with what `context` returns for each connection (None: nobody is paired); `handle` answers."""
-        self._context, self._handle = context, handle
+    def __init__(
+        self, context: Callable[[], ssl.SSLContext | None], handle: Handle, patience: float = HANDSHAKE_SECONDS
+    ) -> None:
+        """Serve with what `context` returns for each connection (None: nobody is paired); `handle` answers.
+
+        `patience`: seconds for handshake and request, and again for taking the answer.
+        """
+        self._context, self._handle, self._patience = context, handle, patience
         self._room = trio.Semaphore(MAX_CONNECTIONS)
 
     async def run(self, listener: socket.socket) -> None:
@@ -124,7 +129,7 @@ class MigrationServer:
         try:
             with trio.socket.from_stdlib_socket(client) as sock:
                 await self._one_request(trio.SocketStream(sock))
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, MessageError) as error:
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, RingError) as error:
             _log.info("a connection of another manager ended: %s", _cause(error))
         except trio.TooSlowError:
             _log.info("a connection of another manager was too slow")
@@ -138,7 +143,7 @@ class MigrationServer:
         if context is None:
             return
         stream = trio.SSLStream(client, context, server_side=True, https_compatible=True)
-        with trio.fail_after(HANDSHAKE_SECONDS):
+        with trio.fail_after(self._patience):
             await stream.do_handshake()
             who = _peer(stream)
             body = await _receive(stream)
@@ -150,15 +155,13 @@ class MigrationServer:
         else:
             with trio.move_on_after(SERVE_SECONDS):
                 reply = await self._handle(who, request)
-        with trio.fail_after(HANDSHAKE_SECONDS):
+        with trio.fail_after(self._patience):
             await stream.send_all(m.encode_migration_reply(reply))
             await stream.aclose()
 
 
-async def ask(
-    address: Address, context: ssl.SSLContext, fingerprint: str, request: m.MigrationRequest
-) -> m.MigrationReply:
-    """Ask another manager; who answers is the one with this certificate, or nobody.
+async def ask(address: Address, context: ssl.SSLContext, who: str, request: m.MigrationRequest) -> m.MigrationReply:
+    """Ask another manager; what answers is the one with this fingerprint, or nothing.
 
     Raises:
         BusyError: it cannot be reached, or did not answer in time: whether it did what was asked is not known.
@@ -168,36 +171,50 @@ async def ask(
     try:
         with trio.fail_after(ASK_SECONDS):
             with await _connected(address) as sock:
-                stream = trio.SSLStream(trio.SocketStream(sock), context, https_compatible=True)
-                await stream.do_handshake()
-                if _peer(stream) != fingerprint:
-                    raise DeniedError(f"at {address} answers a manager with another certificate than was expected")
-                await stream.send_all(m.encode_migration_request(request))
-                return m.decode_migration_reply(await _receive(stream))
+                return await _asked(
+                    trio.SSLStream(trio.SocketStream(sock), context, https_compatible=True), who, request
+                )
     except trio.TooSlowError as error:
         raise BusyError(f"the manager at {address} gave no answer within {ASK_SECONDS:g} s") from error
     except MessageError as error:
         raise ManagerError(f"the manager at {address} answered what this one does not understand: {error}") from error
-    except (OSError, trio.BrokenResourceError) as error:
+    except (OSError, trio.BrokenResourceError, ChannelClosedError) as error:
         cause = _cause(error)
         if isinstance(cause, ssl.SSLError):
             raise DeniedError(
                 f"the manager at {address} and this one refuse each other's certificate ({cause.reason or cause}). "
                 f"Pair both with 'vtpm-migrate-authorise'; 'vtpm-migrate-identity' shows who each one is"
             ) from error
-        raise BusyError(f"the manager at {address} cannot be reached: {cause}") from error
+        raise BusyError(
+            f"the manager at {address} ended the connection without an answer: it has ended itself, or it does not "
+            f"take this manager's certificate (any more); 'vtpm-migrate-authorise' there pairs them"
+        ) from error
+
+
+async def _asked(
+    stream: "trio.SSLStream[trio.SocketStream]", who: str, request: m.MigrationRequest
+) -> m.MigrationReply:
+    await stream.do_handshake()
+    if _peer(stream) != who:
+        raise DeniedError("there answers a manager with another certificate than was expected")
+    await stream.send_all(m.encode_migration_request(request))
+    return m.decode_migration_reply(await _receive(stream))
 
 
 async def _connected(address: Address) -> trio.socket.SocketType:
-    family, place = int(socket.AF_UNIX), str(address.path)
-    if address.path is None:
-        found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        family, place = found[0][0], found[0][4]  # type: ignore[assignment] # what connect takes
-    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    sock: trio.socket.SocketType | None = None
     try:
+        family, place = int(socket.AF_UNIX), str(address.path)
+        if address.path is None:
+            found = await trio.socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+            family, place = found[0][0], found[0][4]  # type: ignore[assignment] # what connect takes
+        sock = trio.socket.socket(family, socket.SOCK_STREAM)
         await sock.connect(place)
-    except BaseException:
-        sock.close()
+    except BaseException as error:
+        if sock is not None:
+            sock.close()
+        if isinstance(error, OSError):
+            raise BusyError(f"the manager at {address} cannot be reached: {error.strerror or error}") from error
         raise
     return sock
 
@@ -218,7 +235,7 @@ async def _exactly(stream: "trio.SSLStream[trio.SocketStream]", size: int) -> by
     while len(content) < size:
         piece = await stream.receive_some(size - len(content))
         if not piece:
-            raise MessageError("the connection ended inside a message")
+            raise ChannelClosedError
         content += piece
     return bytes(content)
 

@@ -20,7 +20,7 @@ from frontend_backend.descriptors import close_all
 from manager.errors import BusyError, KeeperError, ManagerError
 from manager.keeper_client import Asks
 from manager.proxy_device import ProxyDevice, give_to, given_up, new_device
-from manager.sockets import Owner, SocketFolder, parse_mode
+from manager.sockets import Owner, SocketFolder, listen_on_ports, parse_mode
 from storage.catalogue import AttachmentRow, VtpmRow
 
 _log = logging.getLogger("vtpm.life")
@@ -75,6 +75,8 @@ class Ports:
         """
         if attachment.frontend == PROXY:
             return [self._device_of(row, attachment)]
+        if attachment.tcp_port:
+            return listen_on_ports(attachment.tcp_port)
         uid, gid = map(int, attachment.owner.split(":"))
         listeners: list[socket.socket] = self._folder(attachment).listen(Owner(uid, gid), parse_mode(attachment.mode))
         return listeners

@@ -9,20 +9,17 @@ import fcntl
 import json
 import os
 import select
-import struct
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from frontend_backend import vtpm_proxy
 from frontend_backend.messages_admin import ExitCode
+from frontend_backend.vtpm_proxy import FLAG_TPM2, IOC_NEW_DEV, NEW_DEVICE
 from manager.errors import DeniedError, KeeperError, ManagerError
 
-CONTROL: Final = Path("/dev/vtpmx")
-_NEW_DEVICE: Final = struct.Struct("=IIIII")  # struct vtpm_proxy_new_dev: flags, tpm_num, fd, major, minor
-assert _NEW_DEVICE.size == 20
-_VTPM_PROXY_IOC_NEW_DEV: Final = 3 << 30 | _NEW_DEVICE.size << 16 | 0xA1 << 8 | 0x00  # _IOWR(0xa1, 0x00, ...)
-_FLAG_TPM2: Final = 1 << 0  # VTPM_PROXY_FLAG_TPM2
+CONTROL: Final = Path(vtpm_proxy.CONTROL)
 _CLASSES: Final = {"2.0": ("tpm", "tpmrm"), "1.2": ("tpm",)}  # of /sys/class: the kernel's resource manager is for 2.0
 
 
@@ -101,7 +98,7 @@ def new_device(family: str) -> tuple[ProxyDevice, int]:
         ProxyMissingError: this host has none. DeniedError: the manager may not. KeeperError: the kernel refuses.
 
     """
-    request = bytearray(_NEW_DEVICE.pack(_FLAG_TPM2 if family == "2.0" else 0, 0, 0, 0, 0))
+    request = bytearray(NEW_DEVICE.pack(FLAG_TPM2 if family == "2.0" else 0, 0, 0, 0, 0))
     try:
         control = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -109,12 +106,12 @@ def new_device(family: str) -> tuple[ProxyDevice, int]:
     except OSError as error:
         raise _refused(error) from error
     try:
-        fcntl.ioctl(control, _VTPM_PROXY_IOC_NEW_DEV, request)
+        fcntl.ioctl(control, IOC_NEW_DEV, request)
     except OSError as error:
         raise _refused(error) from error
     finally:
         os.close(control)
-    _, number, descriptor, major, minor = _NEW_DEVICE.unpack(request)
+    _, number, descriptor, major, minor = NEW_DEVICE.unpack(request)
     os.set_inheritable(descriptor, False)  # the kernel makes it with O_RDWR alone
     return ProxyDevice(number, major, minor, family), descriptor
 

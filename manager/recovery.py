@@ -24,6 +24,7 @@ from manager.hwtpm import HardwareTpm
 from manager.hwtpm_errors import AnchorDenied, AnchorMissing, SrkChanged, TpmCleared
 from manager.hwtpm_hierarchies import Hierarchy
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
+from manager.migration_rollback import begin_anew
 from manager.opening import integrity, locked_store, open_store, open_tpm, pin_srk, read_boot_area
 from manager.provision import policy_for
 from manager.recovery_errors import EscrowWrongKey
@@ -76,6 +77,8 @@ def recover(layout: Layout, config: Config, key: RecoveryPrivate) -> tuple[Recov
             boot = BootArea.unpack(store.boot_area)  # authentic, other than what served to get here
             keys, left = _unlock(store, key)
             srk_name = tpm.provision_srk()
+            with integrity():
+                boot = begin_anew(layout.state_dir, secret.store_key, store, boot)
             _provision(tpm, config, store, boot, secret, keys, key)
             hierarchies.set_again(tpm, boot.hierarchies, key, uuid)
             names = sorted(GroupSeal.unpack(store.groups()[group].blob).name for group in keys)

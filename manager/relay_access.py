@@ -1,14 +1,7 @@
-"""Who may reach which vTPMs through a relay: a file of the far side's, read at start and by SIGHUP.
+"""Who may reach which vTPMs through a relay: a file of the far side's, in TOML.
 
-    [[client]]
-    name = "host-a"                       # for the log
-    certificate = "host-a.crt"            # of TCP and vsock: a PEM file beside this one
-    vtpms = ["web-*", "db"]               # shell patterns of vTPMs' names
-
-    [[client]]
-    name = "qemu on this machine"
-    uid = 64055                           # of a Unix socket
-    vtpms = ["*"]
+A table [[client]] for each: `name` (for the log); `certificate` (a PEM file beside this one; over TCP and vsock) or
+`uid` (over a Unix socket); `vtpms`, a list of shell patterns of vTPMs' names. docs/relay.md has an example.
 """
 
 import tomllib
@@ -70,6 +63,11 @@ class Access:
     def certificates(self) -> list[bytes]:
         """The pinned certificates, DER."""
         return [client.certificate for client in self.clients if client.certificate is not None]
+
+    def by_identity(self, identity: str) -> Client | None:
+        """Return the client that `Welcomer` knew by this: "uid N", or a certificate's fingerprint."""
+        kind, _, number = identity.partition(" ")
+        return self.by_uid(int(number)) if kind == "uid" else self.by_certificate(identity)
 
     def by_certificate(self, seen: str) -> Client | None:
         """Return the client with the certificate of this fingerprint."""

@@ -17,7 +17,7 @@ from manager.relay_access import Access, Client
 from manager.relay_errors import RelayDeniedError
 from manager.relay_tls import encrypted, fingerprint
 
-BACKLOG: Final = 16
+BACKLOG: Final = 64
 _ANY: Final = "any"
 _PORTS: Final = 1 << 16
 _VSOCK_PORTS: Final = 1 << 32
@@ -73,7 +73,7 @@ class Address:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(self.place)
             if self.is_local:
-                os.chmod(str(self.place), 0o666)  # who may do what is decided by the peer's user id
+                os.chmod(str(self.place), 0o666)  # noqa: S103 - who may do what is decided by the peer's user id
             sock.listen(BACKLOG)
         except OSError as error:
             sock.close()
@@ -106,7 +106,7 @@ def _take_away_dead(path: str) -> None:
             pass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Welcomer:
     """The far side's end of the authentication: a new connection in, a stream and its client out."""
 

@@ -84,7 +84,7 @@ def set_locality(locality: int) -> bytes:
     return _U32.pack(SET_LOCALITY) + bytes([locality])
 
 
-def succeeded(answer: bytes) -> bool:
+def succeeded(answer: bytes | bytearray) -> bool:
     """Tell whether a control command's answer says that it was done."""
     return len(answer) >= _WORD and _U32.unpack_from(answer)[0] == 0
 

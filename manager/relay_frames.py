@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 from manager.relay_errors import RelayProtocolError
 
@@ -122,7 +122,7 @@ assert Welcome.CODEC.size == 19
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """OPEN. `parent`: of PASSED, the channel of its control connection. `locality`: the one set last, or NO_LOCALITY."""
+    """OPEN. `parent`: of PASSED, its control connection's channel. `locality`: the one set last, or NO_LOCALITY."""
 
     kind: ChannelKind
     parent: int
@@ -153,7 +153,7 @@ class Opening:
 assert Opening.CODEC.size == 4
 
 
-def _unpack(codec: struct.Struct, untrusted: bytes) -> tuple[bytes, ...] | tuple[int, ...]:
+def _unpack(codec: struct.Struct, untrusted: bytes) -> tuple[Any, ...]:
     if len(untrusted) != codec.size:
         raise RelayProtocolError(f"{codec.size} bytes were due, not {len(untrusted)}")
     return codec.unpack(untrusted)
@@ -178,7 +178,7 @@ class FrameReader:
         """Start with nothing received."""
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | bytearray) -> None:
         """Add what was received."""
         self._buffer += data
 

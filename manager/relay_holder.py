@@ -117,7 +117,7 @@ class Held:
     def take(self) -> list[tuple[bytes, bytes, list[int]]]:
         """Return copies of everything that is kept: key, note, descriptors. Raises OSError."""
         send_message(self._sock, TAKE)
-        found = []
+        found: list[tuple[bytes, bytes, list[int]]] = []
         while True:
             try:
                 data, descriptors = receive_message(self._sock, 1 + KEY_BYTES + MAX_NOTE, DESCRIPTORS)

@@ -73,7 +73,9 @@ class Line(Protocol):
         """End it."""
 
 
-async def persist(once: Callable[[bytes], Awaitable[bytes]], request: bytes, patience: float, *, control: bool) -> bytes:
+async def persist(
+    once: Callable[[bytes], Awaitable[bytes]], request: bytes, patience: float, *, control: bool
+) -> bytes:
     """Ask until it is known what became of the request; waits at most `patience` seconds for an instance to come."""
     deadline, pause = trio.current_time() + patience, _FIRST_PAUSE
     while True:
@@ -144,9 +146,10 @@ class ControlLine:
     def __init__(self, find: Find, locality: Locality, patience: float) -> None:
         """Ask the instance that `find` finds."""
         self._find, self._locality, self._patience = find, locality, patience
-        self._sock: trio.socket.SocketType | None = None
-        self._making = trio.Lock()
+        self._talking = trio.Lock()
         self._closed = False
+        self.sock: trio.socket.SocketType | None = None
+        self.presence: socket.socket | None = None  # that nothing is said on: its end would switch the TPM off
         self.passed: PassedLine | None = None
 
     async def exchange(self, request: bytes) -> bytes:
@@ -154,41 +157,45 @@ class ControlLine:
         return await persist(self._once, request, self._patience, control=True)
 
     async def _once(self, request: bytes) -> bytes:
-        sock = await self.connect()
-        try:
-            if number_of(request) == SET_DATAFD and self.passed is not None:
-                return await self._pass(sock, self.passed)
-            answer = await ask(sock, request, control=True)
-        except (NotTakenError, UnknownError):
-            self.drop()
-            raise
+        async with self._talking:
+            sock = await self._ready()
+            try:
+                if number_of(request) == SET_DATAFD and self.passed is not None:
+                    return await self._pass(sock, self.passed)
+                answer = await ask(sock, request, control=True)
+            except (NotTakenError, UnknownError):
+                self.drop()
+                raise
         if number_of(request) == SET_LOCALITY and succeeded(answer):
             self._locality.value = locality_of(request)
         return answer
 
-    async def connect(self) -> trio.socket.SocketType:
-        """Return the connection, made anew with all that was set where the last instance has gone."""
-        async with self._making:
-            if self._sock is None:
-                if self._closed:
-                    raise UnknownError
-                sock = await connected((await self._find()).control)
-                try:
-                    await self._restore(sock)
-                except BaseException:
-                    sock.close()
-                    raise
-                self._sock = sock
-            return self._sock
+    async def restore(self) -> None:
+        """Have the data connection made that is wanted. Raises NotTakenError, UnknownError."""
+        async with self._talking:
+            await self._ready()
 
-    async def _restore(self, sock: trio.socket.SocketType) -> None:
+    async def _ready(self) -> trio.socket.SocketType:
+        """Return the connection, made anew with all that was set where the last instance has gone."""
+        if self._closed:
+            raise UnknownError
+        new = self.sock is None
+        sock = self.sock or await connected((await self._find()).control)
+        self.sock = sock
         try:
-            if self.passed is not None and self.passed.wanted and not succeeded(await self._pass(sock, self.passed)):
+            wanted = self.passed if self.passed is not None and self.passed.wanted else None
+            if wanted is not None and not succeeded(await self._pass(sock, wanted)):
+                wanted.wanted = True
                 raise NotTakenError("its data connection is in use")
-            if self._locality.value != NO_LOCALITY:
+            if new and self._locality.value != NO_LOCALITY:
                 await ask(sock, set_locality(self._locality.value), control=True)
         except UnknownError:
+            self.drop()
             raise NotTakenError from None  # nothing of a client's was said yet
+        except BaseException:
+            self.drop()
+            raise
+        return sock
 
     @staticmethod
     async def _pass(sock: trio.socket.SocketType, passed: "PassedLine") -> bytes:
@@ -211,17 +218,19 @@ class ControlLine:
 
     def drop(self) -> None:
         """Let go of an instance that has gone: the next thing said is said to the next one."""
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
-        if self.passed is not None and self.passed.sock is not None:
-            self.passed.sock.close()
-            self.passed.sock = None
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        if self.passed is not None:
+            self.passed.drop()
 
     def close(self) -> None:
         """End it; what is being asked is answered with failure."""
         self._closed = True
         self.drop()
+        if self.presence is not None:
+            self.presence.close()
+            self.presence = None
 
 
 class PassedLine:
@@ -239,22 +248,27 @@ class PassedLine:
 
     async def _once(self, request: bytes) -> bytes:
         if self.sock is None:
-            await self._parent.connect()
+            if not self.wanted:
+                raise UnknownError
+            await self._parent.restore()
         if self.sock is None:
-            self._parent.drop()
             raise NotTakenError
         try:
             return await ask(self.sock, request, control=False)
         except (NotTakenError, UnknownError):
-            self._parent.drop()
+            self.drop()
             raise
 
-    def close(self) -> None:
-        """End it, and with it what is left of its control connection's part."""
-        self.wanted = False
+    def drop(self) -> None:
+        """Let go of an instance that has gone."""
         if self.sock is not None:
             self.sock.close()
             self.sock = None
+
+    def close(self) -> None:
+        """End it."""
+        self.wanted = False
+        self.drop()
         if self._parent.passed is self:
             self._parent.passed = None
 

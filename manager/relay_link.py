@@ -24,7 +24,8 @@ class Link:
         self._out, self._queue = trio.open_memory_channel[Frame](_QUEUE)
         self._scope = trio.CancelScope()
         self._unsent = 0
-        self.opened: set[int] = set()  # channels that the other side knows of (near), or serves (far)
+        self.opened: set[int] = set()  # near: channels that were said to be open on this connection
+        self.asked: dict[int, int] = {}  # near: the number of the last request of each
         self.leaving = False
 
     async def send(self, frame: Frame) -> None:
@@ -78,6 +79,12 @@ class Link:
                     nursery.start_soon(self._ping)
                     await self._read(on_frame)
                     nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            # one stream: what went wrong first is why
+            expected, others = group.split((RelayProtocolError, trio.BrokenResourceError, trio.TooSlowError))
+            if others is not None or expected is None:
+                raise
+            raise _first_of(expected) from None
         finally:
             self._queue.close()
             await trio.aclose_forcefully(self._stream)
@@ -108,6 +115,11 @@ class Link:
         while True:
             await trio.sleep(PING_SECONDS)
             self.send_if_room(Frame(Kind.PING))
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    found = group.exceptions[0]
+    return _first_of(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 async def first_frame(link: Link, kind: Kind) -> Frame:

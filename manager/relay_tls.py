@@ -5,7 +5,7 @@ the pins once more, so that the holder of a pinned certificate cannot make other
 connection shows certificates.
 """
 
-import datetime
+import datetime as dt
 import hashlib
 import ssl
 from collections.abc import Iterable
@@ -37,21 +37,19 @@ def make_identity(directory: Path, name: str) -> str:
     """
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:_MAX_NAME])])
-    now = datetime.datetime.now(datetime.UTC)
+    now = dt.datetime.now(dt.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=_DAYS))
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=_DAYS))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write_new(str(directory / KEY_FILE), pem, PRIVATE)
     write_new(str(directory / CERTIFICATE_FILE), certificate.public_bytes(serialization.Encoding.PEM))
     return fingerprint(certificate.public_bytes(serialization.Encoding.DER))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 from uuid import UUID
 
@@ -32,10 +33,11 @@ from manager.hwtpm_errors import (
     SealDamaged,
 )
 from manager.keys import BootArea, GroupSeal, PlatformSecret, catalogue_key, store_check
+from manager.migration_rollback import begin_anew, in_words
 from manager.opening import integrity, locked_store, open_tpm, pin_srk, read_boot_area
 from manager.recovery_errors import EscrowError
 from manager.recovery_key import RecoveryPrivate
-from manager.rollback_losses import Loss, losses_of
+from manager.rollback_losses import Loss, losses_of, perhaps_left
 from storage.catalogue import Catalogue
 from storage.catalogue_rows import AttachmentRow, Happened
 from storage.secrets import GroupKey
@@ -73,8 +75,11 @@ class Rollback:
 class Acceptance:
     """An installation whose store the rollback rule refuses, locked, with nothing changed yet."""
 
-    def __init__(self, tpm: HardwareTpm, store: Store, boot: BootArea, secret: PlatformSecret, *, key: bool) -> None:
+    def __init__(
+        self, tpm: HardwareTpm, store: Store, boot: BootArea, secret: PlatformSecret, state_dir: Path, *, key: bool
+    ) -> None:
         """Made by `refused_store`; `key`: the recovery key was given, and it opened the escrow."""
+        self._state_dir = state_dir
         self._tpm, self._store, self._boot, self._secret, self._key = tpm, store, boot, secret, key
         self.catalogue: Catalogue | None = None
         self.stale: list[AttachmentRow] = []
@@ -108,6 +113,7 @@ class Acceptance:
         _log.warning("%s %s", EVENT, text)
         with integrity():
             renumber(self._store, self.catalogue)
+            self._boot = begin_anew(self._state_dir, self._secret.store_key, self._store, self._boot)
         self._make_it_the_newest()
         return text
 
@@ -154,7 +160,7 @@ def refused_store(
             store = open_now.enter_context(Store.open(descriptor, secret.store_key))
         boot = BootArea.unpack(store.boot_area)  # what stood in clear has served to get here; this one is authentic
         why = _refusal(tpm, store, boot, secret)
-        made = Acceptance(tpm, store, boot, secret, key=key is not None)
+        made = Acceptance(tpm, store, boot, secret, layout.state_dir, key=key is not None)
         closed = _unlock(tpm, store, key)
         if not without_catalogue:
             made.catalogue = open_now.enter_context(_catalogue(layout, config, secret, uuid))
@@ -168,7 +174,10 @@ def refused_store(
             why=why,
             recovery_key=_has_recovery_key(boot),
             closed=closed,
-            losses=tuple(losses_of(store, made.catalogue, layout.state_images, made.stale)),
+            losses=(
+                *losses_of(store, made.catalogue, layout.state_images, made.stale),
+                *perhaps_left(store, made.catalogue, in_words(layout.state_dir, secret.store_key, store, boot)),
+            ),
         )
         yield made
 

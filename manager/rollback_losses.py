@@ -1,7 +1,7 @@
 """What going back to an older store would lose, as far as state images and catalogue show it. Changes nothing."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -53,6 +53,13 @@ def losses_of(
         named = rows.get(attachment.vtpm)
         text = f"its attachment to guest {attachment.guest} is from a later time and will be taken away"
         yield Loss(attachment.vtpm, named.name if named else None, text)
+
+
+def perhaps_left(store: Store, catalogue: Catalogue | None, words: Iterable[tuple[UUID | None, str]]) -> Iterator[Loss]:
+    """Tell of the vTPMs that may be with another manager by now (`migration_rollback.in_words`)."""
+    for vtpm, text in words:
+        row = None if catalogue is None or vtpm is None else catalogue.find_vtpm(vtpm)
+        yield Loss(vtpm or store.uuid, row.name if row else None, text)
 
 
 def _beside(record: VtpmRecord, path: Path) -> tuple[str, int, int | None] | None:

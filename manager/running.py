@@ -19,10 +19,6 @@ PCR_READS_A_SECOND: Final = 1.0  # each takes the hardware TPM a handful of comm
 PCR_READS_AT_ONCE: Final = 5.0
 GUEST_QUOTES_A_SECOND: Final = 1.0
 GUEST_QUOTES_AT_ONCE: Final = 5.0
-EXPORTS_A_SECOND: Final = 2.0  # of state blobs: each has an event; a host that snapshots takes one
-EXPORTS_AT_ONCE: Final = 10.0
-IMPORTS_A_SECOND: Final = 2.0  # each that is refused has an event
-IMPORTS_AT_ONCE: Final = 10.0
 _LOOK_AGAIN: Final = 0.02  # seconds: a stage can change without a report
 
 
@@ -94,8 +90,6 @@ class Running:
     hw_pcrs: int = 0  # hardware PCRs that its attachment asks for, and no others are told it; bit 0 for PCR 0
     pcr_reads: TokenBucket = field(default_factory=lambda: TokenBucket(PCR_READS_A_SECOND, PCR_READS_AT_ONCE))
     guest_quotes: TokenBucket = field(default_factory=lambda: TokenBucket(GUEST_QUOTES_A_SECOND, GUEST_QUOTES_AT_ONCE))
-    exports: TokenBucket = field(default_factory=lambda: TokenBucket(EXPORTS_A_SECOND, EXPORTS_AT_ONCE))
-    imports: TokenBucket = field(default_factory=lambda: TokenBucket(IMPORTS_A_SECOND, IMPORTS_AT_ONCE))
     idle: trio.Event = field(default_factory=trio.Event)  # set when a request was done after the process had ended
     back: BackRing = field(init=False)
 

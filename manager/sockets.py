@@ -5,6 +5,7 @@ owner's. So whether somebody connects is decided by that folder's and the socket
 """
 
 import contextlib
+import errno
 import grp
 import os
 import pwd
@@ -15,18 +16,22 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from manager.errors import ManagerError, UsageError
+from manager.errors import ConflictError, ManagerError, UsageError
 
 BACKLOG: Final = 64  # tpm2-tss connects anew for every command and every control request
 _SOCKET_NAMES: Final = {"data": "swtpm.sock", "control": "swtpm.sock.ctrl", "ring": "ring.sock", "proxy": "device.json"}
 LISTENERS_OF: Final = {
     "socket": ("data", "control"),
+    "mssim": ("data", "control"),  # the simulator's command and platform port
     "qemu": ("data", "control"),
     "ring": ("ring",),
     "proxy": ("proxy",),  # no socket, but the server's end of a device: manager.ports
 }
 _ENDPOINTS: Final = {"qemu": "control"}  # the socket a guest is told, where it is not the first one
 _DEFAULT_MODES: Final = {"qemu": "0600"}  # one user, whom QEMU runs as; others: those of a group, too
+LOOPBACK: Final = "127.0.0.1"
+_ON_TCP: Final = frozenset({"socket", "mssim"})  # front ends that may have ports in place of Unix sockets
+_HIGHEST_PORT: Final = 65_534  # the control channel has the next one
 _MODE_LIMIT: Final = 0o777
 _NO_ID: Final = (1 << 32) - 1
 
@@ -72,6 +77,48 @@ def _number(text: str) -> int:
 def default_mode(frontend: str) -> str:
     """Return the permissions of a front end's sockets where nothing else was asked for."""
     return _DEFAULT_MODES.get(frontend, "0660")
+
+
+def check_port(frontend: str, port: int | None) -> int:
+    """Return the first of a front end's two TCP ports, 0 where it has Unix sockets.
+
+    Raises:
+        UsageError: no such port, or not with this front end, or not without.
+
+    """
+    if port is None:
+        if frontend == "mssim":
+            raise UsageError("--frontend mssim needs --tcp PORT: its clients know TCP only. Nothing was done")
+        return 0
+    if frontend not in _ON_TCP:
+        raise UsageError(f"--tcp goes with --frontend {' and '.join(sorted(_ON_TCP))} only. Nothing was done")
+    if not 0 < port <= _HIGHEST_PORT:
+        raise UsageError(f"--tcp takes a port from 1 to {_HIGHEST_PORT}: the control channel has the next one")
+    return port
+
+
+def listen_on_ports(port: int) -> list[socket.socket]:
+    """Listen for data on `port` of the loopback interface, for control on the next; the sockets are the caller's.
+
+    Raises:
+        ConflictError: somebody has one of them. ManagerError: the operating system refused for another reason.
+
+    """
+    made: list[socket.socket] = []
+    for number in (port, port + 1):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        made.append(sock)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of before may still linger
+            sock.bind((LOOPBACK, number))
+            sock.listen(BACKLOG)
+        except OSError as error:
+            for each in made:
+                each.close()
+            kind = ConflictError if error.errno == errno.EADDRINUSE else ManagerError
+            why = error.strerror or error
+            raise kind(f"cannot listen on {LOOPBACK} port {number}: {why}; nothing was started") from error
+    return made
 
 
 def parse_mode(text: str) -> int:

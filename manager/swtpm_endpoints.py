@@ -66,14 +66,14 @@ def _unix(endpoint: Endpoint) -> socket.socket:
     with suppress(FileNotFoundError):
         path.unlink()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)  # nobody connects before mode and owner are what they should be
+    before = os.umask(0o177)  # nobody else connects before mode and owner are what they should be
     try:
         sock.bind(str(path))
+        sock.listen(_BACKLOG)  # at once: whoever waits for the name to appear connects then
         uid, gid = _identity(endpoint)
         if (uid, gid) != (_ALL_UIDS, _ALL_UIDS):
             os.chown(path, uid, gid)
         path.chmod(endpoint.mode)
-        sock.listen(_BACKLOG)
     except (OSError, UsageError):
         sock.close()
         raise

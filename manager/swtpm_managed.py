@@ -223,11 +223,14 @@ def _parsed(words: Sequence[str]) -> SwtpmOptions:
     return parse(Interface(words[0]), words[1:], os.environ)
 
 
-def _without_manager(options: SwtpmOptions) -> None:
+def _print_without_manager(options: SwtpmOptions) -> None:
     """Let the other command print what libtpms can: no vTPM is needed for that."""
-    words = [_WITHOUT_MANAGER, options.interface.value, *(("--tpm2",) if options.tpm2 else ())]
+    words = ["--tpm2"] if options.tpm2 else []
+    words += ["--print-capabilities"] if options.print_capabilities else []
+    words += ["--print-profiles"] if options.print_profiles else []
+    words += ["--print-info", str(options.print_info)] if options.print_info else []
     program = Path(sys.argv[0]).resolve().parent / _WITHOUT_MANAGER
-    os.execv(program, [*words, "--print-capabilities"])  # noqa: S606 - no shell is wanted
+    os.execv(program, [_WITHOUT_MANAGER, options.interface.value, *words])  # noqa: S606 - no shell is wanted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,8 +240,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parsed(sys.argv[1:] if argv is None else argv)
         if options.manager is None:
             raise OptionError("--manager is missing")
-        if options.print_capabilities:
-            _without_manager(options)
+        if options.print_capabilities or options.print_profiles or options.print_info:
+            _print_without_manager(options)
+        if options.print_states:  # with --manager-ignore-tpmstate: what is ignored holds no states
+            sys.stdout.write('{ "type": "swtpm", "states": [] }\n')
+            return int(ExitCode.OK)
     except OptionError as error:
         sys.stderr.write(f"{error}\n")
         return int(ExitCode.USAGE)

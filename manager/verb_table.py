@@ -62,7 +62,10 @@ VERBS: Final[tuple[Verb, ...]] = (
             _VTPM,
             Argument("guest", "the guest's name: 1 to 64 of A-Z a-z 0-9 . _ -", positional=True, required=True),
             Argument(
-                "frontend", "how the guest connects", default="socket", choices=("socket", "qemu", "ring", "proxy")
+                "frontend",
+                "how the guest connects",
+                default="socket",
+                choices=("socket", "qemu", "ring", "mssim", "proxy"),
             ),
             Argument("owner", "USER[:GROUP] that may use the sockets: USER may also reset the platform"),
             Argument("mode", "permissions of the sockets, octal (default: 0660, of qemu 0600)"),
@@ -70,6 +73,9 @@ VERBS: Final[tuple[Verb, ...]] = (
                 "startup",
                 "TPM2_Startup done for the guest (default: clear, of qemu none: firmware does it)",
                 choices=("clear", "state", "none"),
+            ),
+            Argument(
+                "tcp", "for socket and mssim: ports PORT and PORT+1 of 127.0.0.1, open to every user of the host", "int"
             ),
             Argument("hwinitpcrs", "hardware PCRs that are put into the vTPM's at its start: all, none, 0,2,4-7"),
             Argument("hibernate", "'never', or after how many seconds without a command (default: as configured)"),

@@ -7,7 +7,6 @@ from manager.verb_form import Argument, Role, Verb
 _VTPM: Final = Argument("vtpm", "UUID or name", positional=True, required=True)
 _PEER: Final = Argument("peer", "what you call the other manager", positional=True, required=True)
 _PEER_COLUMNS: Final = ("peer", "address", "leave", "come", "until", "fingerprint")
-_DAYS: Final = 7
 
 MIGRATION_VERBS: Final[tuple[Verb, ...]] = (
     Verb(
@@ -32,7 +31,7 @@ MIGRATION_VERBS: Final[tuple[Verb, ...]] = (
             Argument("leave_group", "a group whose vTPMs may leave for it; may be given again", kind="list"),
             Argument("come", "UUID of a vTPM that may come from it; may be given again", kind="list"),
             Argument("come_group", "a group of this manager that its vTPMs may come into; may be given again", "list"),
-            Argument("days", "for how many days", kind="int", default=_DAYS),
+            Argument("valid", "for how long: 90s, 30m, 12h, 7d", default="7d"),
         ),
         prints="fingerprint",
         columns=_PEER_COLUMNS,

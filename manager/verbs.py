@@ -78,6 +78,7 @@ async def attach(services: Services, caller: Caller, arguments: Arguments) -> li
         startup=arguments["startup"],
         hwinitpcrs=arguments["hwinitpcrs"],
         hibernate=arguments["hibernate"],
+        tcp=arguments["tcp"],
         quota=(arguments["commands_per_second"], arguments["saves_per_second"], arguments["nv_bytes"]),
     )
     await services.attachments.attach(row, options, caller.uid)

@@ -1,5 +1,6 @@
 """What the verbs about migration do. Documents out; errors are ManagerError."""
 
+import re
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -17,8 +18,9 @@ from manager.tombstones import iso
 from manager.verb_table import SCHEMA_VERSION
 from manager.verb_table_migration import MIGRATION_VERBS
 
-_DAY: Final = 86400
-_MOST_DAYS: Final = 3650
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION: Final = re.compile(r"([0-9]{1,9})([smhd])")
+_LONGEST: Final = 3650 * 86400
 
 
 async def identity(services: Services, _caller: Caller, _arguments: Arguments) -> list[Document]:
@@ -47,8 +49,7 @@ async def authorise(services: Services, caller: Caller, arguments: Arguments) ->
     wanted = (arguments["fingerprint"] or fingerprint).replace(":", "").lower()
     if wanted != fingerprint:
         raise UsageError(f"this certificate has the fingerprint {fingerprint}, not {wanted[:80]}. Nothing was done")
-    if not 0 < arguments["days"] <= _MOST_DAYS:
-        raise UsageError(f"--days {arguments['days']}: 1 to {_MOST_DAYS}")
+    seconds = parse_duration(arguments["valid"])
     registry, now = services.registry, int(time.time())
     groups = [find_group(registry.catalogue, text).uuid for text in arguments["leave_group"]]
     peer = Peer(
@@ -60,7 +61,7 @@ async def authorise(services: Services, caller: Caller, arguments: Arguments) ->
         leave_groups=tuple(dict.fromkeys(groups)),
         come_vtpms=tuple(dict.fromkeys(map(_uuid, arguments["come"]))),
         come_groups=tuple(find_group(registry.catalogue, text).uuid for text in arguments["come_group"]),
-        until=now + arguments["days"] * _DAY,
+        until=now + seconds,
         made=now,
         by=caller.uid,
     )
@@ -145,6 +146,15 @@ def _words(services: Services, vtpms: Sequence[UUID], groups: Sequence[UUID]) ->
     rows = {vtpm: services.registry.catalogue.find_vtpm(vtpm) for vtpm in vtpms}
     parts = [row.name if row else str(vtpm) for vtpm, row in rows.items()]
     return ", ".join([*parts, *(f"group {services.registry.group_name(group)}" for group in groups)]) or None
+
+
+def parse_duration(text: str) -> int:
+    """Return the seconds of a time like 90s, 30m, 12h or 7d. Raises UsageError."""
+    found = _DURATION.fullmatch(text)
+    seconds = int(found[1]) * _UNITS[found[2]] if found else 0
+    if not 0 < seconds <= _LONGEST:
+        raise UsageError(f"--valid {text[:40]}: a number and s, m, h or d, ten years at most. Nothing was done")
+    return seconds
 
 
 def _uuid(text: str) -> UUID:

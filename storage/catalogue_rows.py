@@ -29,6 +29,7 @@ class AttachmentRow:
     `epoch` is the one that the vTPM's record in the store says (storage.store_records); 0 in rows of schema 1.
     `hw_pcrs`: the hardware PCRs that are put into the vTPM at its start, as "0,2,7"; empty for none.
     `hibernate_after`: seconds without a command, 0 for never, None for what the configuration says.
+    `tcp_port`: the first of two ports on the loopback interface in place of Unix sockets, 0 for none.
     Quotas (commands and saves a second, bytes of NV) of 0 are none.
     """
 
@@ -42,6 +43,7 @@ class AttachmentRow:
     created: str = ""
     epoch: int = 0
     hw_pcrs: str = ""
+    tcp_port: int = 0
     hibernate_after: int | None = None
     commands_per_second: int = 0
     saves_per_second: int = 0
@@ -114,14 +116,15 @@ _YOUNGER: Final[dict[str, int | str | None]] = {
     "saves_per_second": 0,
     "nv_bytes": 0,
     "hw_pcrs": "",
+    "tcp_port": 0,
 }  # what rows without them stand for
 
 
 def canonical(table: str, values: Mapping[str, Any]) -> bytes:
     """Return what a row's MAC is over: table and row as JSON, keys sorted, UUIDs as text, no white space.
 
-    An `epoch` of 0, a `hibernate_after` of None, quotas of 0 and empty `hw_pcrs` are left out: rows of older schemas
-    have none, and their MACs go on to hold.
+    An `epoch` of 0, a `hibernate_after` of None, quotas and a `tcp_port` of 0 and empty `hw_pcrs` are left out: rows of
+    older schemas have none, and their MACs go on to hold.
     """
     parts = [
         f'"{name}":{_json(value)}'

@@ -5,7 +5,7 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-SCHEMA: Final = 4  # grows with every migration; `about.schema` tells a database's own
+SCHEMA: Final = 5  # grows with every migration; `about.schema` tells a database's own
 
 metadata = sa.MetaData()
 
@@ -68,6 +68,7 @@ attachments = sa.Table(
     sa.Column("saves_per_second", sa.Integer, nullable=False, server_default="0"),
     sa.Column("nv_bytes", sa.Integer, nullable=False, server_default="0"),
     sa.Column("hw_pcrs", sa.String(64), nullable=False, server_default=""),
+    sa.Column("tcp_port", sa.Integer, nullable=False, server_default="0"),
 )
 events = sa.Table(
     "events",

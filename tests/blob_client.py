@@ -6,7 +6,7 @@ Source: QEMU backends/tpm/tpm_emulator.c; reference/swtpm-libtpms-qemu.md sectio
 import array
 import socket
 import struct
-from typing import Final
+from typing import ClassVar, Final
 
 import vtpm_instance_rig as tpm
 
@@ -31,13 +31,16 @@ class Refused(Exception):
 class Machine:
     """One QEMU. `control` is the path of the control socket."""
 
+    open: ClassVar[list["Machine"]] = []  # for tests that fail with one
+
     def __init__(self, control: str, timeout: float = 60.0) -> None:
         self.control = socket.socket(socket.AF_UNIX)
-        self.control.settimeout(timeout)
-        self.control.connect(control)
+        Machine.open.append(self)
         self.data, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.data.settimeout(timeout)
         with theirs:
+            self.control.settimeout(timeout)
+            self.control.connect(control)
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
             self.control.sendmsg([struct.pack(">I", SET_DATAFD)], rights)
             self._result(SET_DATAFD, self._receive(4))
@@ -103,6 +106,10 @@ class Machine:
         """QEMU ends: by its own SHUTDOWN, or killed."""
         if politely:
             self.call(SHUTDOWN)
+        self.close()
+        Machine.open.remove(self)
+
+    def close(self) -> None:
         self.control.close()
         self.data.close()
 

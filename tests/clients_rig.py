@@ -50,7 +50,13 @@ class Programs:
 
     def run(self, *words: str, check: bool = True, given: bytes | None = None, seconds: float = 60) -> Answer:
         done = subprocess.run(
-            words, env=self.environment, input=given or b"", capture_output=True, cwd=self.home, timeout=seconds, check=False
+            words,
+            env=self.environment,
+            input=given or b"",
+            capture_output=True,
+            cwd=self.home,
+            timeout=seconds,
+            check=False,
         )
         out, err = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
         if check:
@@ -122,10 +128,16 @@ def resource_manager(programs: Programs, tcti: str, name: str) -> Iterator[str]:
         yield clients
 
 
-def free_port() -> int:
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        return int(chosen.getsockname()[1])
+def free_ports() -> int:
+    """A port of the loopback interface that nobody uses, and neither the next one."""
+    for _ in range(100):
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            with suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+    raise AssertionError("no two free ports")
 
 
 @contextmanager
@@ -137,7 +149,7 @@ def tcsd(base: Path, **device: str) -> Iterator[Programs]:
     if not home.exists():
         home.mkdir()
         shutil.chown(home, tss.pw_uid, tss.pw_gid)
-    port = free_port()
+    port = free_ports()
     configuration = home / "tcsd.conf"
     configuration.write_text(f"port = {port}\nsystem_ps_file = {home}/system.data\ndisable_ipv6 = 1\n")
     os.chown(configuration, 0, tss.pw_gid)

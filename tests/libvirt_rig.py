@@ -9,8 +9,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +44,7 @@ group = "{qemu}"
 swtpm_user = "{swtpm}"
 swtpm_group = "{swtpm}"
 """
+# A /dev/kvm that may be opened and does not work has libvirt ask QEMU anew for each of its 20 questions.
 _START = """\
 set -e
 mount --bind {base}/passwd /etc/passwd
@@ -51,6 +52,7 @@ mount --bind {base}/group /etc/group
 mount --bind {base}/etc /etc/libvirt
 for place in /run /var/log /var/cache /var/lib; do mount -t tmpfs -o mode=755 tmpfs $place; done
 mkdir /run/lock
+if [ -e /dev/kvm ]; then mount --bind {base}/kvm /dev/kvm; fi
 libvirtd --pid-file {base}/libvirtd.pid &
 wait $!
 """
@@ -91,7 +93,7 @@ class Libvirt:
         self.base = base
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, commands: Path | None = None, environment: Mapping[str, str] | None = None) -> None:
+    def start(self, commands: Sequence[Path] = (), environment: Mapping[str, str] | None = None) -> None:
         """Start libvirtd; it finds what is in `commands` before the machine's commands."""
         for name in ("etc", "sock"):
             (self.base / name).mkdir()
@@ -102,19 +104,20 @@ class Libvirt:
         for name, number in (QEMU_USER, SWTPM_USER):
             users += f"{name}:x:{number}:{number}::/nonexistent:/usr/sbin/nologin\n"
             groups += f"{name}:x:{number}:\n"
+        (self.base / "kvm").touch(0o600)
         (self.base / "passwd").write_text(users)
         (self.base / "group").write_text(groups)
         image = built_image("small")
         shutil.copy(image.kernel, self.base / "kernel")
         shutil.copy(image.initrd, self.base / "initrd")
-        path = os.environ["PATH"] if commands is None else f"{commands}:{os.environ['PATH']}"
+        path = ":".join([*map(str, commands), os.environ["PATH"]])
         with (self.base / "start.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [*_UNSHARE, "sh", "-c", _START.format(base=self.base)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"PATH": path, "LANG": "C.UTF-8", **(environment or {})},
+                env={"PATH": path, "LANG": "C.UTF-8", "LIBVIRT_RIG": str(self.base), **(environment or {})},
             )
         deadline = time.monotonic() + START_SECONDS
         while self.virsh("version", check=False).returncode:
@@ -163,6 +166,17 @@ class Libvirt:
         assert "@@DONE 0" in text, text[-3000:]
         return text.partition("@@USERSPACE")[2].partition("@@DONE")[0]
 
+    def commands(self, name: str) -> list[int]:
+        """Processes that this libvirtd has started, with `name` in their command line."""
+        mine = str(self.base).encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(OSError):
+                    if name.encode() in (entry / "cmdline").read_bytes() and mine in (entry / "environ").read_bytes():
+                        found.append(int(entry.name))
+        return found
+
     def stop(self) -> None:
         """End libvirtd and everything it has started: they are of one PID namespace."""
         if self._process is not None:
@@ -171,7 +185,7 @@ class Libvirt:
 
 
 @contextmanager
-def libvirt(commands: Path | None = None, environment: Mapping[str, str] | None = None) -> Iterator[Libvirt]:
+def libvirt(commands: Sequence[Path] = (), environment: Mapping[str, str] | None = None) -> Iterator[Libvirt]:
     """A libvirtd with directories in a place with a short name, which everybody may pass through."""
     base = Path(tempfile.mkdtemp(prefix="lv"))
     base.chmod(0o755)

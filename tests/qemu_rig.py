@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from guest_rig import KERNEL, Image
 from qmp import Monitor
@@ -18,6 +19,7 @@ MEMORY_MIB = 256
 START_SECONDS = 30.0
 BOOT_SECONDS = 300.0  # 5 (SeaBIOS) or 15 (OVMF) on a quiet machine
 COMMAND_SECONDS = 120.0
+_MIGRATION_ENDED = {"completed", "failed", "cancelled"}
 
 
 class Ticks:
@@ -42,8 +44,9 @@ class Ticks:
         self._socket.close()
 
 
-def connected(path: Path, seconds: float = START_SECONDS) -> socket.socket:
-    deadline = time.monotonic() + seconds
+def connected(path: Path, process: "subprocess.Popen[bytes] | None" = None) -> socket.socket:
+    """Connect as soon as somebody listens; `process` is who will, unless it ends."""
+    deadline = time.monotonic() + START_SECONDS
     while True:
         sock = socket.socket(socket.AF_UNIX)
         try:
@@ -51,6 +54,7 @@ def connected(path: Path, seconds: float = START_SECONDS) -> socket.socket:
         except OSError:
             sock.close()
             assert time.monotonic() < deadline, f"nobody listens at {path}"
+            assert process is None or process.poll() is None, "QEMU ended"
             time.sleep(0.005)
         else:
             return sock
@@ -130,7 +134,7 @@ class Qemu:
         """tpm: QEMU's arguments for the TPM's back end, called `tpm0`; disk: a qcow2 that keeps snapshots."""
         self.directory = directory
         self.console = directory / "console"
-        command = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-cpu", "qemu64", "-smp", "1"]
+        command = ["qemu-system-x86_64", "-accel", os.environ.get("VM_ACCEL","tcg"), "-machine", "q35", "-cpu", "qemu64", "-smp", "1"]
         command += ["-m", str(MEMORY_MIB), "-nodefaults", "-display", "none", "-serial", f"file:{self.console}"]
         command += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", " ".join(KERNEL)]
         for name, use in (("agent", "isa-serial"), ("ticks", "isa-debugcon,iobase=0xe9"), ("qmp", "")):
@@ -147,11 +151,11 @@ class Qemu:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._connections: list[Monitor | Agent | Ticks] = []
         try:
-            self.monitor = Monitor(connected(directory / "qmp"))
+            self.monitor = Monitor(connected(directory / "qmp", self.process))
             self._connections.append(self.monitor)
-            self.guest = Agent(connected(directory / "agent"))
+            self.guest = Agent(connected(directory / "agent", self.process))
             self._connections.append(self.guest)
-            self.ticks = Ticks(connected(directory / "ticks"))
+            self.ticks = Ticks(connected(directory / "ticks", self.process))
             self._connections.append(self.ticks)
         except BaseException:
             self.kill()
@@ -186,6 +190,23 @@ class Qemu:
         """End QEMU as its monitor does it."""
         self.monitor.execute("quit")
         self._ended(START_SECONDS)
+
+    def migrate(self, uri: str) -> dict[str, Any]:
+        """Send the machine away; returns what query-migrate says once it is there. QEMU stays, without a machine."""
+        self.monitor.execute("migrate", uri=uri)
+        deadline = time.monotonic() + COMMAND_SECONDS
+        while (shown := dict(self.monitor.execute("query-migrate")))["status"] not in _MIGRATION_ENDED:
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.02)
+        assert shown["status"] == "completed", f"{shown}\n{self.log()}"
+        return shown
+
+    def arrived(self) -> None:
+        """Wait until what comes in is complete: the machine runs then, or stands still as it was sent."""
+        deadline = time.monotonic() + COMMAND_SECONDS
+        while self.monitor.execute("query-status")["status"] in {"inmigrate", "postmigrate"}:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
 
     def _ended(self, seconds: float) -> None:
         code = self.process.wait(seconds)

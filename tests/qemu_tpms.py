@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -71,12 +72,17 @@ class Ours:
             made.add(name, "--tpm", family)
         self.attached = made.attach(name, f"guest-{name}", "--frontend", "qemu")
 
-    def arguments(self) -> list[str]:
+    @property
+    def control(self) -> Path:
+        """Where QEMU connects, as the arguments say that vtpm-attach gave."""
         words = shlex.split(self.attached["qemu"])
         chardev = words[words.index("-chardev") + 1]
         (path,) = (option.removeprefix("path=") for option in chardev.split(",") if option.startswith("path="))
-        connected(Path(path)).close()
-        return back_end(Path(path))
+        return Path(path)
+
+    def arguments(self) -> list[str]:
+        connected(self.control).close()
+        return back_end(self.control)
 
     def close(self) -> None:
         """The installation ends with its fixture."""
@@ -120,3 +126,4 @@ class Bench:
     def close(self) -> None:
         for made in self.made:
             made.kill()
+            sys.stdout.write(f"QEMU in {made.directory.name}:\n{made.log()}")  # shown where a test failed

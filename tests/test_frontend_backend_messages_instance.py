@@ -185,3 +185,12 @@ def test_a_report_of_an_instance_that_knows_no_quotes_says_so() -> None:
     body = msgpack.packb([1, "Report", {"state": "ready", "reason": "", "text": ""}])
     packet = struct.pack(">HII", messages_instance.TAG_REQUEST, 10 + len(body), 0) + body
     assert decode_request(packet) == Report(messages_instance.InstanceState.READY, quotes=False)
+
+
+def test_a_commit_of_every_day_is_what_earlier_managers_read() -> None:
+    """`restored` is sent only by who was given a state blob, which an earlier manager never answered."""
+    usual = Commit(9, KEY, DIGEST, 1)
+    assert b"restored" not in encode_request(usual)
+    assert decode_request(encode_request(usual)) == usual
+    restored = Commit(9, KEY, DIGEST, 1, restored=b"h" * 160)
+    assert decode_request(encode_request(restored)) == restored

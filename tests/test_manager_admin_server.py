@@ -354,6 +354,7 @@ def test_defaults_fill_what_is_not_said() -> None:
         "owner": None,
         "mode": None,
         "startup": None,
+        "tcp": None,
         "hwinitpcrs": None,
         "hibernate": None,
         "commands_per_second": None,

@@ -261,10 +261,10 @@ def test_an_epoch_cannot_be_taken_from_a_row_or_given_to_one(catalogue: Catalogu
     assert_tampered(site, "attachments")
 
 
-NUMBERS = ("lease", "epoch", "hibernate_after", "commands_per_second", "saves_per_second", "nv_bytes")
+NUMBERS = ("lease", "epoch", "hibernate_after", "tcp_port", "commands_per_second", "saves_per_second", "nv_bytes")
 
 
-@pytest.mark.parametrize("column", ["commands_per_second", "saves_per_second", "nv_bytes"])
+@pytest.mark.parametrize("column", ["commands_per_second", "saves_per_second", "nv_bytes", "tcp_port"])
 @pytest.mark.parametrize(("kept", "put"), [(0, 5), (5, 0), (5, 6)])
 def test_a_quota_cannot_be_taken_from_a_row_or_given_to_one(
     catalogue: Catalogue, site: Site, column: str, kept: int, put: int

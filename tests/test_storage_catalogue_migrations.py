@@ -233,12 +233,17 @@ def test_rows_of_schema_2_keep_their_macs(old: Path) -> None:
     with Catalogue.open(old, KEY, STORE) as catalogue:
         found = catalogue.find_attachment(UUID(int=99))
         assert found == AttachmentRow(**row)
-        assert found.hw_pcrs == ""
-        catalogue.renew(replace(found, hw_pcrs="0,7"))
+        assert (found.hw_pcrs, found.tcp_port) == ("", 0)
+        catalogue.renew(replace(found, hw_pcrs="0,7", tcp_port=2321))
         again = catalogue.find_attachment(UUID(int=99))
         assert again is not None
-        assert again.hw_pcrs == "0,7"
-    with closing(sqlite3.connect(old)) as edited, edited:
-        edited.execute("update attachments set hw_pcrs = '0' where guest = 'guest'")
-    with pytest.raises(RowTampered, match="guest"):
-        Catalogue.open(old, KEY, STORE)
+        assert (again.hw_pcrs, again.tcp_port) == ("0,7", 2321)
+    for column, value in (("hw_pcrs", "0"), ("tcp_port", 2323)):
+        with closing(sqlite3.connect(old)) as edited, edited:
+            (before,) = edited.execute(f"select {column} from attachments where guest = 'guest'").fetchone()
+            edited.execute(f"update attachments set {column} = ? where guest = 'guest'", (value,))
+        with pytest.raises(RowTampered, match="guest"):
+            Catalogue.open(old, KEY, STORE)
+        with closing(sqlite3.connect(old)) as edited, edited:
+            edited.execute(f"update attachments set {column} = ? where guest = 'guest'", (before,))
+    Catalogue.open(old, KEY, STORE).close()

@@ -92,6 +92,7 @@ class SmallManager:
         self.quote_answer: Reply = Refusal(RefusalCode.DENIED, "no quotes here")
         self.task = QuoteTaskReply(0)
         self.closed = False
+        self.asleep = False
         self._wake, self._waker = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -105,6 +106,8 @@ class SmallManager:
         while alive and not self.closed:
             if not self.silent:
                 self._serve(back)
+            if self.asleep:
+                return  # what comes over the doorbell now is for the keeper: the guest's connections
             ready = dict(poll.poll())
             if self._wake in ready:
                 os.read(self._wake, 64)
@@ -154,7 +157,9 @@ class SmallManager:
             case Commit() as commit:
                 return self._commit(commit)
             case Hibernate(generation, key, digest, lease):
-                return self._commit(Commit(generation, key, digest, lease, final=True))
+                reply = self._commit(Commit(generation, key, digest, lease, final=True))
+                self.asleep = isinstance(reply, CommitReply)
+                return reply
             case Report() as report:
                 record.reports.append(report)
                 return ReportReply()

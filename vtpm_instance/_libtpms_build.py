@@ -40,6 +40,9 @@ TPM_RESULT TPM_IO_Hash_End(void);
 TPM_RESULT TPM_IO_TpmEstablished_Get(TPM_BOOL *);
 TPM_RESULT TPM_IO_TpmEstablished_Reset(void);
 void TPMLIB_SetDebugFD(int);
+int TPMLIB_SetDebugLevel(unsigned int);
+int TPMLIB_SetDebugPrefix(const char *);
+TPM_RESULT TPMLIB_SetProfile(const char *);
 
 void *malloc(size_t);
 void free(void *);

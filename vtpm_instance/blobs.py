@@ -1,10 +1,11 @@
 """A managed vTPM's state on its way out to QEMU and back, always encrypted: `StateBlobs` on the manager's keys.
 
 An *export* is what QEMU reads out between two commands of the guest: all parts are made at once from one state and
-encrypted under a key of their own, which is forgotten at once; the manager's header has it, wrapped. Before anything
-more is done with the TPM `used` makes a new generation, so that what was read out is history by then. What is *put in*
-is decrypted with the key that the manager gives if this vTPM may start from it, and is complete or not used at all.
-docs/adr/0011. What lives here: the two directions. What must not: when power comes and goes (`power`).
+encrypted under a key of their own, which the manager's header has, wrapped. Before anything more is done with the TPM
+`used` makes a new generation, so that what was read out is history by then. What is *put in* is decrypted with the key
+that the manager gives if this vTPM may start from it, and is complete or not used at all (docs/adr/0011).
+
+What lives here: the two directions. What must not: when power comes and goes (`power`).
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import Final
 from frontend_backend.errors import BlobDamagedError, BlobError
 from frontend_backend.messages_blobs import Export, ExportReply, Import, ImportReply
 from frontend_backend.messages_instance import RefusalCode
-from frontend_backend.state_blob import NONCE_BYTES, BlobHeader, Part, SealedPart, seal_part
+from frontend_backend.state_blob import NONCE_BYTES, BlobHeader, Part, PartFlags, SealedPart, seal_part
 from frontend_backend.tpmhdr import TpmFamily
 from storage.secrets import ExportKey
 from vtpm_instance.control_machine import BlobFlags, Result
@@ -30,6 +31,7 @@ from vtpm_instance.journal import note
 from vtpm_instance.libtpms import PERMANENT, SAVED, VOLATILE, Tpm
 from vtpm_instance.managerlink import ManagerLink
 from vtpm_instance.statekeeper import StateKeeper
+from vtpm_instance.tpm_commands import RC_INITIALIZE, code_of, read_clock
 
 EXPORT_TIMEOUT: Final = 20.0  # seconds that QEMU, whose guest is stopped, waits for a manager that is away
 IMPORT_TIMEOUT: Final = 60.0  # seconds; the manager may have to claim the vTPM from another one first
@@ -43,10 +45,16 @@ _RESULTS: Final = {
 
 @dataclass(slots=True)
 class _TakenOut:
-    """What was read out: of which generation, of which start of the TPM, and the encrypted blobs."""
+    """What was read out: of which generation, of which start of the TPM, the encrypted blobs and their key.
+
+    The key stays for as long as this state is the one that counts, which the process has in clear anyway: QEMU's
+    restore mostly meets the instance that saved.
+    """
 
     generation: int
     start: int
+    header: bytes
+    key: ExportKey
     blobs: dict[Part, bytes] = field(repr=False)
 
 
@@ -58,6 +66,7 @@ class _PutIn:
     raw: bytes
     key: ExportKey
     parts: dict[Part, bytes] = field(default_factory=dict, repr=False)
+    started: bool = True  # whether there is anything to go on from, beyond a power on
 
     @property
     def missing(self) -> frozenset[Part]:
@@ -88,6 +97,7 @@ class ManagedBlobs:
         """
         out = self._taken_out
         if out is None or (out.generation, out.start) != (self._keeper.generation, self._tpm.starts):
+            self._forget_taken_out()
             out = self._taken_out = self._export()
         blob = out.blobs.get(Part(kind))
         if blob is None:
@@ -99,6 +109,7 @@ class ManagedBlobs:
         contents = {Part.PERMANENT: self._keeper.blobs[PERMANENT], Part.VOLATILE: self._tpm.volatile()}
         if self._family is TpmFamily.TPM_1_2 and SAVED in self._keeper.blobs:
             contents[Part.SAVED] = self._keeper.blobs[SAVED]
+        started = self._family is TpmFamily.TPM_1_2 or code_of(self._tpm.process(read_clock())) != RC_INITIALIZE
         generation = self._keeper.generation
         try:
             reply = self._link.ask(Export(generation, tuple(map(int, contents))), EXPORT_TIMEOUT)
@@ -106,19 +117,27 @@ class ManagedBlobs:
             raise NotTakenOutError(generation, error.text) from error
         if not isinstance(reply, ExportReply) or len(reply.header) != BlobHeader.SIZE:
             raise ManagerConfusedError("Export", type(reply).__name__)
-        with ExportKey(reply.key) as key:
-            blobs = {
-                part: seal_part(reply.header, key.view, part, content, os.urandom(NONCE_BYTES))
-                for part, content in contents.items()
-            }
-        return _TakenOut(generation, self._tpm.starts, blobs)
+        flags = {Part.VOLATILE: PartFlags.NONE if started else PartFlags.UNSTARTED}
+        key = ExportKey(reply.key)
+        blobs = {
+            part: seal_part(
+                reply.header, key.view, part, content, os.urandom(NONCE_BYTES), flags.get(part, PartFlags.NONE)
+            )
+            for part, content in contents.items()
+        }
+        return _TakenOut(generation, self._tpm.starts, reply.header, key, blobs)
 
     def used(self) -> None:
         """Make what was taken out history: a new generation, unless there is one since. Raises what a commit raises."""
         out = self._taken_out
         if out is not None and out.generation == self._keeper.generation:
             self._keeper.commit()
-        self._taken_out = None
+        self._forget_taken_out()
+
+    def _forget_taken_out(self) -> None:
+        if self._taken_out is not None:
+            self._taken_out.key.wipe()
+            self._taken_out = None
 
     # in
 
@@ -161,11 +180,19 @@ class ManagedBlobs:
         elif sealed.part in held.parts:
             return Result.BAD_PARAMETER, f"state blob {kind} was put in twice"
         held.parts[sealed.part] = sealed.open(held.key.view)
+        held.started &= not sealed.flags & PartFlags.UNSTARTED
         if not held.missing:
             held.key.wipe()
         return Result.SUCCESS, ""
 
     def _key_of(self, sealed: SealedPart) -> ExportKey:
+        """Return the key: our own where we gave this out last and it is the newest state; else the manager judges.
+
+        It judges in any case when what came in is committed.
+        """
+        out = self._taken_out
+        if out is not None and out.header == sealed.export_header and out.generation == self._keeper.generation:
+            return ExportKey(out.key.view)
         reply = self._link.ask(Import(sealed.export_header), IMPORT_TIMEOUT)
         if not isinstance(reply, ImportReply) or len(reply.key) != ExportKey.size:
             raise ManagerConfusedError("Import", type(reply).__name__)
@@ -186,7 +213,9 @@ class ManagedBlobs:
             self._refused(str(error))
             raise error
         self._keeper.restoring = held.raw
-        return {_NAMES[part]: content for part, content in held.parts.items()}
+        self._forget_taken_out()
+        used = held.parts if held.started else {Part.PERMANENT: held.parts[Part.PERMANENT]}
+        return {_NAMES[part]: content for part, content in used.items()}
 
     def forget(self) -> None:
         """Drop what was put in: it was refused, or switched off before it was used."""

@@ -18,6 +18,7 @@ __all__ += ["capabilities"]
 _WORD: Final = 4  # bytes of a command number, result or length
 _PADDING: Final = 3  # bytes QEMU sends after a one-byte locality
 _MAY_PAD, _IS_PLATFORM = 1, 2  # bits of a note
+_ZEROS_SHIFT: Final = 2  # above them: how many zero bytes have come that are padding or the begin of a command
 
 
 class ControlSession:
@@ -46,17 +47,27 @@ class ControlSession:
 
     @property
     def pending(self) -> bool:
-        """Whether bytes are there that no answer was given to, or a body is still to come."""
-        return bool(self._buffer or self._body)
+        """Whether bytes are there that no answer was given to, or a body is still to come.
+
+        Zero bytes after a locality are not: a note holds them, and QEMU leaves its padding there until its next command.
+        """
+        return bool(self._body or (self._buffer and not self._zeros))
+
+    @property
+    def _zeros(self) -> int:
+        """How many zero bytes have come after a locality, 0 to 3, when there is nothing else."""
+        maybe = self._may_pad and len(self._buffer) <= _PADDING and not any(self._buffer)
+        return len(self._buffer) if maybe else 0
 
     @property
     def note(self) -> int:
         """What the next session on the same connection has to know, when nothing is pending: see `take_up`."""
-        return _MAY_PAD * self._may_pad | _IS_PLATFORM * self.is_platform
+        return _MAY_PAD * self._may_pad | _IS_PLATFORM * self.is_platform | self._zeros << _ZEROS_SHIFT
 
     def take_up(self, note: int) -> None:
         """Go on where the session was that had this note."""
         self._may_pad, self.is_platform = bool(note & _MAY_PAD), bool(note & _IS_PLATFORM)
+        self._buffer = bytearray(note >> _ZEROS_SHIFT)
 
     def next_answer(self) -> bytes | None:
         """Execute the next whole command and return its answer, or None until more is fed."""

@@ -31,12 +31,12 @@ class FrontEnd(Enum):
 class Rules:
     """What a platform may do to its vTPM.
 
-    `powered`: INIT and STOP switch the TPM on and off, and it begins switched off. `takes_descriptors`: SET_DATAFD passes
-    one. `tcg_prefix`: a data connection may put the TCG's head before a command, with a locality. `auto_shutdown`: power
-    off saves what the guest did not. `like_swtpm`: it is the swtpm command's, whose TPM nobody else has: SHUTDOWN ends
-    the process, a stored volatile state stays until an INIT deletes it, and what would be a failure is one. The rest are
-    options of that command: `driver_sets_locality` (0x20001000 on the data channel does; Linux' vTPM proxy), what ends
-    the process, and whether a data connection takes but one command.
+    `powered`: INIT and STOP switch the TPM on and off, and it begins switched off. `takes_descriptors`: SET_DATAFD
+    passes one. `tcg_prefix`: a data connection may put the TCG's head before a command, with a locality.
+    `auto_shutdown`: power off saves what the guest did not. `like_swtpm`: it is the swtpm command's, whose TPM nobody
+    else has: SHUTDOWN ends the process, a stored volatile state stays until an INIT deletes it, and what would be a
+    failure is one. Below that are options of that command: `driver_sets_locality` (0x20001000 on the data channel does;
+    Linux' vTPM proxy), what ends the process, and whether a data connection takes but one command.
     """
 
     highest_locality: int = 0
@@ -58,8 +58,6 @@ RULES: Final = {
     FrontEnd.RING: Rules(),
     FrontEnd.PROXY: Rules(highest_locality=4),
     FrontEnd.XEN: Rules(),
-    FrontEnd.SWTPM: Rules(
-        highest_locality=4, powered=True, takes_descriptors=True, tcg_prefix=True, like_swtpm=True
-    ),
+    FrontEnd.SWTPM: Rules(highest_locality=4, powered=True, takes_descriptors=True, tcg_prefix=True, like_swtpm=True),
     FrontEnd.MSSIM: Rules(highest_locality=4),
 }

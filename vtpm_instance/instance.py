@@ -127,10 +127,15 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
     after_reset = Startup.NONE if order.front_end in _FIRMWARE else Startup.CLEAR
 
     def announce(condition: Condition, cause: Exception | None) -> None:
+        nonlocal was
         if cause is not None:
             note(f"{condition.name.lower()}: {explain(cause)}")
-        if condition is not Condition.STOPPED:
+        switched_off = (was, condition) == (Condition.RUNNING, Condition.OFF)  # ready as before
+        if condition is not Condition.STOPPED and not switched_off:
             link.report(report_on(condition, cause))
+        was = condition
+
+    was = Condition.OFF
 
     limits = Limits(order.commands_per_second, order.saves_per_second, order.nv_bytes)
     if limits:

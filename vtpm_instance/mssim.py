@@ -163,19 +163,17 @@ class MssimSession:
         """Serve the next whole request and return its answer, empty when it was the last; None until more is there."""
         if self.closing or len(self._bytes) < _NUMBER.size:
             return None
-        entry = self._table.get(_NUMBER.unpack_from(self._bytes)[0])  # type: ignore[call-overload]
+        entry = self._table.get(_NUMBER.unpack_from(self._bytes)[0])
         if entry is None:
             return self.give_up()
         begin = _NUMBER.size + entry.fixed
-        if len(self._bytes) < begin:
-            return None
-        length = _NUMBER.unpack_from(self._bytes, begin - _NUMBER.size)[0] if entry.counted else 0
+        whole = len(self._bytes) >= begin
+        length = _NUMBER.unpack_from(self._bytes, begin - _NUMBER.size)[0] if entry.counted and whole else 0
         if length > MAX_COMMAND:
             return self.give_up()
-        if len(self._bytes) < begin + length:
-            return None
-        self.held = entry.alone and self.machine.busy
-        if self.held:
+        whole = whole and len(self._bytes) >= begin + length
+        self.held = whole and entry.alone and self.machine.busy
+        if self.held or not whole:
             return None
         fixed, body = bytes(self._bytes[_NUMBER.size : begin]), bytes(self._bytes[begin : begin + length])
         del self._bytes[: begin + length]

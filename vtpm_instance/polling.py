@@ -65,7 +65,8 @@ class Poller:
 
     def _add_port(self, port: Port) -> Port:
         self._ports.append(port)
-        self._watch(port.fileno(), partial(self._on_listener, port))
+        if port.fileno() >= 0:
+            self._watch(port.fileno(), partial(self._on_listener, port))
         return port
 
     def _on_listener(self, port: Port, _events: int) -> None:
@@ -136,7 +137,7 @@ class Poller:
 
     def listens_on(self, port: Port) -> bool:
         """Whether new connections of a port are taken just now."""
-        return not port.full and port not in self._deaf
+        return port.fileno() >= 0 and not port.full and port not in self._deaf
 
     def handle(self, descriptor: int, events: int) -> None:
         """Deal with what happened on a descriptor, unless it was closed meanwhile."""

@@ -1,7 +1,7 @@
-"""The power of one vTPM: load, start up, reset, off and on, hibernate, stop, and in which condition it is.
+"""The power of one vTPM: load, start up, reset, off and on, and in which condition it is.
 
-What lives here: what becomes of the state when power comes and goes. What must not: a guest's commands (`vtpm`), the
-control channel (`platform`), sockets, files. Conditions change by one table.
+What lives here: what becomes of the state when power comes and goes. What must not: the end (`endings`), a guest's
+commands (`vtpm`), the control channel (`platform`), sockets, files. Conditions change by one table.
 """
 
 import os
@@ -12,18 +12,15 @@ from frontend_backend.tpmhdr import TpmFamily
 from storage.errors import StorageError
 from vtpm_instance import tpm_commands as tpm
 from vtpm_instance.condition import TRANSITIONS, Change, Condition, without_frames
-from vtpm_instance.control_machine import Result, StateBlobs
+from vtpm_instance.control_machine import StateBlobs
 from vtpm_instance.errors import (
-    CommitRefusedError,
     CrashedBeforeError,
     HardwarePcrsError,
     InstanceError,
     ManagerConfusedError,
-    NotNowError,
     ResumeRefusedError,
     SaveError,
     StartupRefusedError,
-    StateNotWrittenError,
     StateRefusedError,
     WrongFamilyError,
 )
@@ -91,15 +88,6 @@ class Power:
         self._tpm.terminate()
         self._loaded = False
         self._change(Change.FAILED, cause)
-
-    def take_out(self, kind: int, flags: int) -> tuple[int, int, bytes]:
-        """Take a state blob out of the running TPM: see `StateBlobs.take_out`, whose the result is."""
-        if self.state_blobs is None:
-            return Result.BAD_ORDINAL, 0, b""
-        found = self.state_blobs.take_out(kind, flags)
-        if not found[0]:
-            self._taken_out, self._serving = True, False
-        return found
 
     def _use(self) -> None:
         """See to it that what was taken out is history before anything more is done. Raises what a commit raises."""
@@ -230,21 +218,6 @@ class Power:
             self._buffer_size = sizes[0]
         return sizes
 
-    # for the platform
-
-    @property
-    def config(self) -> int:
-        """Which blobs are encrypted: `Keeper.config`."""
-        return self._keeper.config
-
-    def info(self, flags: int) -> bytes:
-        """Return what libtpms says of itself; raises what `Tpm.info` raises."""
-        return self._tpm.info(self.family, flags)
-
-    def lock_storage(self, retries: int) -> int:
-        """Take the lock on the stored state back: `Keeper.lock`."""
-        return self._keeper.lock(retries)
-
     # reset, power and stop
 
     def reset(self) -> None:
@@ -320,62 +293,3 @@ class Power:
             if code in (0, tpm.not_started_code(self.family)):
                 return True
         return False
-
-    def hibernate(self, locality: int) -> None:
-        """Save everything, the volatile part too, and power off; a guest is to notice nothing, so no Shutdown is sent.
-
-        `locality` is the data channel's. Until the commit is acknowledged nothing has changed.
-
-        Raises:
-            NotNowError: it is failed, or not started. StateNotWrittenError, CommitRefusedError: it was not to be.
-            SaveError, ManagerError: whether the state counts is not known; the vTPM is FAILED then.
-
-        """
-        self._check_can_sleep()
-        volatile = self._tpm.volatile()
-        firmware = self._after_reset is Startup.NONE
-        try:
-            self._keeper.commit_slumber(Slumber(volatile, self._guest_shut_down, firmware, locality, self._buffer_size))
-        except (StateNotWrittenError, CommitRefusedError):
-            raise
-        except InstanceError as error:
-            self._fail(error)
-            raise
-        self._tpm.terminate()
-        self._change(Change.STOPPED)
-
-    def _check_can_sleep(self) -> None:
-        if self._condition is Condition.OFF:
-            raise NotNowError("its guest's machine is switched off")
-        if not self.running:
-            raise NotNowError("it answers failure until a platform reset, so there is nothing to hibernate")
-        if self._taken_out:
-            raise NotNowError("its state was taken out, and its guest has not gone on since")
-        if self.family is TpmFamily.TPM_2_0 and tpm.code_of(self._tpm.process(tpm.read_clock())):
-            raise NotNowError("its TPM has not been started up by its guest, or is in failure mode")
-
-    def stop(self) -> bool:
-        """Clean stop: save the volatile state, one final commit, power off. Returns whether it was clean.
-
-        A failed vTPM has nothing that may be saved: it is only powered off. Nor has one that is off, or whose state was
-        taken out and that was not used since.
-
-        Raises:
-            InstanceError, StorageError: the final state is not acknowledged; the last acknowledged one counts.
-
-        """
-        clean = self._condition is Condition.OFF or self._taken_out
-        if not self.running or self._taken_out:
-            self._tpm.terminate()
-            self._change(Change.STOPPED, self._cause)
-            return clean
-        try:
-            with self._keeper.gather():
-                clean = self._shut_down()
-            self._keeper.commit(final=clean)
-        except (InstanceError, StorageError) as error:
-            self._fail(error)
-            raise
-        self._tpm.terminate()
-        self._change(Change.STOPPED)
-        return clean

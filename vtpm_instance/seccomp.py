@@ -79,6 +79,12 @@ CONDITIONAL: Final[dict[str, tuple[tuple[Compare, ...], ...]]] = {
 }
 # QEMU passes its end of the data channel over the control channel (SET_DATAFD)
 DESCRIPTOR_TAKING: Final = ("recvmsg",)
+# The swtpm command keeps its state in files that it opens anew for each save, and waits for their POSIX record lock.
+FILE_KEEPING: Final = (
+    *("openat", "rename", "renameat", "renameat2", "unlink", "unlinkat", "linkat", "fchmod", "getdents64"),
+    *("stat", "lstat", "statx"),
+)
+FILE_LOCKING: Final = tuple((Compare(1, command),) for command in (6, 7))  # fcntl: F_SETLK, F_SETLKW
 REFUSED: Final = {
     "clone3": _ENOSYS,  # the flags lie in memory, where a filter cannot look; glibc then takes clone
     "openat": _EPERM,  # the C library looks for files when it is out of memory or writes a message: no reason to die
@@ -86,10 +92,11 @@ REFUSED: Final = {
 }
 
 
-def build(on_violation: OnViolation, *, takes_descriptors: bool = False) -> Any:
+def build(on_violation: OnViolation, *, takes_descriptors: bool = False, keeps_files: bool = False) -> Any:
     """Return the filter's program (struct sock_fprog), for `call_to_load`.
 
-    `takes_descriptors`: it is for a front end that passes a descriptor to its instance.
+    `takes_descriptors`: it is for a front end that passes a descriptor to its instance; `keeps_files`: for a process
+    that opens its state files itself.
 
     Raises:
         OSError: libseccomp does not make it.
@@ -101,13 +108,16 @@ def build(on_violation: OnViolation, *, takes_descriptors: bool = False) -> Any:
         raise OSError("libseccomp makes no filter here")
     try:
         _check(library.seccomp_attr_set(context, _OPTIMIZE, 2), "attributes")
-        for name in (*ALLOWED, *DESCRIPTOR_TAKING) if takes_descriptors else ALLOWED:
+        more = (DESCRIPTOR_TAKING if takes_descriptors else ()) + (FILE_KEEPING if keeps_files else ())
+        for name in (*ALLOWED, *more):
             _add(library, context, _ALLOW, name, ())
-        for name, ways in CONDITIONAL.items():
+        conditional = CONDITIONAL | {"fcntl": CONDITIONAL["fcntl"] + (FILE_LOCKING if keeps_files else ())}
+        for name, ways in conditional.items():
             for conditions in ways:
                 _add(library, context, _ALLOW, name, conditions)
         for name, errno in REFUSED.items():
-            _add(library, context, _FAIL | errno, name, ())
+            if name not in more:
+                _add(library, context, _FAIL | errno, name, ())
         return _exported(library, context)
     finally:
         library.seccomp_release(context)

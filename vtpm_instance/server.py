@@ -1,15 +1,11 @@
 """The instance's loop: front ends, the manager's doorbell and SIGTERM, one thing at a time.
 
-A plain `epoll` loop without an event library: half the memory and a third of the latency of one
-(reference/performance.md 1, 2). `epoll` because a ring needs its edges (`ring_port`); `poll` would also cost a few
-tenths of a microsecond more. Each turn answers at most one request of each connection, so a front end that sends many
-at once does not keep the others waiting. While a command takes long, `stand_in` does the control ports' part in a
-second thread.
+Each turn answers at most one request of each connection, so a front end that sends many at once does not keep the
+others waiting. While a command takes long, `stand_in` does the control ports' part in a second thread. How descriptors
+are watched is in `polling`.
 """
 
-import select
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +14,7 @@ from typing import Final, Protocol
 from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.messages_instance import Orders
 from storage.errors import StorageError
-from vtpm_instance.connection import Connection, DescriptorPort, Port
+from vtpm_instance.connection import Connection, DescriptorPort, Port, Session
 from vtpm_instance.errors import (
     CommitRefusedError,
     InstanceError,
@@ -29,15 +25,16 @@ from vtpm_instance.errors import (
 from vtpm_instance.front_ends import RULES, FrontEnd, Role, Rules
 from vtpm_instance.handover import Handed
 from vtpm_instance.journal import note
+from vtpm_instance.mssim import COMMAND_PORT, PLATFORM_PORT, MssimSession
 from vtpm_instance.platform import Platform
+from vtpm_instance.polling import DEAF_SECONDS, Poller
 from vtpm_instance.proxy import ProxyPort
 from vtpm_instance.rest import Activity, connections
-from vtpm_instance.ring_port import RingPort, ServedRing, rings_anew
-from vtpm_instance.sessions import PASSED, ControlPortSession, DataSession
+from vtpm_instance.ring_port import RingPort
+from vtpm_instance.sessions import PASSED, ControlPortSession, DataSession, SwtpmDataSession
 from vtpm_instance.stand_in import StandIn
 from vtpm_instance.vtpm import Vtpm
 
-_DEAF_SECONDS: Final = 1.0  # between attempts to accept while the system has no descriptor or memory left
 _EVENTS: Final = 32  # taken in one turn; without it each turn would allocate room for a thousand
 
 
@@ -80,7 +77,7 @@ class Calls:
     quote: Callable[[], None] = _nothing
 
 
-class Server:
+class Server(Poller):
     """Serves one vTPM until it is told to stop. Knows who its owners are; everything else is in the sessions."""
 
     def __init__(
@@ -97,28 +94,21 @@ class Server:
 
         Without `link` there is no manager. `rules` are the front end's own unless others are given.
         """
+        super().__init__()
         self.vtpm, self._link, self._front_end, self._owners = vtpm, link, front_end, owners
         self._calls = calls or Calls()
+        self.rules = rules or RULES[front_end]
         self.locality = vtpm.locality
-        self._rules = rules or RULES[front_end]
-        vtpm.auto_shutdown = self._rules.auto_shutdown
-        self.platform = Platform(vtpm, self, self._rules)
+        self.platform = Platform(vtpm, self, self.rules)
+        self.set_locality = self.platform.set_locality
+        vtpm.auto_shutdown = self.rules.auto_shutdown
         self.activity = Activity()
         self.asleep: list[Handed] | None = None  # once it is: the connections that it had
         self._stopping = False
-        self._ports: list[Port] = []
-        self.data_ports: list[Port] = []
-        self.control_ports: list[Port] = []
         self._stand_in = StandIn(self, vtpm.cancel)
         vtpm.beside_long = self._stand_in.on_duty
-        self.ring_ports: list[RingPort] = []
         self._proxy_ports: list[ProxyPort] = []
-        self._busy: list[Waiting] = []
-        self._epoll = select.epoll()
-        self._deaf: list[Port | RingPort] = []  # ports that could not accept, and when to try again
-        self._deaf_until = 0.0
-        self._handlers: dict[int, Callable[[int], None]] = {}
-        self.passed_port = Port(None, lambda _peer: DataSession(self), self)
+        self.passed_port = Port(None, self._data_session, self)
         self._ports.append(self.passed_port)
         self._watch(wakeup, self._on_wakeup)
         if link is not None:
@@ -150,21 +140,35 @@ class Server:
         """End after this turn."""
         self._stopping = True
 
-    # ports
+    # front ends
+
+    def _data_session(self, _peer: PeerCredentials | None) -> Session:
+        if self._front_end is FrontEnd.MSSIM:
+            return MssimSession(COMMAND_PORT, self, self.platform)
+        return SwtpmDataSession(self) if self.rules.like_swtpm else DataSession(self)
+
+    def _control_session(self, peer: PeerCredentials | None) -> Session:
+        if self._front_end is FrontEnd.MSSIM:
+            return MssimSession(PLATFORM_PORT, self, self.platform)
+        role = Role.OWNER if peer is not None and peer.uid in self._owners else Role.OTHER
+        return ControlPortSession(self._front_end, role, self.platform, self.vtpm.family)
 
     def add_data_port(self, listener: socket.socket) -> None:
-        """Take TPM commands on `listener`."""
-        self.data_ports.append(self._add_port(Port(listener, lambda _peer: DataSession(self), self)))
+        """Take TPM commands on `listener` (a Unix or TCP one; a TCP one without delays, which its connections inherit).
 
-    def add_control_port(self, listener: socket.socket) -> None:
-        """Take control commands on `listener`."""
+        Of a vTPM attached as `mssim` it is the simulator's command port.
+        """
+        self.data_ports.append(self._add_port(Port(listener, self._data_session, self)))
 
-        def serve(peer: PeerCredentials | None) -> ControlPortSession:
-            role = Role.OWNER if peer is not None and peer.uid in self._owners else Role.OTHER
-            return ControlPortSession(self._front_end, role, self.platform, self.vtpm.family)
+    def add_control_port(self, listener: socket.socket | None) -> None:
+        """Take control commands on `listener`; of a vTPM attached as `mssim`, the platform port's requests."""
+        kind = DescriptorPort if self.rules.takes_descriptors else Port
+        self.control_ports.append(self._add_port(kind(listener, self._control_session, self)))
 
-        kind = DescriptorPort if self._rules.takes_descriptors else Port
-        self.control_ports.append(self._add_port(kind(listener, serve, self)))
+    def take_control_socket(self, sock: socket.socket) -> None:
+        """Serve a control connection that is there already, on a port of its own."""
+        self.add_control_port(None)
+        self.take_on(self.control_ports[-1], self.control_ports[-1].adopt(sock))
 
     def add_ring_port(self, listener: socket.socket) -> None:
         """Hand rings out on `listener`."""
@@ -177,10 +181,21 @@ class Server:
 
         def gone() -> None:
             self._forget(port.fileno())
+            if self.rules.ends_with_data:
+                self.end()
 
         port = ProxyPort(descriptor, self, gone)
         self._proxy_ports.append(port)
         self._watch(port.fileno(), port.on_event)
+
+    def _on_gone(self, port: Port, connection: Connection) -> None:
+        if port in self.control_ports:
+            if self.rules.ends_with_control:
+                self.end()
+            if isinstance(connection.session, ControlPortSession) and connection.session.is_platform:
+                self._busy.append(_PlatformGone(self.platform))  # in the main thread, and not within a command
+        elif self.rules.ends_with_data:
+            self.end()
 
     # manager and signals
 
@@ -234,7 +249,7 @@ class Server:
         """
         wait, handlers, link = self._epoll.poll, self._handlers, self._link
         while not self._stopping:
-            for descriptor, events in wait(0 if self._busy else _DEAF_SECONDS if self._deaf else None, _EVENTS):
+            for descriptor, events in wait(0 if self._busy else DEAF_SECONDS if self._deaf else None, _EVENTS):
                 handler = handlers.get(descriptor)
                 if handler is not None:  # an earlier handler of this turn may have closed it
                     handler(events)
@@ -249,10 +264,6 @@ class Server:
 
     def close(self) -> None:
         """Close all ports."""
-        for port in self._ports:
-            port.close()
-        for ring_port in self.ring_ports:
-            ring_port.close()
         for proxy_port in self._proxy_ports:
             proxy_port.close()
-        self._epoll.close()
+        super().close()

@@ -107,6 +107,9 @@ class SwtpmBlobs:
         """Take the lock back before the TPM goes on. Raises SwtpmStateError: another process has it now."""
         self._keeper.ensure_locked()
 
+    def forget(self) -> None:
+        """Keep what was put in: swtpm's STOP does."""
+
     def take_staged(self) -> dict[str, bytes]:
         """Return what was put in by libtpms' names, and forget it."""
         staged, self._staged = self._staged, {}

@@ -4,7 +4,6 @@ It differs from a managed one in that each power on reads the files again, that 
 libtpms refuses, and that what was taken out is another process's only once the lock was released.
 """
 
-from vtpm_instance.control_machine import Result
 from vtpm_instance.errors import StateRefusedError
 from vtpm_instance.swtpm_blobs import SwtpmBlobs
 from vtpm_instance.swtpm_keeper import SwtpmKeeper
@@ -30,15 +29,8 @@ class SwtpmVtpm(Vtpm):
 
     def take_out(self, kind: int, flags: int) -> tuple[int, int, bytes]:
         """Take a state blob out; the TPM goes on as before unless its lock was released."""
-        self._use()
         try:
             return self.blobs.take_out(kind, flags)
         finally:
             self._taken_out = self.blobs.history
             self._serving = self.running and not self._taken_out
-
-    def put_in(self, kind: int, flags: int, data: bytes) -> int:
-        """Put a state blob in while the TPM is off."""
-        if self.running:
-            return Result.BAD_ORDINAL
-        return self.blobs.put_in(kind, flags, data)

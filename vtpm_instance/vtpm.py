@@ -1,7 +1,7 @@
 """One vTPM as its front ends see it: running, or failed until a platform reset, or off, or stopped.
 
-What lives here: which answer a command gets in which condition. What must not: the coming and going of power (`power`),
-sockets, rings, files. A command is given to libtpms at most once.
+What lives here: which answer a command gets in which condition. What must not: the coming and going of power (`power`,
+`endings`), sockets, rings, files. A command is given to libtpms at most once.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,12 @@ from storage.errors import StorageError
 from vtpm_instance import tpm_commands as tpm
 from vtpm_instance.condition import Condition
 from vtpm_instance.control_machine import Result
+from vtpm_instance.endings import Endings
 from vtpm_instance.errors import InstanceError, QuoteRefusedError
 from vtpm_instance.evidence import gather
 from vtpm_instance.keeping import Keeper
 from vtpm_instance.libtpms import VOLATILE, Tpm
-from vtpm_instance.power import ENTROPY, Power
+from vtpm_instance.power import ENTROPY
 from vtpm_instance.tpm_commands import CODE_END, CODE_OFFSET, Startup
 
 __all__ = ["ENTROPY", "Cancellable", "Vtpm", "failure_response", "wrong_size_response"]
@@ -57,7 +58,7 @@ def failure_response(family: TpmFamily) -> bytes:
     return error_response(family, _FAILURES[family])
 
 
-class Vtpm(Power):
+class Vtpm(Endings):
     """The vTPM of this process, and the commands of its guest."""
 
     def __init__(
@@ -68,7 +69,7 @@ class Vtpm(Power):
         after_reset: Startup,
         announce: Callable[[Condition, Exception | None], None],
     ) -> None:
-        """Run as `Power` does."""
+        """Run as `power.Power` does."""
         super().__init__(emulator, keeper, family, after_reset, announce)
         self.commands, self._process = emulator.commands, emulator.process_placed
         self._failure = failure_response(family)
@@ -154,6 +155,28 @@ class Vtpm(Power):
         except (InstanceError, StorageError) as error:
             self._fail(error)
             return Result.FAIL
+
+    def take_out(self, kind: int, flags: int) -> tuple[int, int, bytes]:
+        """Take a state blob out of the running TPM: see `StateBlobs.take_out`, whose the result is."""
+        if self.state_blobs is None:
+            return Result.BAD_ORDINAL, 0, b""
+        found = self.state_blobs.take_out(kind, flags)
+        if not found[0]:
+            self._taken_out, self._serving = True, False
+        return found
+
+    @property
+    def config(self) -> int:
+        """Which blobs are encrypted: `Keeper.config`."""
+        return self._keeper.config
+
+    def info(self, flags: int) -> bytes:
+        """Return what libtpms says of itself; raises what `Tpm.info` raises."""
+        return self._tpm.info(self.family, flags)
+
+    def lock_storage(self, retries: int) -> int:
+        """Take the lock on the stored state back: `Keeper.lock`."""
+        return self._keeper.lock(retries)
 
     def store_volatile(self) -> int:
         """Store the volatile state, for the next power on to go on from; returns a result as `act` does."""

@@ -51,9 +51,20 @@ def _client(tree: Tree, _kernel: Kernel) -> None:
     tree.text("init", (_HERE / "agent.sh").read_text(), 0o755)
 
 
+def _disks(tree: Tree, kernel: Kernel) -> None:
+    _client(tree, kernel)
+    for name in ("cryptsetup", "systemd-cryptenroll", "systemd-creds", "/lib/systemd/systemd-cryptsetup"):
+        tree.program(name)
+    for name in ("libtss2-esys.so.0", "libtss2-rc.so.0", "libtss2-mu.so.0", "libcryptsetup.so.12"):
+        tree.library(f"{name}*")  # systemd loads them when it first needs a TPM or a disk
+    tree.library("cryptsetup/libcryptsetup-token-systemd-tpm2.so")
+    tree.modules(kernel.modules([*DISK_MODULES, "dm_crypt", "ecb", "xts", "algif_skcipher"]))
+
+
 RECIPES: Final[dict[str, Callable[[Tree, Kernel], None]]] = {
     "small": _small,  # busybox only: boots in the time of its kernel
     "client": _client,  # busybox and tpm2-tools, led from outside over a serial port
+    "disks": _disks,  # "client" with systemd's and cryptsetup's programs, and the modules of an encrypted disk
     "manager": _manager,  # "small" and this project, with tpm2-tools
 }
 

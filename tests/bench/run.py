@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bench_attach
 import bench_attach_many
+import bench_blobs
 import bench_flood
 import bench_hardware
 import bench_hibernate
@@ -51,9 +52,13 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "flood": bench_flood.run,
     "keepers": bench_keepers.run,
     "hibernate": bench_hibernate.run,
+    "blobs": bench_blobs.run,
     "many-large": bench_many.run_large,
 }
-GROUPS = {"instance": ("roundtrip", "memory", "attach", "attach-many", "hibernate", "save")}  # what one instance costs
+GROUPS = {
+    "instance": ("roundtrip", "memory", "attach", "attach-many", "hibernate", "save"),  # what one instance costs
+    "frontends": ("blobs",),  # what QEMU and others meet, beside swtpm
+}
 ON_DEMAND = frozenset({"many-large"})  # minutes: only when it is named
 
 

@@ -1,4 +1,4 @@
-"""Programs that unlock disks and credentials with a TPM: systemd-creds, systemd-cryptenroll and clevis, on LUKS2 images."""
+"""Programs that unlock disks and credentials with a TPM: systemd-creds, systemd-cryptenroll and clevis, with LUKS2."""
 
 import sys
 from collections.abc import Iterator

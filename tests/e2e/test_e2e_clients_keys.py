@@ -55,7 +55,9 @@ def test_a_tls_server_with_its_key_in_the_vtpm(host: Host) -> None:
     folder = host.directory("tls")
     key, certificate, place = folder / "key.pem", folder / "certificate.pem", folder / "s"
     openssl = host.programs.with_(TPM2OPENSSL_TCTI=host.managed)
-    openssl.run("openssl", "genpkey", "-provider", "tpm2", "-algorithm", "EC", "-pkeyopt", "group:P-256", "-out", str(key))
+    openssl.run(
+        "openssl", "genpkey", "-provider", "tpm2", "-algorithm", "EC", "-pkeyopt", "group:P-256", "-out", str(key)
+    )
     assert "TSS2 PRIVATE KEY" in key.read_text(), "it is of use to its TPM only"
     named = ("-subj", "/CN=vtpm.test", "-addext", "subjectAltName=DNS:vtpm.test")
     openssl.run("openssl", "req", *PROVIDERS, "-x509", "-new", "-key", str(key), *named, "-out", str(certificate))
@@ -113,8 +115,10 @@ def test_a_token_of_pkcs11_signs_for_who_knows_its_pin(host: Host) -> None:
     wrong = token.run(*tool, "--login", "--pin", "user-1846", *sign, *files, check=False)
     assert "CKR_PIN_INCORRECT" in wrong.err
     shutil.copytree(folder, folder.with_name("stolen"))
-    thief = token.with_(TPM2_PKCS11_STORE=str(folder.with_name("stolen")), TPM2_PKCS11_TCTI=host.other)
-    assert thief.run(*tool, "--login", "--pin", "user-1845", *sign, *files, check=False).code != 0
+    copied = {"TPM2_PKCS11_STORE": str(folder.with_name("stolen"))}
+    signing = (*tool, "--login", "--pin", "user-1845", *sign, *files)
+    token.with_(**copied).run(*signing)
+    assert token.with_(**copied, TPM2_PKCS11_TCTI=host.other).run(*signing, check=False).code != 0
 
 
 def test_fapi_provisions_signs_seals_and_keeps_nv(host: Host) -> None:
@@ -188,7 +192,7 @@ with TCTILdr(name, options) as tcti, ESAPI(tcti) as tpm:
 
 
 def test_two_clients_at_once_through_the_resource_manager(host: Host) -> None:
-    """Each has a key that stays loaded in a connection of its own, and they sign in turn."""
+    """Each has keys that stay loaded, and they sign in turn; the vTPM sleeps for a while in between."""
     program = """
 import hashlib, sys
 from tpm2_pytss import *
@@ -223,7 +227,9 @@ with TCTILdr(name, options) as tcti, ESAPI(tcti) as tpm:
         for process in running:
             assert process.stdout is not None
             assert process.stdout.readline() == "loaded\n"
-        for _ in range(5):
+        for turn in range(4):
+            if turn == 2:
+                host.vtpms.command("vtpm-hibernate", "one")
             for process in running:
                 assert process.stdin is not None
                 process.stdin.write("sign\n")

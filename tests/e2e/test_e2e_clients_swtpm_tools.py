@@ -1,6 +1,6 @@
 """swtpm's own tools, which know swtpm by its command line and its control channel, with `vtpm-swtpm` in its place.
 
-Each test runs with swtpm itself, too: what it asks for is what swtpm does.
+With VTPM_QEMU_SUBJECTS=swtpm,ours each test runs with swtpm itself, too: what it asks for is what swtpm does.
 """
 
 import json
@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from clients_rig import Daemon, Programs, tcsd
 from e2e_rig import BIN, wait_for
+from qemu_tpms import SUBJECTS
 
 pytestmark = pytest.mark.e2e
-EMULATORS = {"swtpm": shutil.which("swtpm") or "swtpm", "vtpm-swtpm": str(BIN / "vtpm-swtpm")}
+COMMANDS = {"swtpm": shutil.which("swtpm") or "swtpm", "ours": str(BIN / "vtpm-swtpm")}
 _EK_RSA, _EK_RSA_CERTIFICATE, _PLATFORM_CERTIFICATE = "0x81010001", "0x1c00002", "0x1c08000"
 _EK_ECC, _EK_ECC_CERTIFICATE = "0x81010016", "0x1c00016"
 
@@ -46,7 +47,7 @@ class Place:
         )
 
     def setup(self, *options: str, check: bool = True) -> int:
-        words = ("--tpm", f"{EMULATORS[self.emulator]} socket", "--config", str(self.base / "setup.conf"))
+        words = ("--tpm", f"{COMMANDS[self.emulator]} socket", "--config", str(self.base / "setup.conf"))
         return self.programs.run("swtpm_setup", *words, "--tpmstate", str(self.state), *options, check=check).code
 
     @contextmanager
@@ -54,7 +55,7 @@ class Place:
         """The emulator on the sockets `data` and `control`."""
         control = self.base / "data.ctrl"
         words = (
-            *(EMULATORS[self.emulator], "socket", "--tpmstate", f"dir={state or self.state}"),
+            *(COMMANDS[self.emulator], "socket", "--tpmstate", f"dir={state or self.state}"),
             *("--server", f"type=unixio,path={self.base}/data", "--ctrl", f"type=unixio,path={control}"),
         )
         with self.programs.running(*words, *options) as daemon:
@@ -75,7 +76,7 @@ def accepts(path: Path) -> bool:
         return tried.connect_ex(str(path)) == 0
 
 
-@pytest.fixture(params=EMULATORS)
+@pytest.fixture(params=SUBJECTS)
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     base = Path(tempfile.mkdtemp(prefix="vs"))
     yield Place(base, request.param)
@@ -95,7 +96,13 @@ def test_swtpm_setup_and_localca_make_a_tpm_with_certified_endorsement_keys(plac
             place.tool("tpm2_nvread", certificate, "-o", str(der))
             place.programs.run("openssl", "x509", "-inform", "DER", "-in", str(der), "-out", str(pem))
             place.programs.run(
-                *("openssl", "verify", "-ignore_critical", "-CAfile", f"{place.authority}/swtpm-localca-rootca-cert.pem"),
+                *(
+                    "openssl",
+                    "verify",
+                    "-ignore_critical",
+                    "-CAfile",
+                    f"{place.authority}/swtpm-localca-rootca-cert.pem",
+                ),
                 *("-untrusted", f"{place.authority}/issuercert.pem", str(pem)),
             )
             place.tool("tpm2_readpublic", "-Q", "-c", key, "-f", "pem", "-o", f"{place.base}/ek.pem")
@@ -115,17 +122,18 @@ def test_swtpm_setup_makes_an_encrypted_state_that_opens_with_its_key_only(place
     with place.running("--tpm2", "--flags", "startup-clear", "--key", f"file={key},mode=aes-cbc,format=hex"):
         place.tool("tpm2_readpublic", "-Q", "-c", _EK_RSA)
     key.write_text("ffeeddccbbaa99887766554433221100")
-    with pytest.raises(AssertionError), place.running(
-        "--tpm2", "--flags", "startup-clear", "--key", f"file={key},mode=aes-cbc,format=hex"
+    with (
+        pytest.raises(AssertionError),
+        place.running("--tpm2", "--flags", "startup-clear", "--key", f"file={key},mode=aes-cbc,format=hex"),
     ):
         place.tool("tpm2_readpublic", "-Q", "-c", _EK_RSA)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="tcsd wants to be started by root")
 def test_swtpm_setup_makes_a_tpm_12_that_tpm_tools_use(place: Place) -> None:
-    owned = ("--take-ownership", "--owner-well-known", "--srk-well-known")
-    place.setup(*owned, "--create-ek-cert", "--create-platform-cert")
+    place.setup("--create-ek-cert", "--create-platform-cert", "--lock-nvram")
     with place.running(), tcsd_on(place) as tpm:
+        tpm.run("tpm_takeownership", "-y", "-z")
         assert "0x1000f000" in tpm.run("tpm_nvinfo").out
         (place.base / "secret").write_text("of an old guest")
         files = ("-z", "-i", str(place.base / "secret"), "-o", str(place.base / "sealed"))
@@ -184,7 +192,17 @@ def test_swtpm_ioctl_and_bios_drive_every_command_and_move_a_state(place: Place)
 
 
 def test_capabilities_are_printed_as_swtpm_setup_reads_them(place: Place) -> None:
-    words = ("swtpm_setup", "--tpm2", "--tpm", f"{EMULATORS[place.emulator]} socket", "--print-capabilities")
+    words = ("swtpm_setup", "--tpm2", "--tpm", f"{COMMANDS[place.emulator]} socket", "--print-capabilities")
     printed = json.loads(place.programs.run(*words).out)
     assert printed["type"] == "swtpm_setup"
     assert {"tpm-2.0", "tpm-1.2", "tpm2-rsa-keysize-2048"} <= set(printed["features"])
+
+
+def test_swtpm_setup_finds_it_under_swtpms_name(place: Place) -> None:
+    (folder := place.base / "bin").mkdir()
+    (folder / "swtpm").symlink_to(COMMANDS[place.emulator])
+    first = place.programs.with_(PATH=f"{folder}:{place.programs.environment['PATH']}")
+    first.run("swtpm_setup", "--tpm2", "--tpmstate", str(place.state), "--createek", "--ecc")
+    first.run("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={place.state}", "--print-states")
+    with place.running("--tpm2", "--flags", "startup-clear"):
+        place.tool("tpm2_readpublic", "-Q", "-c", _EK_ECC)

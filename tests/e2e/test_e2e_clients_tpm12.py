@@ -39,6 +39,8 @@ def test_ownership_sealing_and_nv_by_tpm_tools(vtpms: Installation, tmp_path: Pa
         assert b"of an old guest" not in sealed.read_bytes()
         assert tpm.run(*unseal).out == "of an old guest"
         tpm.run("tpm_nvdefine", "-i", _INDEX, "-s", "16", "-p", "OWNERWRITE|OWNERREAD", "-y", "-z")
+        vtpms.command("vtpm-hibernate", "old")
+        assert tpm.run(*unseal).out == "of an old guest"
         tpm.run("tpm_nvwrite", "-i", _INDEX, "-d", "sixteen of bytes", "-z")
     vtpms.restart()
     with tcsd(vtpms.base, **device) as tpm:

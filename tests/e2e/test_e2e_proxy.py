@@ -1,5 +1,6 @@
-"""Devices of the Linux vTPM proxy, in a guest whose kernel has it: they outlive instances and managers, not a detach."""
+"""Devices of the Linux vTPM proxy, in a guest whose kernel has it: they outlive instances and managers."""
 
+import hashlib
 import json
 import re
 import sys
@@ -10,7 +11,7 @@ from guest_rig import Transcript, machine
 
 SCRIPTS = Path(__file__).parent / "guest"
 SECRET = "a host's secret"
-EXTENDED = "0x" + "".join(f"{byte:02X}" for byte in __import__("hashlib").sha256(bytes(32) + b"\x5a" * 32).digest())
+EXTENDED = "0x" + hashlib.sha256(bytes(32) + b"\x5a" * 32).hexdigest().upper()
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -40,7 +41,7 @@ def test_a_device_appears_and_is_the_guests_users(host: Transcript) -> None:
     shown = document(host, "vtpm-attach web host --frontend proxy --owner")
     assert (shown["endpoint"], shown["device"], shown["tcti"]) == ("/dev/tpmrm0", "/dev/tpm0", "device:/dev/tpmrm0")
     assert re.fullmatch(r"\d+:\d+", str(shown["device_numbers"]))
-    assert host.good("stat").split() == ["nobody", "640"] * 2
+    assert host.good("stat -c").split() == ["nobody", "640"] * 2
     assert SECRET in host.good("secret at-first")
     assert EXTENDED in host.good("secret at-first")
 
@@ -64,9 +65,9 @@ def test_what_a_killed_instance_took_is_answered_with_failure_and_the_device_sta
     in_flight = host.good("cat /tmp/in-flight /tmp/in-flight.log")
     assert re.search(r"^ended [1-9]", in_flight)
     assert "ended 124" not in in_flight, "nobody answered it"
-    assert "0x101" in in_flight or "0x00000101" in in_flight or "TPM_RC_FAILURE" in in_flight
-    assert host.step("secret of-a-crashed-one").code != 0
-    assert SECRET in [step for step in host.steps if step.command.startswith("tpm2 nvread")][0].output
+    assert "ERROR" in in_flight
+    assert "Esys_GetCapability(0x101)" in host.step("secret of-a-crashed-one").output
+    assert SECRET in next(step for step in host.steps if step.command.startswith("tpm2 nvread")).output
 
 
 def test_devices_are_used_while_there_is_no_manager_and_by_the_next_one(host: Transcript) -> None:

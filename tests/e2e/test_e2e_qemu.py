@@ -44,6 +44,19 @@ def behind(subject: str, name: str, request: pytest.FixtureRequest, directory: P
     return Ours(request.getfixturevalue("vtpms"), name, family)
 
 
+def hibernate(tpm: Ours) -> None:
+    """The guest's kernel may ask for random numbers at any time: the verb says then that it is busy, exit 8."""
+
+    def done() -> bool:
+        answer = tpm.made.command("vtpm-hibernate", tpm.name, check=False)
+        assert answer.code in {0, 8}, answer.err
+        return answer.code == 0
+
+    pid = tpm.made.show(tpm.name)["pid"]
+    wait_for(done, "hibernation")
+    wait_for(lambda: not alive(pid), "the instance's end")
+
+
 def manager_comes_and_goes(tpm: Ours, guest: Agent) -> None:
     """The manager is killed, another takes over, that one is replaced in place; then the vTPM hibernates."""
     made, before = tpm.made, extend(guest, 16, "before")
@@ -54,9 +67,7 @@ def manager_comes_and_goes(tpm: Ours, guest: Agent) -> None:
     made.vtpm_manager("upgrade")
     assert unsealed(guest) == (True, True)
     pid = made.show(tpm.name)["pid"]
-    made.command("vtpm-hibernate", tpm.name)
-    assert made.show(tpm.name)["state"] == "hibernated"
-    wait_for(lambda: not alive(pid), "the instance's end")
+    hibernate(tpm)
     assert unsealed(guest) == (True, True)
     assert made.show(tpm.name)["pid"] not in {None, pid}
     assert pcrs(guest, "16")[16] == before
@@ -133,6 +144,6 @@ def test_a_guest_with_a_tpm_1_2(subject: str, bench: Bench, request: pytest.Fixt
     assert measured.count("\n") == 7
     assert guest.good("cat /sys/class/tpm/tpm0/caps")
     if isinstance(tpm, Ours):
-        tpm.made.command("vtpm-hibernate", tpm.name)
+        hibernate(tpm)
         assert guest.good("head -n 8 /sys/class/tpm/tpm0/pcrs") == measured
     qemu.quit()

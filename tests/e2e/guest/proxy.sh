@@ -2,8 +2,8 @@
 # The machine's own TPM is the manager's, by its registers; Linux's driver for it was never loaded.
 run vtpm-manager init --state-dir $state --tcti tis:locality=2 --pcrs none --no-recovery
 run start_manager
-run vtpm-add web --json
-run vtpm-add old --tpm 1.2 --json
+run vtpm-add --name web
+run vtpm-add --name old --tpm 1.2
 run vtpm-attach web host --frontend proxy
 run insmod /modules/tpm_vtpm_proxy.ko
 run vtpm-attach web host --frontend proxy --owner nobody --mode 0640 --json
@@ -40,7 +40,6 @@ run state_is web hibernated
 run secret after-hibernation
 
 # the instance is killed with a command under way, which is answered with failure; then until the platform is reset
-run touch "$(echo $runtime/vtpm/*/device.json | cut -d' ' -f1)"
 (
     timeout 100 tpm2 createprimary -C o -G rsa3072 -c /tmp/primary
     echo "ended $?" >/tmp/in-flight
@@ -61,7 +60,7 @@ run vtpm-hibernate old --quiet
 kill -9 $manager
 ends $manager
 run secret without-a-manager
-rm $runtime/admin.sock
+rm -f $runtime/admin.sock
 run start_manager
 run vtpm-show web --json
 run cat /sys/class/tpm/tpm1/pcrs

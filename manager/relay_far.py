@@ -1,0 +1,326 @@
+"""The far side of a relay, beside the instances: takes near sides in, and asks instances what their clients ask."""
+
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from manager.errors import ManagerError
+from manager.relay_access import Client
+from manager.relay_addresses import Address, Welcomer
+from manager.relay_channels import Channel, Left, Session, SessionName, adopt, inodes
+from manager.relay_cutting import failure
+from manager.relay_errors import RelayDeniedError, RelayError, RelayProtocolError
+from manager.relay_frames import Assembler, Frame, Hello, Kind, Opening, Welcome, frames_of
+from manager.relay_frames import ChannelKind as Of
+from manager.relay_holder import KEY_BYTES, Held
+from manager.relay_ledger import Duty
+from manager.relay_link import Link, first_frame
+from manager.relay_vtpms import Vtpms
+
+_log = logging.getLogger("vtpm.relay")
+HANDSHAKE_SECONDS: Final = 10.0
+MAX_LINKS: Final = 64  # near sides at once
+MAX_STRANGERS: Final = 32  # connections that have not said who they are; one more, and the oldest ends
+MAX_SESSIONS: Final = 4  # of one client: one, and those whose relay was restarted and has not been missed yet
+LINGER_SECONDS: Final = 300.0  # that a near side may be away before its guests' connections end
+DRAIN_SECONDS: Final = 20.0  # that requests under way get when this relay is told to end
+_LOOK_AGAIN: Final = 0.02
+_RUN_KEY: Final = bytes(KEY_BYTES)  # the holder's item that names this far side's run
+
+
+class Far:
+    """Everything that the far side has."""
+
+    def __init__(self, welcomer: Welcomer, vtpms: Vtpms, patience: float) -> None:
+        """Serve clients that `welcomer` lets in; an instance that is away is waited for `patience` seconds."""
+        self._welcomer, self._vtpms, self._patience = welcomer, vtpms, patience
+        self.run_name = os.urandom(16)
+        self._sessions: dict[SessionName, Session] = {}
+        self._links = 0
+        self._strangers: dict[trio.CancelScope, None] = {}  # in the order of their coming
+        self._leaving = False
+        self._held: Held | None = None
+        self._nursery: trio.Nursery
+
+    # a restart of this relay
+
+    def take_over(self, path: Path) -> None:
+        """Go on with what a predecessor left with its holder, or begin to leave things there. Raises OSError."""
+        self._held = Held.reach(path)
+        items = sorted(self._held.take())  # control connections come before what was handed over on them, mostly
+        waiting = [item for item in items if item[0] != _RUN_KEY]
+        for key, note, _ in items:
+            if key == _RUN_KEY:
+                self.run_name = note
+        for _ in range(2):
+            waiting = [item for item in waiting if not self._adopted(*item)]
+        for key, _, descriptors in waiting:
+            _close(descriptors)
+            self._held.drop(key)
+        self._held.put(_RUN_KEY, self.run_name, ())
+        if count := sum(len(session.channels) for session in self._sessions.values()):
+            _log.info("took %d connections over from the relay before", count)
+
+    def _adopted(self, key: bytes, note: bytes, descriptors: list[int]) -> bool:
+        try:
+            left = Left.read(key, note)
+            session = self._session(left.identity, left.session)
+            channel = session.open(left.number, left.generation, left.opening)
+        except (RelayError, struct.error, UnicodeDecodeError):
+            return False
+        channel.executed = session.kept.channels[left.number] = left.executed
+        channel.kept = inodes(tuple(descriptors))
+        adopt(channel, descriptors, left)
+        return True
+
+    def _leave_note(self, session: Session, channel: Channel) -> None:
+        """Tell the holder how things are, so that a successor can go on."""
+        if self._held is None:
+            return
+        try:
+            for each in session.relatives(channel):
+                descriptors = each.descriptors()
+                seen, note, key = inodes(descriptors), each.note(session.name[0]), session.key(each.number)
+                if seen != each.kept or each.executed.sequence is None:
+                    self._held.put(key, note, descriptors)
+                    each.kept = seen
+                elif each is channel:
+                    self._held.note(key, note)
+        except OSError as error:
+            _log.error("a restart of this relay would now cost the guests their TPMs' PCRs: %s", error)
+            self._held = None
+
+    # connections
+
+    async def run(self, listeners: list[tuple[Address, trio.SocketListener]]) -> None:
+        """Serve until `leave` is done."""
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._forget_those_gone)
+            for address, listener in listeners:
+                self._nursery.start_soon(self._accept, address, listener)
+
+    async def _accept(self, address: Address, listener: trio.SocketListener) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                _log.error("%s: no connection can be taken: %s", address.text, error)
+                await trio.sleep(1.0)
+                continue
+            if self._links >= MAX_LINKS or self._leaving:
+                await trio.aclose_forcefully(stream)
+                continue
+            self._nursery.start_soon(self._serve, address, stream)
+
+    async def _serve(self, address: Address, raw: trio.SocketStream) -> None:
+        """Serve one near side as long as its connection lasts; whatever goes wrong with it is its affair."""
+        try:
+            with self._as_stranger() as waiting:
+                stream, client, identity = await self._welcomer.welcome(raw)
+                link = Link(stream)
+                hello = Hello.unpack((await first_frame(link, Kind.HELLO)).payload)
+                session = self._sessions.get((identity, hello.session))
+                resumed = session is not None and hello.known == self.run_name
+                if session is not None and not resumed:
+                    self._end(session)
+                session = self._session(identity, hello.session)
+                await link.write_now(Frame(Kind.WELCOME, payload=Welcome(self.run_name, resumed).pack()))
+            if waiting.cancelled_caught:
+                return
+            _log.info("%s: client %s is here%s", address.text, client.name, " again" if resumed else "")
+            self._links += 1
+            try:
+                await self._serve_link(session, link, client)
+            finally:
+                self._links -= 1
+        except RelayDeniedError as error:
+            _log.warning("%s: a connection was refused: %s", address.text, error)
+        except (RelayError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError) as error:
+            _log.info("%s: a connection ended: %s", address.text, str(error) or type(error).__name__)
+        finally:
+            await trio.aclose_forcefully(raw)
+
+    @contextmanager
+    def _as_stranger(self) -> Iterator[trio.CancelScope]:
+        """Bound the time and the number of those that have not said who they are; nobody can keep others out so."""
+        while len(self._strangers) >= MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.cancel()
+        with trio.move_on_after(HANDSHAKE_SECONDS) as scope:
+            self._strangers[scope] = None
+            try:
+                yield scope
+            finally:
+                self._strangers.pop(scope, None)
+
+    def _session(self, identity: str, name: bytes) -> Session:
+        session = self._sessions.get((identity, name))
+        if session is None:
+            own = [each for each in self._sessions.values() if each.name[0] == identity]
+            if len(own) >= MAX_SESSIONS:
+                gone = [each for each in own if each.link is None]
+                if not gone:
+                    raise RelayDeniedError("too many relays with this identity")
+                self._end(min(gone, key=lambda each: each.left))
+            session = Session((identity, name), self._vtpms.find, self._patience, left=trio.current_time())
+            self._sessions[session.name] = session
+        return session
+
+    async def _serve_link(self, session: Session, link: Link, client: Client) -> None:
+        if session.link is not None:
+            session.link.end()  # of a machine that has come back before its old connection was missed
+        session.link, parts = link, Assembler()
+        handlers: dict[Kind, Callable[[Frame], None]] = {
+            Kind.OPEN: lambda frame: self._open(session, frame),
+            Kind.CLOSE: lambda frame: self._close(session, frame.channel, parts),
+            Kind.REQUEST: lambda frame: self._request(session, frame, parts),
+            Kind.NAMES: lambda _frame: self._nursery.start_soon(self._tell_names, link, client),
+        }
+
+        def on_frame(frame: Frame) -> None:
+            handler = handlers.get(frame.kind)
+            if handler is None:
+                raise RelayProtocolError(f"{frame.kind.name} is nothing that a near side says")
+            handler(frame)
+
+        try:
+            await link.run(on_frame)
+        finally:
+            if session.link is link:
+                session.link, session.left = None, trio.current_time()
+
+    async def _forget_those_gone(self) -> None:
+        while True:
+            await trio.sleep(LINGER_SECONDS / 10)
+            for session in list(self._sessions.values()):
+                if session.link is None and trio.current_time() - session.left > LINGER_SECONDS:
+                    _log.warning("a near side has been away for %g s: its guests' connections end", LINGER_SECONDS)
+                    self._end(session)
+
+    def reconsider(self) -> None:
+        """End what clients have that they may not have any more: the file that says so was read again."""
+        for session in list(self._sessions.values()):
+            client = self._welcomer.access.by_identity(session.name[0])
+            if client is None:
+                _log.warning("a client may not use this relay any more; its guests' connections end")
+                if session.link is not None:
+                    session.link.end()
+                self._end(session)
+                continue
+            for channel in list(session.channels.values()):
+                if not client.may_reach(channel.opening.name):
+                    self._turn_away(session, channel.number, channel.generation)
+                    self._close(session, channel.number)
+
+    @staticmethod
+    def _turn_away(session: Session, number: int, generation: int) -> None:
+        if session.link is not None:
+            session.link.send_if_room(Frame(Kind.CLOSE, number, generation))
+
+    def _end(self, session: Session) -> None:
+        for number in list(session.channels):
+            self._close(session, number)
+        self._sessions.pop(session.name, None)
+
+    # what a near side says
+
+    def _open(self, session: Session, frame: Frame) -> None:
+        opening = Opening.unpack(frame.payload)
+        client = self._welcomer.access.by_identity(session.name[0])
+        if client is None or not client.may_reach(opening.name):
+            _log.warning("client %s may not reach vTPM %s", session.name[0], opening.name)
+            self._turn_away(session, frame.channel, frame.sequence)
+            return
+        session.open(frame.channel, frame.sequence, opening)
+
+    def _close(self, session: Session, number: int, parts: Assembler | None = None) -> None:
+        if parts is not None:
+            parts.forget(number)
+        if session.close(number) is not None and self._held is not None:
+            try:
+                self._held.drop(session.key(number))
+            except OSError as error:
+                _log.error("the holder is gone: %s", error)
+                self._held = None
+
+    def _request(self, session: Session, frame: Frame, parts: Assembler) -> None:
+        channel = session.channels.get(frame.channel)
+        if channel is None:
+            return  # it was closed, or never allowed; its near side is told, or knows
+        message = parts.add(frame)
+        if message is None:
+            return
+        duty = channel.executed.take(frame.sequence)
+        if duty is Duty.EXECUTE:
+            self._nursery.start_soon(self._execute, session, channel, frame.sequence, message)
+        elif duty is Duty.ANSWER and channel.executed.answer is not None:
+            self._nursery.start_soon(self._reply, session, channel, frame.sequence, channel.executed.answer)
+        elif duty is Duty.FAIL:
+            answer = failure(message, control=channel.opening.kind is Of.CONTROL)
+            self._nursery.start_soon(self._reply, session, channel, frame.sequence, answer)
+
+    async def _execute(self, session: Session, channel: Channel, sequence: int, request: bytes) -> None:
+        async with channel.turn:
+            channel.busy = True
+            self._leave_note(session, channel)
+            answer = await channel.line.exchange(request)
+            waited_for = channel.executed.done(sequence, answer)
+            session.kept.trim()
+            channel.busy = False
+            if session.channels.get(channel.number) is channel:
+                self._leave_note(session, channel)
+        if waited_for:
+            await self._reply(session, channel, sequence, answer)
+
+    @staticmethod
+    async def _reply(session: Session, channel: Channel, sequence: int, answer: bytes) -> None:
+        link = session.link
+        if link is None or session.channels.get(channel.number) is not channel:
+            return  # it is asked for again when there is a connection
+        try:
+            for frame in frames_of(Kind.REPLY, channel.number, sequence, answer):
+                await link.send(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+    async def _tell_names(self, link: Link, client: Client) -> None:
+        try:
+            found = [name for name in await self._vtpms.names() if client.may_reach(name)]
+        except ManagerError as error:
+            _log.warning("which vTPMs there are is not known just now: %s", error)
+            return
+        try:
+            for frame in frames_of(Kind.NAMES, 0, 0, "\n".join(found).encode()):
+                await link.send(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+
+    # the end
+
+    async def leave(self) -> None:
+        """Take no new requests, answer those under way, and end: a successor takes over what the holder has."""
+        self._leaving = True
+        for session in self._sessions.values():
+            if session.link is not None:
+                session.link.send_if_room(Frame(Kind.LEAVING))
+        with trio.move_on_after(DRAIN_SECONDS):
+            while not self._drained():  # noqa: ASYNC110 - several counters, and seldom
+                await trio.sleep(_LOOK_AGAIN)
+        self._nursery.cancel_scope.cancel()
+
+    def _drained(self) -> bool:
+        sessions = self._sessions.values()
+        idle = not any(each.executed.waiting for session in sessions for each in session.channels.values())
+        return idle and all(session.link is None or session.link.drained for session in sessions)
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,194 @@
+"""The far side's process against near sides that mean harm: they lose their connection, and nobody else anything."""
+
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import vtpm_instance_rig as tpm
+from e2e_rig import BIN
+from relay_rig import QemuClient, Relay, relay, run, swtpm
+
+from manager.relay_far import MAX_STRANGERS
+from manager.relay_frames import MAX_PAYLOAD, ChannelKind, Frame, Hello, Kind, Opening, Welcome, frames_of
+
+CAPABILITY = bytes.fromhex("00000001")
+
+
+@pytest.fixture(scope="module")
+def joined() -> Iterator[Relay]:
+    with (
+        tempfile.TemporaryDirectory(prefix="rf") as base,
+        swtpm(Path(base)) as (place, _),
+        swtpm(Path(base), "other") as (another, _),  # a swtpm has one control client at a time
+        relay([place, another]) as made,
+    ):
+        made.start_far()
+        made.start_near()
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(joined: Relay) -> Iterator[QemuClient]:
+    """A guest that must not notice anything."""
+    made = QemuClient(joined.control("plain"))
+    made.power_on()
+    yield made
+    made.close()
+
+
+def connected(joined: Relay) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(joined.base / "relay.sock"))  # waits where many have come at once
+    sock.settimeout(30)
+    return sock
+
+
+class Stranger:
+    """A near side of our own."""
+
+    def __init__(self, joined: Relay, session: bytes = b"", known: bytes = bytes(16)) -> None:
+        self.sock = connected(joined)
+        self.say(Frame(Kind.HELLO, payload=Hello(session or os.urandom(16), known).pack()))
+        self.welcome = Welcome.unpack(self.hear().payload)
+
+    def say(self, *frames: Frame) -> None:
+        self.sock.sendall(b"".join(frame.pack() for frame in frames))
+
+    def hear(self) -> Frame:
+        head = self.read(Frame.HEAD.size)
+        kind, more, channel, sequence, length = Frame.HEAD.unpack(head)
+        return Frame(Kind(kind), channel, sequence, self.read(length), bool(more))
+
+    def answer(self) -> Frame:
+        while (frame := self.hear()).kind in (Kind.PING, Kind.PONG):
+            pass
+        return frame
+
+    def read(self, size: int) -> bytes:
+        found = b""
+        while len(found) < size:
+            piece = self.sock.recv(size - len(found))
+            if not piece:
+                raise EOFError
+            found += piece
+        return found
+
+    def ended(self) -> bool:
+        try:
+            while True:
+                self.hear()
+        except (EOFError, ConnectionError):
+            return True
+        finally:
+            self.sock.close()
+
+
+def opening(kind: ChannelKind = ChannelKind.CONTROL, name: str = "plain", parent: int = 0) -> bytes:
+    return Opening(kind, parent, 0xFF, name).pack()
+
+
+FLOOD = [Frame(Kind.OPEN, n, 1, opening(name=f"v{n // 8}")) for n in range(250)]
+HARM: dict[str, list[Frame]] = {
+    "a reply": [Frame(Kind.REPLY)],
+    "a second greeting": [Frame(Kind.HELLO, payload=Hello(bytes(16), bytes(16)).pack())],
+    "an opening that is none": [Frame(Kind.OPEN, 0, 1, b"\xff")],
+    "a data connection without its control connection": [Frame(Kind.OPEN, 1, 1, opening(ChannelKind.PASSED))],
+    "one handed over on another vTPM's": [
+        Frame(Kind.OPEN, 0, 1, opening(name="a")),
+        Frame(Kind.OPEN, 1, 2, opening(ChannelKind.PASSED, "plain", 0)),
+    ],
+    "too many connections to one vTPM": [Frame(Kind.OPEN, n, 1, opening()) for n in range(9)],
+    "a message without end": [Frame(Kind.OPEN, 0, 1, opening())]
+    + [Frame(Kind.REQUEST, 0, 1, bytes(MAX_PAYLOAD), more=True)] * 21,
+    "many messages without end": [
+        *FLOOD,
+        *(Frame(Kind.REQUEST, n, 1, bytes(MAX_PAYLOAD), more=True) for n in range(200)),
+    ],
+    "many requests at once": [Frame(Kind.OPEN, 0, 1, opening(name="nobody"))]
+    + [Frame(Kind.REQUEST, 0, n, CAPABILITY) for n in range(1, 9)],
+}
+
+
+@pytest.mark.parametrize("what", HARM)
+def test_harm_ends_its_own_connection(joined: Relay, client: QemuClient, what: str) -> None:
+    stranger = Stranger(joined)
+    with suppress(BrokenPipeError, ConnectionResetError):  # it may be turned away in the middle
+        stranger.say(*HARM[what])
+    assert stranger.ended()
+    client.good(tpm.get_random(8))
+
+
+@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n" * 3, bytes(64), b"\xff" * 64])
+def test_what_is_no_relay_is_not_listened_to(joined: Relay, client: QemuClient, garbage: bytes) -> None:
+    with connected(joined) as sock:
+        sock.sendall(garbage)
+        with pytest.raises((ConnectionResetError, EOFError)):
+            raise EOFError if not sock.recv(100) else AssertionError
+    client.good(tpm.get_random(8))
+
+
+def test_who_says_nothing_keeps_nobody_out(joined: Relay, client: QemuClient) -> None:
+    silent = [connected(joined) for _ in range(2 * MAX_STRANGERS)]
+    try:
+        stranger = Stranger(joined)
+        stranger.say(Frame(Kind.OPEN, 0, 1, opening(name="other")), *frames_of(Kind.REQUEST, 0, 1, CAPABILITY))
+        answer = stranger.answer()
+        assert (answer.kind, len(answer.payload)) == (Kind.REPLY, 8)
+        stranger.say(Frame(Kind.CLOSE, 0))
+        stranger.sock.close()
+        client.good(tpm.get_random(8))
+    finally:
+        for sock in silent:
+            sock.close()
+
+
+def test_a_request_said_again_is_answered_again_and_not_executed_again(joined: Relay, client: QemuClient) -> None:
+    session = os.urandom(16)
+    first = Stranger(joined, session)
+    extend = bytes.fromhex("00000011") + bytes(4)
+    first.say(Frame(Kind.OPEN, 3, 1, opening(name="other")), *frames_of(Kind.REQUEST, 3, 1, extend))
+    answer = first.answer()
+    first.sock.close()
+    second = Stranger(joined, session, first.welcome.run)
+    assert second.welcome.resumed
+    second.say(Frame(Kind.OPEN, 3, 1, opening(name="other")), *frames_of(Kind.REQUEST, 3, 1, extend))
+    assert second.answer() == answer
+    # another client on the same number is not told what the one before was answered
+    second.say(Frame(Kind.OPEN, 3, 2, opening(name="other")), *frames_of(Kind.REQUEST, 3, 1, CAPABILITY))
+    assert len(second.answer().payload) == 8
+    second.say(Frame(Kind.CLOSE, 3))
+    second.sock.close()
+    client.good(tpm.get_random(8))
+
+
+def test_a_session_is_not_resumed_by_who_does_not_know_the_far_side(joined: Relay) -> None:
+    session = os.urandom(16)
+    Stranger(joined, session).sock.close()
+    assert not Stranger(joined, session).welcome.resumed
+
+
+def test_a_command_line_that_cannot_be_says_why(tmp_path: Path) -> None:
+    def said(*words: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [str(BIN / "vtpm-relay"), *words], capture_output=True, text=True, timeout=30, check=False
+        )
+        return done.returncode, done.stderr
+
+    clients = tmp_path / "clients.toml"
+    clients.write_text("[[client]]\nname = 'a'\nuid = 0\nvtpms = ['*']\n")
+    assert said("serve", "--listen", "tls:127.0.0.1:1", "--clients", str(clients)) == (
+        2,
+        "vtpm-relay serve: tls:127.0.0.1:1 needs --identity DIRECTORY, made by 'vtpm-relay key DIRECTORY'\n",
+    )
+    code, text = said("serve", "--listen", "unix:/nowhere/x", "--clients", str(clients))
+    assert (code, "cannot listen on unix:/nowhere/x" in text) == (2, True)
+    code, text = said("connect", "--to", "vsock:2:1", "--directory", str(tmp_path / "near"))
+    assert (code, "--far-certificate" in text) == (2, True)
+    run(str(BIN / "vtpm-relay"), "key", str(tmp_path))
+    code, text = said("key", str(tmp_path))
+    assert (code, "is there already" in text) == (4, True)
