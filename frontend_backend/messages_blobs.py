@@ -34,6 +34,7 @@ class Import:
 
 @dataclass(frozen=True, slots=True)
 class ImportReply:
-    """Answer to Import: the key, 32 bytes."""
+    """Answer to Import: the key, 32 bytes; `newest`: it is the state that the record names, and need not be saved."""
 
     key: bytes = field(repr=False)
+    newest: bool = False

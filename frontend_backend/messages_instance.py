@@ -8,12 +8,13 @@ Who asks is decided by the ring a message arrives on, never by what it says.
 """
 
 from dataclasses import dataclass, field
-from enum import IntFlag, StrEnum
+from enum import StrEnum
 from typing import Final
 
 from frontend_backend.errors import MessageError
 from frontend_backend.messages import Protocol, later
 from frontend_backend.messages_blobs import Export, ExportReply, Import, ImportReply
+from frontend_backend.orders import Orders
 from frontend_backend.tpmhdr import HEADER_SIZE, CommandHeader
 from frontend_backend.tpmif import MAX_PACKET
 
@@ -34,16 +35,6 @@ class InstanceState(StrEnum):
     NEEDS_RESET = "needs-reset"  # answers TPM_RC_FAILURE until a platform reset
     FAILED = "failed"  # could not load; nothing was changed; it exits
     STOPPED = "stopped"  # committed its last state; it exits
-
-
-class Orders(IntFlag):
-    """What the manager wants of an instance."""
-
-    NONE = 0
-    STOP = 1  # clean stop: TPM2_Shutdown(STATE), final commit, exit
-    RESET = 2  # platform reset: load again, start up again
-    HIBERNATE = 4  # if nothing speaks against it: save everything, hand connections over, exit
-    QUOTE = 8  # ask by QuoteTask what is to be quoted; given only to instances whose reports say `quotes`
 
 
 class RefusalCode(StrEnum):

@@ -4,10 +4,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from frontend_backend.messages_admin import ExitCode
 from manager.cli_output import print_answer, saved
@@ -78,6 +78,7 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
         return _run_offline(verb, options)
     descriptors: list[int] = []
     arguments: dict[str, str | int | bool | tuple[str, ...] | None] = {}
+    opened = ExitStack()
     try:
         for argument in verb.arguments:
             if argument.local:
@@ -89,6 +90,7 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
                 descriptors.append(open_for_verb(value))
                 value = place_of(value)
             arguments[argument.name] = tuple(value) if argument.kind == "list" else value
+        finished = opened.enter_context(_prepared(verb, options, arguments, descriptors))
         answer = stream(
             socket_path(options.socket),
             verb.name,
@@ -96,6 +98,7 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             tuple(descriptors),
             lambda text: print(text, file=sys.stderr),
         )
+        answer = finished(answer)
         with closing(answer):
             many = verb.many or arguments.get("count") is not None
             paged = not getattr(options, "no_pager", False)
@@ -112,8 +115,20 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
         kind = NotFoundError if isinstance(error, FileNotFoundError) else ManagerError
         return report(kind(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, command_of(verb))
     finally:
+        opened.close()
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _prepared(
+    verb: Verb, options: argparse.Namespace, arguments: dict[str, Any], descriptors: list[int]
+) -> AbstractContextManager[Callable[[Generator[dict[str, Any]]], Generator[dict[str, Any]]]]:
+    """Return what a verb needs of this command beside its arguments, and what it does with the answer."""
+    if verb.name not in ("import", "export"):
+        return nullcontext(lambda answer: answer)
+    from manager.cli_swtpm import prepared  # noqa: PLC0415 - two verbs need it
+
+    return prepared(verb.name, options, arguments, descriptors)
 
 
 def _run_offline(verb: Verb, options: argparse.Namespace) -> int:

@@ -270,6 +270,7 @@ async def _run_near(options: argparse.Namespace, dial: Dial, owner: Owner, mode:
             nursery.start_soon(near.run)
             async for number in received:
                 _log.info("%s: the guests' connections end", signal.Signals(number).name)
+                await near.leave()
                 nursery.cancel_scope.cancel()
     return 0
 

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from dataclasses import asdict
 from typing import Any
@@ -121,6 +122,7 @@ class Daemon:
         self._supervision: Supervision
         self._hibernation: Hibernation
         self._exports: Exports
+        self._moves: Migration
         self._descriptor_limit = raise_descriptor_limit()  # before a keeper is started, which inherits it
 
     def _group_committed(self) -> None:
@@ -148,7 +150,7 @@ class Daemon:
         return self._upgrading
 
     async def _serve(self, nursery: trio.Nursery, keepers: Keepers) -> None:
-        config = self._config
+        config, managers = self._config, self._listen_for_managers()  # before anything that would have to be undone
         rings = RingServer(self._committer, self._hardware, nursery, config.instance.commit_timeout)
         self._closing.callback(rings.close)
         rings.on_quote = self._quotes.for_guest
@@ -172,7 +174,7 @@ class Daemon:
         nursery.start_soon(self._anchoring.run_interval, config.anchor.interval_seconds)
         nursery.start_soon(self._signals)
         nursery.start_soon(keep_events, self._catalogue, config.catalogue)
-        migration = self._migration(instances)
+        migration = self._moves = self._migration(instances)
         imports.claimer = migration.arrivals
         await adopt_older_rows(self._committer, self._catalogue)
         await migration.settle()
@@ -202,7 +204,9 @@ class Daemon:
         )
         await self._approvals.raise_used()  # from here on the platform has come up: what is older is revoked
         nursery.start_soon(migration.arrivals.run)
-        self._listen_for_managers(nursery, migration)
+        if managers is not None:
+            nursery.start_soon(MigrationServer(migration.server_context, migration.handle).run, managers)
+            _log.info("other managers are answered at %s", config.migration.listen)
         with admin_server.listen(self._layout.admin_socket, config.admin) as listener:
             nursery.start_soon(AdminServer(services, config.admin).run, listener)
             _log.info(READY)
@@ -227,18 +231,18 @@ class Daemon:
             _log.error("migration is not possible: %s", box.problem)
         return Migration(box, self._registry, self._attachments, instances, self._exports.unwrap)
 
-    def _listen_for_managers(self, nursery: trio.Nursery, migration: Migration) -> None:
+    def _listen_for_managers(self) -> socket.socket | None:
+        """Return where other managers connect, None where nobody may. Raises UsageError, ConfigurationError."""
         if not self._config.migration.listen:
-            return
-        address = parse_address(self._config.migration.listen)
-        listener = migration_wire.listen(address)
+            return None
+        listener = migration_wire.listen(parse_address(self._config.migration.listen))
         self._closing.callback(listener.close)
-        nursery.start_soon(MigrationServer(migration.server_context, migration.handle).run, listener)
-        _log.info("other managers are answered at %s", address)
+        return listener
 
     async def _start_group(self, group: UUID) -> int:
         async with self._approvals.changing:  # it writes a group's record back as it read it
             await adopt_older_rows(self._committer, self._catalogue)
+        await self._moves.settle()  # what may have left of it is not started
         self._tombstones.buried()  # the group's, too, have a time that is waited for now
         return await self._supervision.start_group(group, self._hibernation)
 

@@ -59,6 +59,7 @@ class Wanted:
     recovery: str | None = None
     saa: str | None = None
     quota: int | None = None
+    exportable: bool | None = None
 
     def applied(self, seal: GroupSeal) -> GroupSeal:
         """Return the record with these wishes in it, its key not yet sealed to them. Raises UsageError."""
@@ -70,6 +71,7 @@ class Wanted:
             pcrs=seal.pcrs if self.pcrs is None else self.pcrs,
             recovery=seal.recovery if self.recovery is None else self.recovery,
             saa=seal.saa if self.saa is None else self.saa,
+            exportable=seal.exportable if self.exportable is None else self.exportable,
         )
         if self.saa is not None and self.saa != seal.saa:
             changed = replace(changed, approvals=())  # the former approver's word counts no longer

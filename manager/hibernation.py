@@ -18,7 +18,8 @@ import trio
 from frontend_backend import messages_keeper as k
 from frontend_backend.channel_trio import receive_message_trio
 from frontend_backend.errors import ChannelClosedError, MessageError
-from frontend_backend.messages_instance import AWAKE, Orders
+from frontend_backend.messages_instance import AWAKE
+from frontend_backend.orders import Orders
 from manager.attachments import Attachments
 from manager.errors import BusyError, ConflictError, KeeperError, KeeperRefusedError, ManagerError, QuarantinedError
 from manager.frequent_events import FrequentEvents

@@ -86,11 +86,12 @@ class Imports:
             record = self._record(running.vtpm)
             grounds = self._judge(record, request.header)
             key = grounds.key or await self._claim(running.vtpm, grounds.header, request.header)
+            newest = bool(grounds.key) and grounds.policy is None
         except _Refused as refused:
             self._tell(running.vtpm, str(refused))
             return m.Refusal(refused.code, str(refused)[:_WORDS])
         _log.debug("vTPM %s: %s is put in", running.vtpm, grounds.header)
-        return ImportReply(key)
+        return ImportReply(key, newest)
 
     def noted(self, running: Running, report: m.Report) -> None:
         """Take note of what an instance says of a blob that it refused by itself."""

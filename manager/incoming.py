@@ -4,8 +4,10 @@ from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 from manager import state_files
+from manager.errors import DeniedError
 from manager.registry import Registry, check_name
 from storage.catalogue_rows import GroupRow, Happened, VtpmRow
+from storage.errors import GroupClosed, NoSuchVtpm, VtpmRemoved
 from storage.store_records import ForgetVtpm, RecordFlags, RemoveVtpm
 
 
@@ -27,13 +29,28 @@ async def add_incoming(
     name = check_name(name, "name") if name is not None else f"vtpm-{vtpm.hex[:12]}"
     row = VtpmRow(uuid=vtpm, name=name, group=group.uuid, family=family)
     async with registry.adding:
+        removed = _was_removed(registry, vtpm)
         registry.refuse_in_use(vtpm)
         registry.refuse_taken(vtpm, name, "")
         registry.refuse_beyond_quota(group, 1)
         await announced()
-        if registry.tombstones.find(str(vtpm)) is not None:
+        if removed:
             await registry.committer.commit(ForgetVtpm(vtpm))
         return await registry.make(row, group, {}, RecordFlags.AWAY)
+
+
+def _was_removed(registry: Registry, vtpm: UUID) -> bool:
+    """Tell whether there is a tombstone. Raises DeniedError: a closed group may have the vTPM itself."""
+    try:
+        registry.committer.store.get(vtpm)
+    except GroupClosed as error:
+        raise DeniedError(
+            f"group {registry.group_name(error.groups[0])} is closed, so it cannot be seen whether it has vTPM {vtpm}. "
+            f"Nothing was made. Open the group first"
+        ) from error
+    except NoSuchVtpm as error:
+        return isinstance(error, VtpmRemoved)
+    return False
 
 
 async def remove_incoming(registry: Registry, row: VtpmRow, why: str) -> None:

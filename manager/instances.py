@@ -14,7 +14,7 @@ from frontend_backend.bare_mapping import map_without_descriptor
 from frontend_backend.descriptors import close_all
 from frontend_backend.errors import RingError
 from frontend_backend.local import LocalRing
-from frontend_backend.messages_instance import Orders
+from frontend_backend.orders import Orders
 from manager import orphans
 from manager.config import InstanceConfig
 from manager.endings import LAST_BREATH, Endings

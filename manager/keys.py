@@ -195,7 +195,7 @@ class GroupSeal:
     `recovery` the group's own recovery public keys (PEM, "": the installation's), `saa` its approver's public key (PEM,
     "": none), `approvals` the approvals that are installed (hex), `slot` its place in the revocation index, `least` the
     lowest sequence that is not revoked, `ak` its attestation key, `quota` how many vTPMs it may have (None: as many as
-    the configuration allows).
+    the configuration allows), `exportable` whether the state of its vTPMs may leave in another form than ours.
     """
 
     name: str
@@ -209,6 +209,7 @@ class GroupSeal:
     ak: dict[str, Any] | None = None
     quota: int | None = None
     least: int = 0
+    exportable: bool = False
 
     def __post_init__(self) -> None:
         """Have the sealed object carry the approvals that may open it."""
@@ -230,6 +231,7 @@ class GroupSeal:
             ak=self.ak,
             least=self.least or None,
             quota=self.quota,
+            exportable=self.exportable or None,
         )
         packed = _pack(later, name=self.name, sealed=self.sealed.to_json(), escrow=self.escrow.hex())
         return _fitting(packed, MAX_GROUP_BLOB, f"the record of group {self.name}")
@@ -255,6 +257,7 @@ class GroupSeal:
                 ak=_object(fields.get("ak")),
                 least=_number(fields.get("least")) or 0,
                 quota=_number(fields.get("quota")),
+                exportable=fields.get("exportable") is True,
             )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable
 from typing import Final
+
 import trio
 
 from manager.attachment_epochs import staleness
@@ -33,15 +34,14 @@ def state_of(running: Running | None, flags: RecordFlags, attached: bool, asleep
         return running.stage.value
     if asleep:
         return "hibernated"
-    if is_frozen(flags):
-        return "frozen"
-    if flags & RecordFlags.QUARANTINED:
-        return "quarantined"
-    if attached:
-        return "down"
-    if is_incoming(flags):
-        return "incoming"
-    return "added" if flags & RecordFlags.FRESH else "detached"
+    told = (
+        ("frozen", is_frozen(flags)),
+        ("quarantined", flags & RecordFlags.QUARANTINED),
+        ("down", attached),
+        ("incoming", is_incoming(flags)),
+        ("added", flags & RecordFlags.FRESH),
+    )
+    return next((state for state, is_so in told if is_so), "detached")
 
 
 def describe(services: Services, row: VtpmRow) -> Document:
@@ -118,7 +118,11 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "removed_by": None,
             "kept_until": None,
         }
-        return document | _places(services, row, attachment) if attachment else document
+        if attachment:
+            document |= _places(services, row, attachment)
+        if row.family != "2.0":
+            document["tcti"] = None  # tpm2-tss knows TPM 2.0 only
+        return document
 
     return describe_one
 

@@ -24,13 +24,15 @@ from manager.migration_box import MigrationBox
 from manager.migration_destination import Arrivals
 from manager.migration_identity import make, parse_certificate, tls_context
 from manager.migration_parts import Parts
-from manager.migration_records import is_frozen
+from manager.migration_records import frozen, is_frozen
+from manager.migration_rollback import may_have_left, with_departures
 from manager.migration_source import Departures
 from manager.migration_state import Identity, MigrationState, Peer
 from manager.migration_wire import ask, parse_address
 from manager.registry import Registry
 from manager.token_bucket import TokenBucket
 from storage.errors import StorageError
+from storage.store_records import PutVtpm
 
 _log = logging.getLogger("vtpm.migration")
 _REFUSALS_A_SECOND: Final = 1.0  # of one peer that are told in events; more are refused all the same
@@ -121,12 +123,41 @@ class Migration:
         return peer
 
     async def settle(self) -> None:
-        """End what was cut short: a frozen vTPM has no guest. Before anything is taken over or started."""
-        for attachment in self._registry.catalogue.attachments():
-            row = self._registry.catalogue.find_vtpm(attachment.vtpm)
-            with suppress(ManagerError):  # closed, damaged, missing: whoever starts it meets that
-                if row is not None and is_frozen(self._registry.record(row.uuid).flags):
-                    await self._attachments.let_go(row, "frozen, claimed by another manager")
+        """Freeze what may have left of groups that are open by now, and take frozen vTPMs from their guests.
+
+        Before anything is taken over or started. Raises StorageError, TpmError.
+        """
+        await self._freeze_doubtful()
+        store, away = self._registry.committer.store, []
+        for attachment in self._registry.catalogue.each_attachment():
+            with suppress(StorageError):  # closed, damaged, missing: whoever starts it meets that
+                if is_frozen(store.get(attachment.vtpm).flags):
+                    away.append(attachment.vtpm)
+        for vtpm in away:
+            row = self._registry.catalogue.find_vtpm(vtpm)
+            if row is not None:
+                await self._attachments.let_go(row, "frozen, claimed by another manager")
+
+    async def _freeze_doubtful(self) -> None:
+        store = self._registry.committer.store
+        if self.box.problem is not None:
+            return
+        groups = [group for group in self.box.state.doubtful if group not in store.groups() or store.is_open(group)]
+        if not groups:
+            return
+        left = [(record, peers) for record, peers in may_have_left(store, self.box.state) if record.group in groups]
+        for record, _ in left:
+            await self._registry.committer.commit(PutVtpm(frozen(record)))
+            self._registry.catalogue.log(
+                "migration-frozen", record.uuid, "it may have left before the store was put back"
+            )
+
+        def settled(state: MigrationState) -> MigrationState:
+            doubtful = tuple(group for group in state.doubtful if group not in groups)
+            return replace(with_departures(state, left), doubtful=doubtful)
+
+        await self.box.save(settled)
+        await self._registry.anchoring.write_durable()
 
     # --- speaking ------------------------------------------------------------------------------------
 

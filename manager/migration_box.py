@@ -140,9 +140,11 @@ class MigrationBox:
 
 def write(path: Path, content: bytes) -> None:
     """Write one of the files, durably; it counts once the boot area names it. Raises OSError."""
+    known = path.exists()  # its name is durable since it was made
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags, 0o600), "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
-    sync_directory(path.parent)
+        os.fdatasync(file.fileno())
+    if not known:
+        sync_directory(path.parent)

@@ -30,6 +30,7 @@ from storage.errors import StorageError
 _log = logging.getLogger("vtpm.migration")
 _TRIES: Final = 3  # of a claim whose answer was lost: QEMU waits, and its guest stands still meanwhile
 _BETWEEN_TRIES: Final = 1.0  # seconds
+_CLAIM_SECONDS: Final = 50.0  # below the 60 that an instance waits for the key
 _FIRST_PAUSE: Final = 1.0  # seconds between two confirmations of what the source did not answer, doubled up to
 _LONGEST_PAUSE: Final = 300.0
 _MALFORMED: Final = "an answer that is none"
@@ -43,6 +44,7 @@ class Arrivals:
         self._parts, self._registry, self._box = parts, parts.registry, parts.box
         self._claiming: dict[UUID, trio.CancelScope] = {}
         self._some = trio.Event()
+        self._anchored: set[UUID] = set()  # those that came, and that the anchor stands for
 
     def of(self, vtpm: UUID) -> Arrival | None:
         """Return from whom a vTPM comes, or came and was not confirmed yet."""
@@ -113,7 +115,10 @@ class Arrivals:
         with trio.CancelScope() as scope:
             self._claiming[vtpm] = scope
             try:
-                reply = await self._asked(peer, request)
+                with trio.fail_after(_CLAIM_SECONDS):
+                    reply = await self._asked(peer, request)
+            except trio.TooSlowError as error:
+                raise BusyError(f"{peer.name} did not answer within {_CLAIM_SECONDS:g} s; ask again") from error
             finally:
                 del self._claiming[vtpm]
         if scope.cancelled_caught or self.of(vtpm) != arrival or not is_incoming(self._registry.record(vtpm).flags):
@@ -182,22 +187,31 @@ class Arrivals:
     def _unconfirmed(self) -> list[UUID]:
         if self._box.problem is not None:
             return []
-        found = []
-        for arrival in self._box.state.arrivals.values():
-            with suppress(ManagerError):  # its group is closed, or it is removed: what is not seen is not confirmed
-                if arrival.claim and not is_away(self._registry.record(arrival.vtpm).flags):
-                    found.append(arrival.vtpm)
-        return found
+        return [
+            arrival.vtpm for arrival in self._box.state.arrivals.values() if arrival.claim and self._is_here(arrival)
+        ]
+
+    def _is_here(self, arrival: Arrival) -> bool:
+        """Tell whether what was claimed became durable here; what is not seen (a closed group) is not confirmed."""
+        try:
+            return not is_away(self._registry.record(arrival.vtpm).flags)
+        except NotFoundError:
+            return True  # it was, and was removed since: what is given up before leaves no arrival
+        except ManagerError:
+            return False
 
     async def _confirm(self, vtpm: UUID) -> None:
         arrival = self._box.state.arrivals[vtpm]
         peer = self._box.state.by_fingerprint(arrival.fingerprint)
         if peer is None:
             raise DeniedError(f"{arrival.peer} is not paired any more: its operator has to release the vTPM there")
-        await self._registry.anchoring.write_durable()  # it must not be lost here once it is removed there
+        if vtpm not in self._anchored:  # it must not be lost here once it is removed there
+            await self._registry.anchoring.write_durable()
+            self._anchored.add(vtpm)
         request = m.Confirm(vtpm.bytes, bytes.fromhex(arrival.export), bytes.fromhex(arrival.claim))
         match await self._parts.ask(peer, request):
             case m.ConfirmReply():
+                self._anchored.discard(vtpm)
                 await self._box.save(lambda state: state.without_arrival(vtpm))
                 self._registry.catalogue.log("migrated-in", vtpm, f"from {peer.name} {peer.fingerprint}")
             case m.Refused(m.MigrationRefusal.RECLAIMED, text):
@@ -209,7 +223,10 @@ class Arrivals:
 
     async def _taken_back(self, vtpm: UUID, arrival: Arrival, why: str) -> None:
         """Freeze what the source's operator took back without asking us: of two, this one stops."""
-        row = self._registry.find(str(vtpm))
+        row = self._registry.catalogue.find_vtpm(vtpm)
+        if row is None:  # removed since
+            await self._box.save(lambda state: state.without_arrival(vtpm))
+            return
         generation = self._registry.record(vtpm).generation
         departure = Departure(
             vtpm, arrival.peer, arrival.fingerprint, arrival.export, arrival.claim, generation, int(time.time())

@@ -7,7 +7,7 @@ a copy of an installation cannot claim, or repeat a claim, in the name of the on
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -55,6 +55,13 @@ def in_words(state_dir: Path, key: StoreKey, store: Store, boot: BootArea) -> It
         yield record.uuid, text
 
 
+def with_departures(state: MigrationState, left: Sequence[tuple[VtpmRecord, list[Peer]]]) -> MigrationState:
+    """Return the state in which these vTPMs were claimed by any of the managers that could have."""
+    now = int(time.time())
+    departures = {record.uuid: _departure(record, peers, now) for record, peers in left}
+    return replace(state, departures={**state.departures, **departures})
+
+
 def begin_anew(state_dir: Path, key: StoreKey, store: Store, boot: BootArea) -> BootArea:
     """Freeze what may have left, forget the identity and what was claimed; returns the boot area, written.
 
@@ -68,12 +75,12 @@ def begin_anew(state_dir: Path, key: StoreKey, store: Store, boot: BootArea) -> 
     except IntegrityError:  # told before; the manager says so at each start, and moves nothing
         store.write_boot_area(boot.pack())
         return boot
-    left, now = list(may_have_left(store, state)), int(time.time())
+    left = list(may_have_left(store, state))
     for start in range(0, len(left), _AT_ONCE):
         store.commit([PutVtpm(frozen(record)) for record, _ in left[start : start + _AT_ONCE]])
-    departures = {record.uuid: _departure(record, peers, now) for record, peers in left}
+    closed = tuple(group for group in store.groups() if not store.is_open(group))
     arrivals = {vtpm: replace(arrival, export="", claim="") for vtpm, arrival in state.arrivals.items()}
-    state = replace(state, identity=None, departures={**state.departures, **departures}, arrivals=arrivals)
+    state = replace(with_departures(state, left), identity=None, arrivals=arrivals, doubtful=closed)
     sealed = seal(key, store.uuid, state.pack())
     write(state_dir / NAMES[1 - index], sealed)
     boot = replace(boot, migration=hashlib.sha256(sealed).hexdigest())

@@ -84,12 +84,17 @@ _LISTS: Final = ("peers", "departures", "arrivals")
 
 @dataclass(frozen=True, slots=True)
 class MigrationState:
-    """The document. Peers by name, departures and arrivals by vTPM."""
+    """The document. Peers by name, departures and arrivals by vTPM.
+
+    `doubtful`: groups that were closed when the store was put back to an earlier time, or on another TPM: what may have
+    left of them is to be frozen once they are open.
+    """
 
     identity: Identity | None = None
     peers: Mapping[str, Peer] = field(default_factory=dict)
     departures: Mapping[UUID, Departure] = field(default_factory=dict)
     arrivals: Mapping[UUID, Arrival] = field(default_factory=dict)
+    doubtful: tuple[UUID, ...] = ()
 
     def with_peer(self, peer: Peer) -> Self:
         """Return the state with a peer added or replaced."""
@@ -126,6 +131,8 @@ class MigrationState:
             "version": _VERSION,
             "identity": None if identity is None else [identity.key.hex(), identity.certificate],
         }
+        if self.doubtful:
+            document["doubtful"] = [str(group) for group in self.doubtful]
         for name in _LISTS:
             document[name] = [asdict(item) for item in getattr(self, name).values()]
         return json.dumps(document, separators=(",", ":"), default=str).encode()
@@ -142,6 +149,7 @@ class MigrationState:
             peers = [_made(Peer, item) for item in document["peers"]]
             departures = [_made(Departure, item) for item in document["departures"]]
             arrivals = [_made(Arrival, item) for item in document["arrivals"]]
+            doubtful = tuple(UUID(group) for group in document.get("doubtful", []))
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"the manager's data about migration cannot be read: {error}") from error
         return cls(
@@ -149,6 +157,7 @@ class MigrationState:
             {peer.name: peer for peer in peers},
             {departure.vtpm: departure for departure in departures},
             {arrival.vtpm: arrival for arrival in arrivals},
+            doubtful,
         )
 
 

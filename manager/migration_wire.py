@@ -9,7 +9,6 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -70,28 +69,41 @@ def listen(address: Address) -> socket.socket:
 
     """
     try:
-        if address.path is not None:
-            with suppress(FileNotFoundError):
-                address.path.unlink()
-            sock = socket.socket(socket.AF_UNIX)
-            previous = os.umask(0o177)
-            try:
-                sock.bind(str(address.path))
-            finally:
-                os.umask(previous)
-        else:
-            family, kind, protocol, _, place = socket.getaddrinfo(
-                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            sock = socket.socket(family, kind, protocol)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(place)
-        sock.listen(MAX_CONNECTIONS)
+        sock = _bound_unix(address.path) if address.path is not None else _bound_tcp(address)
     except OSError as error:
         raise ConfigurationError(
             f"[migration] listen: cannot listen at {address}: {error.strerror or error}; nothing was started"
         ) from error
     sock.setblocking(False)
+    return sock
+
+
+def _bound_unix(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX)
+    previous = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+        sock.listen(MAX_CONNECTIONS)
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(previous)
+    return sock
+
+
+def _bound_tcp(address: Address) -> socket.socket:
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, place = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(place)
+        sock.listen(MAX_CONNECTIONS)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

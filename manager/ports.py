@@ -132,10 +132,8 @@ class Ports:
         return ProxyDevice.read(self._folder(attachment).endpoint)
 
     async def found(self, instances: Iterable[k.Kept]) -> None:
-        """Take copies of the devices of what keepers have: this manager is new."""
+        """Take copies of the devices that these answer, from their keepers: this manager is new."""
         for kept in instances:
-            if kept.frontend != PROXY or UUID(bytes=kept.vtpm) in self._servers:
-                continue
             try:
                 server = await self._fetch(kept)
             except KeeperError as error:

@@ -156,7 +156,7 @@ class Registry:
             NotFoundError: no such group. DeniedError: the group is closed.
 
         """
-        vtpm = _uuid(uuid) if uuid is not None else uuid4()
+        vtpm = uuid_of(uuid) if uuid is not None else uuid4()
         name = check_name(name, "name") if name is not None else f"vtpm-{vtpm.hex[:12]}"
         group_row = find_group(self.catalogue, group)
         async with self.adding:
@@ -190,17 +190,26 @@ class Registry:
             )
 
     async def make(
-        self, row: VtpmRow, group: GroupRow, labels: Mapping[str, str], flags: RecordFlags = _NO_FLAGS
+        self,
+        row: VtpmRow,
+        group: GroupRow,
+        labels: Mapping[str, str],
+        flags: RecordFlags = _NO_FLAGS,
+        record: VtpmRecord | None = None,
+        how: str = "",
     ) -> VtpmRow:
-        """Make a record, `flags` beside its own, and its name; the caller holds `adding`. Raises what `add` does."""
+        """Make a record (a new one, or `record`), `flags` beside its own, and its name; the caller holds `adding`.
+
+        `how` is for the event. Raises what `add` does.
+        """
         self.refuse_taken(row.uuid, row.name, row.state_image)
         self.refuse_beyond_quota(group, 1)
-        record = new_record(row)
+        record = record or new_record(row)
         try:
             await self._committer.commit(PutVtpm(replace(record, flags=record.flags | flags)))
         except GroupClosed as error:
             raise self.closed_group(group.uuid) from error
-        how = ", incoming" if flags else ""
+        how = how or (", incoming" if flags else "")
         happened = Happened("added", f"{row.name}, TPM {row.family}, group {group.name}{how}")
         row = self.catalogue.add_vtpm(row, happened, labels)
         await self._anchoring.write_durable()
@@ -304,7 +313,8 @@ def new_record(row: VtpmRow) -> VtpmRecord:
     return VtpmRecord(row.uuid, row.group, StateKey(_NOTHING), _NOTHING, 0, flags, random_epoch())
 
 
-def _uuid(text: str) -> UUID:
+def uuid_of(text: str) -> UUID:
+    """Return the UUID that an administrator wrote. Raises UsageError."""
     try:
         vtpm = UUID(text)
     except ValueError:

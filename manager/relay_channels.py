@@ -9,10 +9,11 @@ from typing import Final, Self
 
 import trio
 
+from manager.relay_asking import Places
 from manager.relay_errors import RelayProtocolError
 from manager.relay_frames import NO_LOCALITY, ChannelKind, Opening
 from manager.relay_ledger import Executed, Kept
-from manager.relay_lines import ControlLine, DataLine, Find, Line, Locality, PassedLine, Places
+from manager.relay_lines import ControlLine, DataLine, Find, Line, Locality, PassedLine
 from manager.relay_link import Link
 
 _SESSION_BYTES: Final = 16
@@ -36,7 +37,7 @@ class Channel:
     executed: Executed = field(default_factory=Executed)
     turn: trio.Lock = field(default_factory=trio.Lock)
     busy: bool = False
-    kept: tuple[int, ...] = ()  # inode numbers of the descriptors that the holder has
+    kept: tuple[int, ...] | None = None  # inode numbers of the descriptors that the holder has; None: knows nothing
 
     def descriptors(self) -> tuple[int, ...]:
         """Return the descriptors that must outlive this process."""
@@ -78,14 +79,14 @@ class Session:
         """Take a new client on; no connection is made before it says something.
 
         Raises:
-            RelayProtocolError: its parent is none, or there are too many.
+            RelayProtocolError: its parent is none, its number is taken, or there are too many.
 
         """
         known = self.channels.get(number)
         if known is not None:
             if known.generation == generation:
                 return known  # said again on a new connection
-            self.close(number)  # another client's; that it had gone was said on a connection that broke
+            raise RelayProtocolError(f"channel {number} is another client's")
         if sum(each.opening.name == opening.name for each in self.channels.values()) >= MAX_LINES:
             raise RelayProtocolError(f"more than {MAX_LINES} connections to vTPM {opening.name}")
         locality = self.localities.setdefault(opening.name, Locality())

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Final
 
 import trio
 
+from frontend_backend.descriptors import close_all
 from manager.errors import ManagerError
 from manager.relay_access import Client
 from manager.relay_addresses import Address, Welcomer
@@ -18,9 +18,9 @@ from manager.relay_cutting import failure
 from manager.relay_errors import RelayDeniedError, RelayError, RelayProtocolError
 from manager.relay_frames import Assembler, Frame, Hello, Kind, Opening, Welcome, frames_of
 from manager.relay_frames import ChannelKind as Of
-from manager.relay_holder import KEY_BYTES, Held
 from manager.relay_ledger import Duty
 from manager.relay_link import Link, first_frame
+from manager.relay_succession import Notes
 from manager.relay_vtpms import Vtpms
 
 _log = logging.getLogger("vtpm.relay")
@@ -31,7 +31,6 @@ MAX_SESSIONS: Final = 4  # of one client: one, and those whose relay was restart
 LINGER_SECONDS: Final = 300.0  # that a near side may be away before its guests' connections end
 DRAIN_SECONDS: Final = 20.0  # that requests under way get when this relay is told to end
 _LOOK_AGAIN: Final = 0.02
-_RUN_KEY: Final = bytes(KEY_BYTES)  # the holder's item that names this far side's run
 
 
 class Far:
@@ -45,56 +44,29 @@ class Far:
         self._links = 0
         self._strangers: dict[trio.CancelScope, None] = {}  # in the order of their coming
         self._leaving = False
-        self._held: Held | None = None
+        self._notes = Notes(None)
         self._nursery: trio.Nursery
-
-    # a restart of this relay
 
     def take_over(self, path: Path) -> None:
         """Go on with what a predecessor left with its holder, or begin to leave things there. Raises OSError."""
-        self._held = Held.reach(path)
-        items = sorted(self._held.take())  # control connections come before what was handed over on them, mostly
-        waiting = [item for item in items if item[0] != _RUN_KEY]
-        for key, note, _ in items:
-            if key == _RUN_KEY:
-                self.run_name = note
-        for _ in range(2):
-            waiting = [item for item in waiting if not self._adopted(*item)]
-        for key, _, descriptors in waiting:
-            _close(descriptors)
-            self._held.drop(key)
-        self._held.put(_RUN_KEY, self.run_name, ())
+        self._notes, self.run_name, left = Notes.begin(path, self.run_name)
+        for each, descriptors in left:
+            self._adopt(each, descriptors)
         if count := sum(len(session.channels) for session in self._sessions.values()):
             _log.info("took %d connections over from the relay before", count)
 
-    def _adopted(self, key: bytes, note: bytes, descriptors: list[int]) -> bool:
+    def _adopt(self, left: Left, descriptors: list[int]) -> None:
+        session = self._session(left.identity, left.session)
         try:
-            left = Left.read(key, note)
-            session = self._session(left.identity, left.session)
             channel = session.open(left.number, left.generation, left.opening)
-        except (RelayError, struct.error, UnicodeDecodeError):
-            return False
+        except RelayProtocolError as error:
+            _log.warning("vTPM %s: a connection is not taken over: %s", left.opening.name, error)
+            close_all(descriptors)
+            self._notes.drop(session, left.number)
+            return
         channel.executed = session.kept.channels[left.number] = left.executed
         channel.kept = inodes(tuple(descriptors))
         adopt(channel, descriptors, left)
-        return True
-
-    def _leave_note(self, session: Session, channel: Channel) -> None:
-        """Tell the holder how things are, so that a successor can go on."""
-        if self._held is None:
-            return
-        try:
-            for each in session.relatives(channel):
-                descriptors = each.descriptors()
-                seen, note, key = inodes(descriptors), each.note(session.name[0]), session.key(each.number)
-                if seen != each.kept or each.executed.sequence is None:
-                    self._held.put(key, note, descriptors)
-                    each.kept = seen
-                elif each is channel:
-                    self._held.note(key, note)
-        except OSError as error:
-            _log.error("a restart of this relay would now cost the guests their TPMs' PCRs: %s", error)
-            self._held = None
 
     # connections
 
@@ -238,17 +210,24 @@ class Far:
             _log.warning("client %s may not reach vTPM %s", session.name[0], opening.name)
             self._turn_away(session, frame.channel, frame.sequence)
             return
+        self._end_those_replaced(session, opening.name)
+        known = session.channels.get(frame.channel)
+        if known is not None and known.generation != frame.sequence:
+            self._close(session, frame.channel)  # that its client had gone was said on a connection that broke
         session.open(frame.channel, frame.sequence, opening)
+
+    def _end_those_replaced(self, session: Session, name: str) -> None:
+        """End a client's connections to a vTPM of before its relay was restarted: QEMU ended with that one."""
+        for other in self._sessions.values():
+            if other is not session and other.name[0] == session.name[0] and other.link is None:
+                for each in [each for each in other.channels.values() if each.opening.name == name]:
+                    self._close(other, each.number)
 
     def _close(self, session: Session, number: int, parts: Assembler | None = None) -> None:
         if parts is not None:
             parts.forget(number)
-        if session.close(number) is not None and self._held is not None:
-            try:
-                self._held.drop(session.key(number))
-            except OSError as error:
-                _log.error("the holder is gone: %s", error)
-                self._held = None
+        if session.close(number) is not None:
+            self._notes.drop(session, number)
 
     def _request(self, session: Session, frame: Frame, parts: Assembler) -> None:
         channel = session.channels.get(frame.channel)
@@ -269,13 +248,13 @@ class Far:
     async def _execute(self, session: Session, channel: Channel, sequence: int, request: bytes) -> None:
         async with channel.turn:
             channel.busy = True
-            self._leave_note(session, channel)
+            self._notes.leave(session, channel)
             answer = await channel.line.exchange(request)
             waited_for = channel.executed.done(sequence, answer)
             session.kept.trim()
             channel.busy = False
             if session.channels.get(channel.number) is channel:
-                self._leave_note(session, channel)
+                self._notes.leave(session, channel)
         if waited_for:
             await self._reply(session, channel, sequence, answer)
 
@@ -319,8 +298,3 @@ class Far:
         sessions = self._sessions.values()
         idle = not any(each.executed.waiting for session in sessions for each in session.channels.values())
         return idle and all(session.link is None or session.link.drained for session in sessions)
-
-
-def _close(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -1,58 +1,21 @@
 """The far side's connections to instances: each asks one thing at a time, and finds its instance again.
 
-An instance may end and come back: its manager was restarted, it crashed, it hibernated. Linux tells whether it had
-taken a request when it went: closing a Unix socket with something unread resets it, so a reset says that the request
-was not read, and it is said again to the next instance. An end of file says that it was read; whether it was executed
-nobody knows, and the answer is failure, unless saying it twice is the same as once. Before anything else is said to
+An instance may end and come back: its manager was restarted, it crashed, it hibernated. Before anything else is said to
 the next instance it gets the data descriptor and the locality that its client believes to be set.
-Source: unix_release_sock in linux/net/unix/af_unix.c (ECONNRESET where the receive queue is not empty).
 """
 
-import array
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Protocol
 
 import trio
 
-from manager.relay_cutting import (
-    MAX_BODY,
-    SET_DATAFD,
-    SET_LOCALITY,
-    answer_size,
-    failure,
-    form_of,
-    locality_of,
-    number_of,
-    set_locality,
-    succeeded,
-)
+from manager.relay_asking import NotTakenError, Places, UnknownError, ask, connected, persist
+from manager.relay_cutting import SET_DATAFD, SET_LOCALITY, locality_of, number_of, set_locality, succeeded
 from manager.relay_frames import NO_LOCALITY
 
-_READ: Final = 64 * 1024
-_MAX_ANSWER: Final = MAX_BODY + 1024
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between looks for an instance that is away
 _DATAFD: Final = SET_DATAFD.to_bytes(4, "big")
-
-
-class NotTakenError(Exception):
-    """The instance did not take the request: it is away, or went without reading it."""
-
-
-class UnknownError(Exception):
-    """The instance took the request and went without an answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where an instance listens. `data` is None where there is no data socket."""
-
-    control: Path
-    data: Path | None
-
-
 Find = Callable[[], Awaitable[Places]]  # raises NotTakenError where nothing is just now
 
 
@@ -71,73 +34,6 @@ class Line(Protocol):
 
     def close(self) -> None:
         """End it."""
-
-
-async def persist(
-    once: Callable[[bytes], Awaitable[bytes]], request: bytes, patience: float, *, control: bool
-) -> bytes:
-    """Ask until it is known what became of the request; waits at most `patience` seconds for an instance to come."""
-    deadline, pause = trio.current_time() + patience, _FIRST_PAUSE
-    while True:
-        try:
-            return await once(request)
-        except UnknownError:
-            if not (control and form_of(request).repeatable):
-                return failure(request, control=control)
-        except NotTakenError:
-            pass
-        if trio.current_time() + pause > deadline:
-            return failure(request, control=control)
-        await trio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-async def ask(sock: trio.socket.SocketType, request: bytes, *, control: bool, descriptor: int | None = None) -> bytes:
-    """Say one thing and return the whole answer.
-
-    Raises:
-        NotTakenError, UnknownError: the instance went.
-
-    """
-    try:
-        sent = 0
-        if descriptor is not None:
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
-            sent = await sock.sendmsg([request], rights)
-        while sent < len(request):
-            sent += await sock.send(request[sent:])
-    except (OSError, trio.ClosedResourceError):
-        raise NotTakenError from None  # a part of a request is never executed
-    answer = bytearray()
-    while (size := answer_size(request, answer, control=control)) is None or len(answer) < size:
-        if (size or 0) > _MAX_ANSWER or len(answer) > _MAX_ANSWER:
-            raise UnknownError
-        try:
-            data = await sock.recv(_READ)
-        except ConnectionResetError:
-            if answer:
-                raise UnknownError from None
-            raise NotTakenError from None
-        except (OSError, trio.ClosedResourceError):
-            raise UnknownError from None
-        if not data:
-            raise UnknownError
-        answer += data
-    return bytes(answer)
-
-
-async def connected(path: Path) -> trio.socket.SocketType:
-    """Return a connection. Raises NotTakenError."""
-    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        await sock.connect(str(path))
-    except OSError as error:
-        sock.close()
-        raise NotTakenError(f"{path}: {error.strerror}") from None
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 class ControlLine:

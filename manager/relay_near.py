@@ -37,6 +37,8 @@ from manager.relay_link import Link, first_frame
 _log = logging.getLogger("vtpm.relay")
 HANDSHAKE_SECONDS: Final = 10.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0  # seconds between attempts to connect
+_LAST_WORDS_SECONDS: Final = 2.0
+_LOOK_AGAIN: Final = 0.01
 _ASK_NAMES_SECONDS: Final = 5.0  # between questions for new vTPMs
 
 Dial = Callable[[], Awaitable[trio.abc.Stream]]
@@ -141,6 +143,17 @@ class Near:
         if request is not None:
             _log.warning("vTPM %s: %s; a request is answered with failure", channel.name, why)
             channel.settle(failure(request, control=channel.control))
+
+    async def leave(self) -> None:
+        """Tell the far side that all clients go: their machines' TPMs need not wait for them."""
+        link = self._link
+        if link is None:
+            return
+        for number in link.opened:
+            await self._say(link, Frame(Kind.CLOSE, number))
+        with trio.move_on_after(_LAST_WORDS_SECONDS):
+            while not link.drained:  # noqa: ASYNC110 - the writer tells nobody
+                await trio.sleep(_LOOK_AGAIN)
 
     # the link
 

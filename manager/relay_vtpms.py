@@ -8,8 +8,8 @@ import trio
 
 from manager.client import RemoteError, request
 from manager.errors import ManagerError, UsageError
+from manager.relay_asking import NotTakenError, Places
 from manager.relay_frames import Opening
-from manager.relay_lines import NotTakenError, Places
 
 _FRONT_ENDS: Final = ("qemu", "socket")  # those with a control socket
 _AT_ONCE: Final = 4  # questions to the manager
@@ -42,11 +42,11 @@ class ManagedVtpms:
             (shown,) = await self._ask("show", {"vtpm": name})
         except (ManagerError, RemoteError) as error:
             raise NotTakenError(str(error)) from None
-        control, tcti = shown.get("control"), shown.get("tcti")
-        if not control:
-            raise NotTakenError(f"vTPM {name} is not attached with --frontend qemu or socket")
+        if not _has_sockets(shown):
+            raise NotTakenError(f"vTPM {name} is not attached with --frontend qemu or socket, on Unix sockets")
+        tcti = shown.get("tcti")
         data = Path(tcti.removeprefix("swtpm:path=")) if tcti else None
-        return Places(Path(control), data)
+        return Places(Path(str(shown["control"])), data)
 
     async def _ask(self, verb: str, arguments: dict[str, Argument]) -> list[dict[str, Any]]:
         def ask() -> list[dict[str, Any]]:
@@ -57,7 +57,11 @@ class ManagedVtpms:
     async def names(self) -> list[str]:
         """Return the names of those that can be reached."""
         rows = await self._ask("list", {})
-        return [str(row["name"]) for row in rows if row.get("frontend") in _FRONT_ENDS]
+        return [str(row["name"]) for row in rows if _has_sockets(row)]
+
+
+def _has_sockets(shown: dict[str, Any]) -> bool:
+    return shown.get("frontend") in _FRONT_ENDS and str(shown.get("control")).startswith("/")
 
 
 class NamedVtpms:

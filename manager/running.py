@@ -8,7 +8,8 @@ from uuid import UUID
 import trio
 
 from frontend_backend.local import LocalRing
-from frontend_backend.messages_instance import IDLE, InstanceState, Orders, Report, refusal_for_malformed
+from frontend_backend.messages_instance import IDLE, InstanceState, Report, refusal_for_malformed
+from frontend_backend.orders import Orders
 from frontend_backend.ring import BackRing
 from manager.quote_task import QuoteTask
 from manager.token_bucket import TokenBucket

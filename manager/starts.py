@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
-from frontend_backend.messages_instance import Orders
+from frontend_backend.orders import Orders
 from manager import state_files
 from manager.attachment_marks import Marks
 from manager.attachment_words import after_reset, rest_after

@@ -15,6 +15,7 @@ from manager.hardware_pcrs import bit_map
 from manager.hibernation import Hibernation
 from manager.instances import Instances
 from manager.launches import Adoption
+from manager.ports import PROXY
 from manager.registry import Registry
 from manager.running import Running, Stage
 from manager.sleepers import is_hibernated
@@ -113,7 +114,7 @@ class Supervision:
 
         Hibernated ones sleep on.
         """
-        await self._attachments.sleepers.ports.found(kept)
+        await self._attachments.sleepers.ports.found(filter(self._is_of_device, kept))
         with self._instances.held():
             for instance in kept:
                 try:
@@ -178,6 +179,13 @@ class Supervision:
             adoption = Adoption(startup, after_reset(attachment), attachment.epoch, rest, hw_pcrs)
             await self._instances.adopt(instance, adoption, sleeps=sleeps)
             _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)
+
+    def _is_of_device(self, instance: Kept) -> bool:
+        """Tell whether an instance answers a device that stays; of one without a lease the device ends with it."""
+        if instance.frontend != PROXY:
+            return False
+        attachment = self._catalogue.find_attachment(UUID(bytes=instance.vtpm))
+        return attachment is not None and attachment.lease == instance.lease
 
     async def _parked(self, instance: Kept) -> bool:
         """Tell whether the keeper watches for one that hibernated; one that has just ended is put under watch."""

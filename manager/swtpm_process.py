@@ -1,5 +1,6 @@
 """The process of the command in swtpm's place, as its command line says: user, log, pid file, daemon."""
 
+import logging
 import os
 import pwd
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 from frontend_backend.messages_admin import ExitCode
 from frontend_backend.swtpm_records import LogTarget, PidTarget
 from manager.errors import ManagerError, UsageError
+from manager.notify import notify
+
+_log = logging.getLogger("vtpm.swtpm")
 
 
 class Ready:
@@ -32,7 +36,11 @@ class Ready:
         self._pipe = writing
 
     def say(self) -> None:
-        """Say it, and let go of the terminal."""
+        """Say it, to systemd too where it waits (NOTIFY_SOCKET), and let go of the terminal."""
+        try:
+            notify("READY=1")
+        except OSError as error:
+            _log.warning("systemd was not told that this is ready: %s", error)
         if self._complaints is not None:
             os.close(self._complaints)
             self._complaints = None

@@ -18,6 +18,7 @@ _log = logging.getLogger("vtpm.swtpm")
 _AT_ONCE: Final = 64 * 1024  # bytes
 _MAX_PASSED: Final = 4  # descriptors in one message; SET_DATAFD has one
 _MAX_PAIRS: Final = 8  # of one channel, as many as an instance takes; more wait in the backlog
+_SECONDS: Final = 120.0  # that one end may leave the other's bytes unread; as long as guests' drivers wait
 _INT: Final = array.array("i").itemsize
 SHUTDOWN: Final = b"\0\0\0\x03"  # CMD_SHUTDOWN, which has no payload
 
@@ -84,7 +85,7 @@ class Relay:
             OSError: the vTPM's socket does not take us.
 
         """
-        client.setblocking(True)
+        client.settimeout(_SECONDS)
         pair = Pair(channel, client, self._connect(channel))
         self._pairs.add(pair)
         self._selector.register(client, selectors.EVENT_READ, lambda: self._from_client(pair))
@@ -151,6 +152,7 @@ class Relay:
         except OSError:
             data = b""
         if not data:
+            _log.error("the vTPM, or its client, closed a %s connection", pair.channel.value)
             self._end(pair)
             return
         pair.asked = False

@@ -10,6 +10,7 @@ from manager.verb_table_groups import APPROVE, GROUP_VERBS
 from manager.verb_table_migration import MIGRATION_VERBS
 from manager.verb_table_quotes import QUOTE_VERBS
 from manager.verb_table_restores import RESTORE_VERBS
+from manager.verb_table_swtpm import SWTPM_VERBS
 
 __all__ = [
     "BY_NAME",
@@ -171,6 +172,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     *QUOTE_VERBS,
     *RESTORE_VERBS,
     *MIGRATION_VERBS,
+    *SWTPM_VERBS,
 )
 
 # Verbs of the daemon's own command, on the same socket.

@@ -62,6 +62,11 @@ GROUP_VERBS: Final[tuple[Verb, ...]] = (
             _SAA,
             _QUOTA,
             Argument(
+                "allow_export",
+                "whether states of its vTPMs may leave as swtpm's files (vtpm-export)",
+                choices=("yes", "no"),
+            ),
+            Argument(
                 "approval", "install this approval, signed by its approver (vtpm-approve)", "text", positional=True
             ),
             *APPROVAL_OPTIONS,

@@ -25,6 +25,7 @@ from manager.verbs_migration import MIGRATION_HANDLERS
 from manager.verbs_quotes import QUOTE_HANDLERS
 from manager.verbs_restores import RESTORE_HANDLERS
 from manager.verbs_store import compact, scrub
+from manager.verbs_swtpm import SWTPM_HANDLERS
 from manager.verbs_verify import verify
 
 
@@ -169,6 +170,7 @@ HANDLERS: Final[dict[str, Handler]] = {
     **QUOTE_HANDLERS,
     **RESTORE_HANDLERS,
     **MIGRATION_HANDLERS,
+    **SWTPM_HANDLERS,
     "label": label,
     "events": events,
     "status": status,

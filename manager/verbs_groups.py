@@ -39,6 +39,7 @@ def describe_group(services: Services, row: GroupRow) -> Document:
         "vtpms": store.count(row.uuid) if is_open else services.registry.catalogue.count_vtpms(row.uuid),
         "tombstones": store.count_tombstones(row.uuid) if is_open else None,
         "quota": seal.quota,
+        "export": seal.exportable,
         "saa": ApproverPublic.parse(seal.saa.encode()).fingerprint.hex() if seal.saa else None,
         "recovery": terms.recovery.signing_fingerprint if terms is not None and terms.recovery is not None else None,
         "own_recovery": bool(seal.recovery),
@@ -62,6 +63,7 @@ def _wanted(arguments: Arguments) -> Wanted:
         recovery=arguments["recovery"],
         saa=arguments["saa"],
         quota=arguments["quota"],
+        exportable=None if arguments.get("allow_export") is None else arguments["allow_export"] == "yes",
     )
 
 
@@ -96,7 +98,8 @@ async def update(services: Services, _caller: Caller, arguments: Arguments) -> A
         return
     if wanted == Wanted():
         raise UsageError(
-            "nothing was asked to be changed: give --name, --pcrs, --recovery, --saa, --quota or an approval"
+            "nothing was asked to be changed: give --name, --pcrs, --recovery, --saa, --quota, --allow-export "
+            "or an approval"
         )
     updated = await services.groups.update(row, wanted)
     if arguments["saa"] is not None and not services.groups.seal(row.uuid).approvals:

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from manager import state_files
 from manager.findings import Finding, Subject, Verdict
+from manager.migration_records import is_frozen, is_incoming
 from manager.named_path import open_named
 from manager.verify_catalogue import seal_name, verify_attachment, verify_catalogue
 from storage.catalogue_rows import VtpmRow
@@ -142,7 +143,8 @@ def _verify_image(subject: Subject, vtpm: UUID, name: str | None, path: Path) ->
 
 def _judge_image(record: VtpmRecord, path: Path, store: UUID) -> tuple[Verdict, str]:
     if record.flags & RecordFlags.FRESH:
-        return Verdict.OK, "never started: it has no state yet"
+        waits = is_incoming(record.flags)
+        return Verdict.OK, f"{'incoming, to be claimed' if waits else 'never started'}: it has no state yet"
     try:
         return Verdict.OK, _read_image(record, path, store)
     except FileNotFoundError:
@@ -162,6 +164,8 @@ def _read_image(record: VtpmRecord, path: Path, store: UUID) -> str:
         size = image.load(record.key, record.digest, record.generation).size
         other = next(str(slot) for slot in image.describe() if slot.slot != image.live_slot)
     text = f"generation {record.generation} in slot {image.live_slot}, {size} bytes, decrypted; {other}"
+    if is_frozen(record.flags):
+        return f"{text}; frozen: another manager claimed it"
     return f"{text}; quarantined: attach it again" if record.flags & RecordFlags.QUARANTINED else text
 
 

@@ -1,8 +1,8 @@
 """swtpm's file backend: all blobs in one file or block device, behind a table of contents.
 
 swtpm overwrites a blob in place; a power cut in the middle leaves neither the old nor the new one. Here a blob is
-written where nothing lives, flushed, and then the table, which is within the first sector, is switched over to it. swtpm
-reads and writes such files as its own: it moves sections together by their lengths, so no gap may lie between two
+written where nothing lives, flushed, and then the table, which is within the first sector, is switched over to it.
+swtpm reads and writes such files as its own: it moves sections together by their lengths, so no gap may lie between two
 sections, and a gap left by a blob that moved is added to the section before it.
 
 Source: swtpm's swtpm_nvstore_linear.c, swtpm_nvstore_linear_file.c; reference/swtpm-libtpms-qemu.md 3.4.
@@ -86,7 +86,7 @@ def pack_table(table: Table) -> bytes:
 
 
 def placed(table: Table, number: int, length: int) -> Table:
-    """Return the table with blob `number` in `length` bytes of which no blob of `table` lives, its own old one included.
+    """Return the table with blob `number` in `length` bytes where no blob of `table` lives, its own old one included.
 
     The first gap that is large enough is taken, be it the unused end of another section. No gap is left between two
     sections. What the last one has beyond its blob is for `fitted` to settle.

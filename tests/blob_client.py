@@ -20,7 +20,7 @@ PROBE: Final = bytes.fromhex("80010000000a00000181")
 Saved = dict[int, tuple[int, bytes]]  # what QEMU keeps: by type the reply's flags and the blob
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A control command failed: what QEMU ends with."""
 
     def __init__(self, command: int, result: int) -> None:
@@ -62,7 +62,7 @@ class Machine:
     def _result(command: int, answer: bytes) -> bytes:
         result = int.from_bytes(answer[:4])
         if result:
-            raise Refused(command, result)
+            raise RefusedError(command, result)
         return answer
 
     def call(self, command: int, payload: bytes = b"", answer: int = 4) -> bytes:
@@ -82,7 +82,7 @@ class Machine:
         self.control.sendall(struct.pack(">IIII", GET_STATEBLOB, 1, kind, offset))
         result, flags, total, length = struct.unpack(">IIII", self._receive(16))
         if result and not result & RETRY:
-            raise Refused(GET_STATEBLOB, result)
+            raise RefusedError(GET_STATEBLOB, result)
         assert total == length, "QEMU refuses a reply in pieces"
         return flags, self._receive(length)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import vtpm_instance_rig as tpm
-from blob_client import Machine, Refused, Saved
+from blob_client import Machine, RefusedError, Saved
 from e2e_rig import Installation, wait_for
 from hibernation_deaths import killed_at
 
@@ -41,7 +41,7 @@ DEATHS = [
     *_deaths("export", "manager", sendto=1),
     *_deaths("use", "instance", pwrite64=4, fdatasync=2, sendto=5),
     *_deaths("use", "manager", pwrite64=2, fdatasync=2, sendto=3),
-    *_deaths("restore", "instance", recvfrom=2, sendto=8, pwrite64=1, fdatasync=1),
+    *_deaths("restore", "instance", recvfrom=2, sendto=16, pwrite64=1, fdatasync=1),
     *_deaths("restore", "manager", pwrite64=1, fdatasync=1, sendto=2),
 ]
 
@@ -86,33 +86,34 @@ class Trial:
         self.machine = Machine(self.control)
         self.machine.reset(incoming=True)
         self.machine.restore(self.saved)
-        self.lived = True
         assert self.machine.pcr(PCR) == self.pcr
+        self.lived = True
+        self.machine.code(tpm.get_random(8))
 
     # what must be so afterwards
 
     def check(self) -> None:
         self.machine.close()
-        if self.saved is not None:
-            try:
-                self._again(self.restore_once)
-            except Refused as refused:
-                assert refused.result == ROLLBACK, f"{refused}; the log:\n{self.made.tail()}"
-            else:
-                assert not self.lived, "a volatile state was had twice"
-                self.machine.end()
-                try:
-                    self._again(self.restore_once)
-                except Refused as refused:
-                    assert refused.result == ROLLBACK
-                else:
-                    raise AssertionError("a volatile state was had twice")
+        if self.saved is not None and self._can_be_had():
+            assert not self.lived, "a volatile state was had twice"
+            self.machine.end()
+            assert not self._can_be_had(), "a volatile state was had twice"
         self.machine.close()
         self._again(self._boot)
         found = tpm.nv_content(self.machine.good(tpm.nv_read(INDEX, 8)))
         assert found in (self.acked, self.tried), f"{found!r} where {self.acked!r} was acknowledged"
         assert self.machine.pcr(PCR) == bytes(32)
         self.machine.end()
+
+    def _can_be_had(self) -> bool:
+        """Restore what was saved; returns False when that is refused as used up."""
+        try:
+            self._again(self.restore_once)
+        except RefusedError as error:
+            if error.result != ROLLBACK:
+                raise
+            return False
+        return True
 
     def _boot(self) -> None:
         self.machine.close()
@@ -153,10 +154,9 @@ def die(made: Installation, name: str, death: Death) -> bool:
     assert manager is not None
     with killed_at(instance if death.who == "instance" else manager.pid, death.call, death.number):
         failures = _in_thread(made, getattr(trial, death.step))
-    assert not [error for error in failures if not isinstance(error, OSError | Refused)], failures
+    assert not [error for error in failures if not isinstance(error, OSError | RefusedError)], failures
     _revive(made)
     trial.check()
-    Machine.open.clear()
     return made.manager is not manager or int(made.show(name)["pid"]) != instance
 
 
@@ -166,7 +166,7 @@ def _in_thread(made: Installation, act: Callable[[], None]) -> list[BaseExceptio
     def run() -> None:
         try:
             act()
-        except (OSError, Refused, AssertionError) as error:
+        except (OSError, RefusedError, AssertionError) as error:
             failures.append(error)
 
     thread = threading.Thread(target=run)

@@ -77,7 +77,7 @@ _DOMAIN = """\
       <source file='{base}/{name}.img'/>
       <target dev='vda' bus='virtio'/>
     </disk>
-    <serial type='file'><source path='{base}/{name}.console'/></serial>
+    <serial type='file'><source path='{base}/{name}.console' append='on'/></serial>
     <controller type='usb' model='none'/>
     <memballoon model='none'/>
     {tpm}
@@ -154,15 +154,24 @@ class Libvirt:
 
     def boot(self, name: str) -> str:
         """Start a domain, wait until it has switched itself off, and return what it has printed."""
-        console = self.base / f"{name}.console"
-        console.unlink(missing_ok=True)
+        self.start_domain(name)
+        return self.transcript(name)
+
+    def start_domain(self, name: str) -> None:
+        (self.base / f"{name}.console").unlink(missing_ok=True)
         self.virsh("start", name)
+
+    def printed(self, name: str) -> str:
+        console = self.base / f"{name}.console"
+        return console.read_text(errors="replace").replace("\r", "") if console.exists() else ""
+
+    def transcript(self, name: str) -> str:
+        """Wait until a domain has switched itself off, and return what it has printed."""
         deadline = time.monotonic() + BOOT_SECONDS
         while self.virsh("domstate", name).stdout.strip() != "shut off":
-            said = console.read_text(errors="replace")[-2000:] if console.exists() else ""
-            assert time.monotonic() < deadline, f"{name} does not end:\n{said}\n{self.said()}"
+            assert time.monotonic() < deadline, f"{name} does not end:\n{self.printed(name)[-2000:]}\n{self.said()}"
             time.sleep(0.2)
-        text = console.read_text(errors="replace").replace("\r", "")
+        text = self.printed(name)
         assert "@@DONE 0" in text, text[-3000:]
         return text.partition("@@USERSPACE")[2].partition("@@DONE")[0]
 

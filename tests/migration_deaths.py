@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import vtpm_instance_rig as tpm
-from blob_client import Machine, Refused, Saved
+from blob_client import Machine, RefusedError, Saved
 from e2e_rig import alive, wait_for
 from hibernation_deaths import killed_at
 from migration_rig import INDEX, Guest, Host, Wire
@@ -43,7 +43,7 @@ class World:
         def restore() -> None:
             try:
                 machine.restore(saved)
-            except (Refused, OSError) as error:
+            except (RefusedError, OSError) as error:
                 self.failed = error
             done.set()
 

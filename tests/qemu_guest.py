@@ -1,4 +1,4 @@
-"""What tests do with the TPM of a Linux guest, with tpm2-tools in it: measured boot, secrets sealed to PCRs, counters."""
+"""What tests do with the TPM of a Linux guest, by its tpm2-tools: measured boot, secrets sealed to PCRs, counters."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What QEMU finds behind its TPM's control socket in tests: swtpm as it is, the control of the rig, or a vTPM of ours."""
+"""What QEMU finds behind its TPM's control socket in tests: swtpm, the control of the rig, or a vTPM of ours."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from e2e_rig import Installation
+from e2e_rig import Installation, alive, wait_for
 from guest_rig import Image
 from qemu_rig import Qemu, connected
 
@@ -84,6 +84,18 @@ class Ours:
         connected(self.control).close()
         return back_end(self.control)
 
+    def hibernate(self) -> None:
+        """The guest's kernel may ask for random numbers at any time: the verb says then that it is busy, exit 8."""
+
+        def done() -> bool:
+            answer = self.made.command("vtpm-hibernate", self.name, check=False)
+            assert answer.code in {0, 8}, answer.err
+            return answer.code == 0
+
+        pid = self.made.show(self.name)["pid"]
+        wait_for(done, "hibernation")
+        wait_for(lambda: not alive(pid), "the instance's end")
+
     def close(self) -> None:
         """The installation ends with its fixture."""
 
@@ -118,12 +130,14 @@ class Bench:
         self.made.append(made)
         return made
 
-    @staticmethod
-    def disk(path: Path) -> None:
+    def disk(self) -> Path:
         """Make a small disk that keeps snapshots: QEMU puts the machine's state into it."""
+        path = self.directory / "disk"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "16M"], check=True)
+        return path
 
     def close(self) -> None:
         for made in self.made:
             made.kill()
-            sys.stdout.write(f"QEMU in {made.directory.name}:\n{made.log()}")  # shown where a test failed
+            if said := made.log():  # pytest shows it where a test failed
+                sys.stderr.write(f"QEMU in {made.directory.name}:\n{said}")

@@ -100,6 +100,14 @@ class Relay:
         who = f'certificate = "{certificate}"' if self.spaces else f"uid = {os.geteuid()}"
         self.clients.write_text(f'[[client]]\nname = "near"\n{who}\nvtpms = {vtpms}\n')
 
+    def reread(self, vtpms: str) -> None:
+        """Allow something else while the far side runs."""
+        assert self.far is not None
+        seen = self.log("far").count("the clients are those")
+        self.allow(vtpms)
+        self.far.send_signal(signal.SIGHUP)
+        wait_for(lambda: self.log("far").count("the clients are those") > seen, "the clients' file read again")
+
     def start_far(self, *more: str) -> None:
         words = [
             "serve",
@@ -271,16 +279,18 @@ class QemuClient:
 
 
 @contextmanager
-def swtpm(base: Path, name: str = "plain") -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+def swtpm(base: Path, name: str = "plain", *, data: bool = False) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """A plain swtpm 2.0; gives the far side's option for it."""
     state = base / name
     state.mkdir()
     control = state / "ctrl"
     words = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", "--ctrl", f"type=unixio,path={control}"]
+    if data:
+        words += ["--server", f"type=unixio,path={state}/data", "--flags", "not-need-init,startup-clear"]
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL)
     try:
         wait_for(control.exists, "swtpm")
-        yield f"--vtpm={name}={control}", process
+        yield f"--vtpm={name}={control}" + (f",{state}/data" if data else ""), process
     finally:
         process.kill()
         process.wait()

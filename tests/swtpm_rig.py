@@ -68,10 +68,14 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def running(command: Sequence[str], *options: str, flags: str | None = STARTED) -> Iterator[Running]:
+def running(
+    command: Sequence[str], *options: str, flags: str | None = STARTED, serves_data: bool = True
+) -> Iterator[Running]:
     """`command` socket with `options`, answering on its control channel; ended at the end however it went."""
     directory = Path(tempfile.mkdtemp(prefix="sw"))
-    words = [*command, "socket", "--server", f"type=unixio,path={directory}/s"]
+    words = [*command, "socket"]
+    if serves_data:
+        words += ["--server", f"type=unixio,path={directory}/s"]
     words += ["--ctrl", f"type=unixio,path={directory}/s.ctrl", *options]
     if flags is not None:
         words += ["--flags", flags]

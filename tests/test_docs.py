@@ -14,15 +14,16 @@ from generated_docs import DOCS, check_generated
 
 from frontend_backend.messages_admin import ExitCode
 from manager import __main__ as daemon
-from manager import check_quote, cli, cli_approval, recovery_key
+from manager import check_quote, cli, cli_approval, cli_relay, recovery_key
 from manager.config import Config
 from manager.running import Stage
 from manager.verb_table import BY_NAME, DAEMON_VERBS, STATES, VERBS
+from vtpm_instance.control import TABLE, Command, FrontEnd, Role
 
 ROOT = DOCS.parent
 MAN = DOCS / "man"
 PAGES = sorted(MAN.glob("*.[18]"))
-OTHER_STATES = {"added", "down", "detached", "quarantined", "closed", "missing", "stale"}
+OTHER_STATES = {"added", "down", "detached", "quarantined", "closed", "missing", "stale", "incoming", "frozen"}
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -62,6 +63,19 @@ def sections(name: str) -> dict[str, dict[str, object]]:
     return tomllib.loads((ROOT / name).read_text(encoding="utf-8"))
 
 
+def test_who_may_ask_what_on_the_control_channel_is_the_table_in_the_code() -> None:
+    fronts = (FrontEnd.SOCKET, FrontEnd.QEMU, FrontEnd.RING, FrontEnd.PROXY, FrontEnd.XEN, FrontEnd.SWTPM)
+    words: dict[frozenset[Role], str] = {frozenset(): "-", frozenset({Role.OWNER}): "owner", frozenset(Role): "all"}
+    lines = ["| command | | " + " | ".join(f"`{front.value}`" for front in fronts) + " | TPM | while a command runs |"]
+    lines.append("|---" * (len(fronts) + 4) + "|")
+    for command, entry in TABLE.items():
+        who = [words[frozenset(role for role in Role if (front, role) in entry.allowed)] for front in fronts]
+        state = "on" if entry.running else "off" if command is Command.SET_STATEBLOB else ""
+        waits = "waits" if entry.alone else "at once"
+        lines.append(f"| {command.name} | {command:#04x} | " + " | ".join(who) + f" | {state} | {waits} |")
+    check_generated("control-channel.md", "who may ask what", "\n".join(lines) + "\n")
+
+
 def test_every_configuration_key_is_documented_with_its_default() -> None:
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     documented = {}
@@ -97,6 +111,7 @@ def test_the_table_of_verbs_is_the_one_in_the_code() -> None:
         ("vtpm-recovery-key.1", recovery_key._parser()),
         ("vtpm-approve.1", cli_approval._parser()),
         ("vtpm-check-quote.1", _check_quote_parser()),
+        ("vtpm-relay.8", cli_relay._parser()),
     ],
 )
 def test_every_verb_and_option_is_in_the_manual_page(page: str, parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,6 @@ from frontend_backend.messages_instance import (
     CommitReply,
     Load,
     LoadReply,
-    Orders,
     QuoteReply,
     RandomReply,
     Refusal,
@@ -30,6 +29,7 @@ from frontend_backend.messages_instance import (
     encode_request,
     refusal_for_malformed,
 )
+from frontend_backend.orders import Orders
 from frontend_backend.ring import Answered, BackRing, FrontRing
 from frontend_backend.tpmhdr import CommandHeader
 from frontend_backend.tpmif import MAX_PACKET, PAGE_SIZE, RingState, SharedPage

@@ -1,5 +1,6 @@
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -230,12 +231,8 @@ WORDS = st.one_of(
 def test_any_words_are_options_or_one_error(
     interface: Interface, words: list[str], environment: dict[str, str]
 ) -> None:
-    try:
-        options = parse(interface, words, environment)
-    except OptionError as error:
-        assert str(error)
-    else:
-        assert options.words == tuple(words)
+    with suppress(OptionError):
+        assert parse(interface, words, environment).words == tuple(words)
 
 
 NAMES = st.text(alphabet="abcxyz/._0", min_size=1, max_size=12)

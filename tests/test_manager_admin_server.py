@@ -310,7 +310,17 @@ def test_only_looking_is_for_auditors_and_only_administrators_make_and_unmake() 
         "tpm-status",
         "verify",
     }
-    for name in ("add", "remove", "reset", "stop", "group-add", "group-update", "group-rotate", "group-remove"):
+    for name in (
+        "add",
+        "remove",
+        "reset",
+        "allow-restore",
+        "stop",
+        "group-add",
+        "group-update",
+        "group-rotate",
+        "group-remove",
+    ):
         assert BY_NAME[name].role is Role.ADMINISTRATOR
 
 

@@ -289,7 +289,7 @@ class Claims:
     def __init__(self, why_not: str | None = None) -> None:
         self.why_not, self.confirmed = why_not, list[tuple[UUID, bytes]]()
 
-    async def claim(self, vtpm: UUID, header: BlobHeader, raw: bytes) -> bytes:
+    async def claim(self, _vtpm: UUID, header: BlobHeader, raw: bytes) -> bytes:
         if self.why_not == "broken":
             raise ZeroDivisionError
         if self.why_not is not None:

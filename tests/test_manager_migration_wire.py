@@ -129,7 +129,7 @@ async def test_those_who_say_nothing_keep_a_place_for_a_time_only(folder: Path) 
         silent = []
         for _ in range(MAX_CONNECTIONS + 3):
             sock = socket.socket(socket.AF_UNIX)
-            sock.connect(str(folder / "m"))
+            await trio.to_thread.run_sync(sock.connect, str(folder / "m"))
             silent.append(sock)
         assert await asks(other) == m.RenounceReply()
         for sock in silent:

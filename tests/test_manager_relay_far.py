@@ -1,6 +1,7 @@
 """The far side's process against near sides that mean harm: they lose their connection, and nobody else anything."""
 
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -25,7 +26,8 @@ def joined() -> Iterator[Relay]:
         tempfile.TemporaryDirectory(prefix="rf") as base,
         swtpm(Path(base)) as (place, _),
         swtpm(Path(base), "other") as (another, _),  # a swtpm has one control client at a time
-        relay([place, another]) as made,
+        swtpm(Path(base), "listening", data=True) as (third, _),
+        relay([place, another, third]) as made,
     ):
         made.start_far()
         made.start_near()
@@ -166,10 +168,29 @@ def test_a_request_said_again_is_answered_again_and_not_executed_again(joined: R
     client.good(tpm.get_random(8))
 
 
+def test_the_successor_of_a_killed_far_side_knows_what_was_executed(joined: Relay, client: QemuClient) -> None:
+    session, opened = os.urandom(16), Frame(Kind.OPEN, 5, 1, opening(ChannelKind.DATA, "listening"))
+    first = Stranger(joined, session)
+    first.say(opened, *frames_of(Kind.REQUEST, 5, 1, tpm.pcr_extend(10)))
+    assert tpm.rc(first.answer().payload) == 0
+    joined.restart_far(signal.SIGKILL)
+    first.sock.close()
+    second = Stranger(joined, session, first.welcome.run)
+    assert second.welcome.resumed
+    second.say(opened, *frames_of(Kind.REQUEST, 5, 1, tpm.pcr_extend(10)))
+    assert tpm.rc(second.answer().payload) == 0x101, "executed twice"
+    second.say(*frames_of(Kind.REQUEST, 5, 2, tpm.pcr_read(10)))
+    assert second.answer().payload[-32:] == tpm.extended(b"\x11" * 32)
+    second.sock.close()
+    client.good(tpm.get_random(8))
+
+
 def test_a_session_is_not_resumed_by_who_does_not_know_the_far_side(joined: Relay) -> None:
     session = os.urandom(16)
     Stranger(joined, session).sock.close()
-    assert not Stranger(joined, session).welcome.resumed
+    second = Stranger(joined, session)
+    second.sock.close()
+    assert not second.welcome.resumed
 
 
 def test_a_command_line_that_cannot_be_says_why(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from manager.relay_ledger import MAX_KEPT, AfterLink, Asked, Duty, Executed, Kept
@@ -14,7 +14,8 @@ class World:
 
     near: Asked = field(default_factory=lambda: Asked(lambda request: request.startswith(b"again")))
     far: Executed = field(default_factory=Executed)
-    same_far: bool = False  # the near side's knowledge on the next link: it is the far side of before
+    far_run: int = 1
+    known_run: int = 0  # what the near side knows of it
     wire_out: list[tuple[int, bytes]] = field(default_factory=list)
     wire_back: list[tuple[int, bytes]] = field(default_factory=list)
     running: list[tuple[int, bytes, Executed]] = field(default_factory=list)
@@ -71,8 +72,8 @@ class World:
     def link(self) -> None:
         if not self.up:
             self.up = True
-            verdict = self.near.on_link(resumed=self.same_far)
-            self.same_far = True
+            verdict = self.near.on_link(resumed=self.known_run == self.far_run)
+            self.known_run = self.far_run
             if verdict is AfterLink.FAIL:
                 request = self.near.give_up()
                 assert request is not None
@@ -83,14 +84,13 @@ class World:
     def forget(self) -> None:
         """The far side is killed, and has no holder."""
         self.break_link()
-        self.far, self.same_far = Executed(), False
+        self.far, self.far_run = Executed(), self.far_run + 1
 
     def succeed(self) -> None:
         """The far side is killed, and its successor knows from the holder what was begun, no answers."""
         self.break_link()
         sequence = self.far.sequence
         self.far = Executed(sequence, dropped=sequence is not None)
-        self.same_far = True
 
     def drop_answer(self) -> None:
         if self.far.answer is not None:
@@ -104,8 +104,21 @@ class World:
 STEPS = ["arrive", "execute", "hear", "break_link", "link", "forget", "succeed", "drop_answer", "give_up"]
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(st.sampled_from(["ask", "ask again", *STEPS, "link", "arrive", "execute", "hear"]), max_size=60))
+USUAL = ["ask", "link", "arrive", "execute"] * 4
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["ask again", *STEPS, *USUAL]),
+        min_size=20,
+        max_size=80,
+    )
+)
+@example(["ask", "arrive", "execute", "forget", "link", "arrive", "execute", "hear"])
+@example(["ask", "arrive", "execute", "succeed", "link", "arrive", "execute", "hear"])
+@example(["ask", "arrive", "break_link", "link", "arrive", "execute", "execute", "hear"])
+@example(["ask", "arrive", "execute", "break_link", "drop_answer", "link", "arrive", "execute", "hear"])
 def test_a_request_is_executed_at_most_once_and_success_is_true(steps: list[str]) -> None:
     world = World()
     world.link()

@@ -218,6 +218,30 @@ def test_swtpm_setup_provisions_a_managed_vtpm(host: Installation, place: Path) 
         assert tpm.rc(say(machine.data, READ_EK)) == 0
 
 
+def test_a_service_manager_is_told_when_it_is_ready(host: Installation, place: Path) -> None:
+    vtpm = given(host)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(place / "notify"))
+        (place / "notify").chmod(0o666)
+        systemd.settimeout(30)
+        os.environ["NOTIFY_SOCKET"] = str(place / "notify")
+        try:
+            running = Running(place, words_for(host, vtpm, "--tpm2"))
+        finally:
+            del os.environ["NOTIFY_SOCKET"]
+        assert systemd.recv(64) == b"READY=1"
+    running.process.send_signal(signal.SIGTERM)
+    assert running.ended() == 0
+
+
+def test_what_goes_wrong_is_in_the_log_and_told_to_whoever_started_it(host: Installation, place: Path) -> None:
+    words = words_for(host, given(host), "--tpm2", "--log", f"file={place}/log", "--ctrl", "type=unixio,path=/no/where")
+    code, text = refused(OWNER, words)
+    assert code == ExitCode.FAILURE
+    assert "cannot listen at /no/where" in text
+    assert "cannot listen at /no/where" in (place / "log").read_text()
+
+
 # who may
 
 

@@ -22,11 +22,12 @@ WHO = {
     "all": "GET_CAPABILITY GET_CONFIG GET_INFO",
     "guest": "GET_TPMESTABLISHED SET_LOCALITY CANCEL_TPM_CMD SET_BUFFERSIZE",
     "owner": "INIT",
-    "machine": "SHUTDOWN HASH_START HASH_DATA HASH_END RESET_TPMESTABLISHED GET_STATEBLOB SET_STATEBLOB STOP SET_DATAFD "
-    "LOCK_STORAGE",
+    "machine": "SHUTDOWN HASH_START HASH_DATA HASH_END RESET_TPMESTABLISHED GET_STATEBLOB SET_STATEBLOB STOP "
+    "SET_DATAFD LOCK_STORAGE",
     "swtpm": "STORE_VOLATILE",
 }
-RUNNING = "HASH_START HASH_DATA HASH_END CANCEL_TPM_CMD STORE_VOLATILE RESET_TPMESTABLISHED GET_STATEBLOB".split()
+RUNNING = {"HASH_START", "HASH_DATA", "HASH_END", "CANCEL_TPM_CMD", "STORE_VOLATILE"}
+RUNNING |= {"RESET_TPMESTABLISHED", "GET_STATEBLOB"}
 AT_ONCE = {"GET_CAPABILITY", "SET_LOCALITY", "CANCEL_TPM_CMD", "GET_CONFIG"}  # while a TPM command runs
 
 ANSWERS = {
@@ -184,11 +185,12 @@ def test_the_body_of_a_refused_command_is_read_and_not_kept(command: Command) ->
     length = 3_000_000
     payload = struct.pack(">I", length) if command is Command.HASH_DATA else struct.pack(">III", 0, 1, length)
     assert answers(session, number(command, payload)) == []
+    got = []
     for _ in range(length // 1000):
         session.feed(bytes(1000))
-        answer = session.next_answer()
+        got.append(session.next_answer())
         assert len(session._buffer) == 0
-    assert answer == BAD_ORDINAL
+    assert got == [None] * (len(got) - 1) + [BAD_ORDINAL]
     assert answers(session, number(Command.GET_CAPABILITY)) == [struct.pack(">II", 0, capabilities(FrontEnd.QEMU))]
     assert machine.done == []
 

@@ -1,4 +1,4 @@
-"""A vTPM attached as `qemu`, by what QEMU's emulator backend says to it: power, both channels, hibernation, and its end."""
+"""A vTPM attached as `qemu`, by what QEMU's emulator backend says to it: power, channels, hibernation, the end."""
 
 import hashlib
 import os
@@ -35,8 +35,10 @@ from vtpm_instance_rig import (
 
 from frontend_backend.descriptors import close_all
 from frontend_backend.local import LocalRing
-from frontend_backend.messages_instance import InstanceState, Orders, RefusalCode
+from frontend_backend.messages_instance import InstanceState, RefusalCode
 from frontend_backend.messages_keeper import Park, Parked, Spawn, Spawned, Wake
+from frontend_backend.orders import Orders
+from storage.secrets import StateKey
 from storage.state_image import StateImage
 
 INDEX = 0x01500001
@@ -258,6 +260,15 @@ def test_localities_up_to_3_are_the_guests_and_4_is_the_hardwares(make_bench: Ma
     assert receive_exactly(qemu.data, 18) == struct.pack(">I", 10) + bytes.fromhex("80010000000a00000907") + bytes(4)
 
 
+def test_flags_that_nobody_knows_are_asked_for_without_harm(make_bench: MakeBench) -> None:
+    qemu = EmulatorBackend(make_bench().control_path)
+    known = qemu.ask(0x12, struct.pack(">QII", 1, 0, 0), 12 + 63)
+    for flags in (1 | 1 << 63, 1 | 1 << 31, 1 | 1 << 32):
+        assert qemu.ask(0x12, struct.pack(">QII", flags, 0, 0), 12 + 63) == known
+    assert qemu.result(0x11, b"\xff" * 4) == 0
+    assert receive_exactly(qemu.control, 12) == struct.pack(">III", 4096, 2808, 4096)
+
+
 def test_cancel_is_answered_while_a_key_is_made_and_stop_waits_for_it(make_bench: MakeBench) -> None:
     qemu = started(make_bench())
     cancelled = early = 0
@@ -375,6 +386,7 @@ def send_to_sleep(bench: Bench) -> int:
     """Have it hibernate; returns with how many connections."""
     manager = bench.manager
     assert manager is not None
+    manager.keeps_ring = True
     manager.give(Orders.HIBERNATE)
     until(lambda: manager.asleep or bool(refusals(bench)), "an answer to the order")
     assert manager.asleep, refusals(bench)
@@ -411,6 +423,7 @@ def test_both_channels_survive_hibernation_with_what_the_machine_has_set(make_be
         assert other.pass_data(spare) == 0x1F, "the data channel is still QEMU's"
     assert qemu.result(STOP) == 0
     assert qemu.reset() == 0
+    assert qemu.set_locality(0) == 0
     assert rc(qemu.run(STARTUP_CLEAR)) == 0
     before = bench.record.generation
     qemu.die()
@@ -447,8 +460,6 @@ def test_the_state_of_the_last_instance_is_the_recorded_one(make_bench: MakeBenc
     bench = make_bench()
     started(bench).leave()
     with bench.image.open("rb") as file:
-        image = StateImage.open(os.dup(file.fileno()), bench.record.vtpm)
-        from storage.secrets import StateKey  # noqa: PLC0415
-
+        image = StateImage.open(file.fileno(), bench.record.vtpm)
         blobs = image.load(StateKey(bench.record.key), bench.record.digest, bench.record.generation)
     assert set(blobs) == {"permall"}

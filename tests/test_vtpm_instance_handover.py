@@ -56,13 +56,17 @@ def test_sockets_and_rings_pass_the_check_and_nothing_else_does() -> None:
     front, back = LocalRing.pair(doorbells=PipeDoorbell.pair)
     null = os.open("/dev/null", os.O_RDWR)
     unconnected = socket.socket(socket.AF_UNIX)
+    listener = socket.create_server(("127.0.0.1", 0))
+    tcp = socket.create_connection(listener.getsockname())
     try:
         check(Handed(Kind.DATA, (stream[0].fileno(),)))
+        check(Handed(Kind.CONTROL, (tcp.fileno(),)))
         check(Handed(Kind.RING, back.descriptors()))
         page, heard, rung = back.descriptors()
         for wrong in (
             Handed(Kind.DATA, (datagram[0].fileno(),)),
             Handed(Kind.CONTROL, (unconnected.fileno(),)),
+            Handed(Kind.CONTROL, (listener.fileno(),)),
             Handed(Kind.DATA, (null,)),
             Handed(Kind.DATA, (page,)),
             Handed(Kind.RING, (page, rung, heard)),
@@ -73,7 +77,7 @@ def test_sockets_and_rings_pass_the_check_and_nothing_else_does() -> None:
             with pytest.raises(BadRequestError):
                 check(wrong)
     finally:
-        for sock in (*stream, *datagram, unconnected):
+        for sock in (*stream, *datagram, unconnected, listener, tcp):
             sock.close()
         front.close()
         back.close()

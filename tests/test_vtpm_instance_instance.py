@@ -28,7 +28,8 @@ from vtpm_instance_commands import (
 from vtpm_instance_manager import until
 from vtpm_instance_rig import Bench, KeeperProcess, running_keeper, transact
 
-from frontend_backend.messages_instance import InstanceState, Orders, Report
+from frontend_backend.messages_instance import InstanceState, Report
+from frontend_backend.orders import Orders
 
 INDEX = 0x01500001
 MakeBench = Callable[..., Bench]

@@ -15,11 +15,11 @@ from frontend_backend.messages_instance import (
     InstanceState,
     Load,
     LoadReply,
-    Orders,
     Random,
     RefusalCode,
     Report,
 )
+from frontend_backend.orders import Orders
 from frontend_backend.ring import BackRing, Request
 from vtpm_instance.errors import ManagerConfusedError, ManagerGoneError, ManagerRefusedError, ManagerSilentError
 from vtpm_instance.managerlink import STOP_GRACE, ManagerLink

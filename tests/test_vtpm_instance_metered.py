@@ -3,10 +3,12 @@
 import struct
 from collections.abc import Callable, Iterator
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_vtpm_instance_vtpm import Parts
 from vtpm_instance_commands import (
     STARTUP_CLEAR,
     authorised,
@@ -20,8 +22,11 @@ from vtpm_instance_commands import (
 )
 
 from frontend_backend.tpmhdr import TpmFamily, command
+from storage.state_image import Emulator
 from vtpm_instance.libtpms import PERMANENT, Tpm, the_tpm
-from vtpm_instance.metered import FRESH_STATE, INDEX_BYTES, OBJECT_BYTES, Bucket, growth_of
+from vtpm_instance.metered import FRESH_STATE, INDEX_BYTES, OBJECT_BYTES, Bucket, Limits, MeteredVtpm, growth_of
+from vtpm_instance.statekeeper import StateKeeper
+from vtpm_instance.tpm_commands import Startup
 
 INDEX = 0x1500016
 
@@ -82,6 +87,29 @@ def test_whoever_waits_as_told_never_gets_more_than_the_rate_and_a_second_s_wort
         clock.now += bucket.take(count, clock)
         assert taken <= rate + rate * (clock.now - began) + 1e-6 * rate
         clock.now += pause
+
+
+def test_a_machine_that_is_switched_off_and_on_all_the_time_saves_no_more_than_its_share(tmp_path: Path) -> None:
+    parts, clock = Parts(tmp_path / "state.img"), Clock()
+
+    def pause(seconds: float) -> None:
+        clock.now += seconds
+
+    emulator = Emulator("libtpms", "0.9.2")
+    keeper = StateKeeper(parts.record.vtpm, parts.record.lease, parts.descriptor, parts.link, emulator)
+    limits = Limits(saves_per_second=2)
+    vtpm = MeteredVtpm(
+        the_tpm(), keeper, TpmFamily.TPM_2_0, Startup.NONE, lambda _condition, _cause: None, limits, clock, pause
+    )
+    began = clock.now
+    vtpm.start(power=False)
+    for _ in range(10):
+        vtpm.power_on()
+        vtpm.execute(STARTUP_CLEAR, 0)
+        vtpm.power_off()
+    assert parts.record.commits > 20
+    assert parts.record.commits <= 2 + 2 * (clock.now - began)
+    parts.close()
 
 
 # NV

@@ -17,7 +17,6 @@ from vtpm_instance_rig import Bench, KeeperProcess, running_keeper, transact, un
 from frontend_backend.deep_quote import DeepQuoteCommand, Evidence
 from frontend_backend.messages_instance import (
     InstanceState,
-    Orders,
     QuoteReply,
     QuoteTaskReply,
     Refusal,
@@ -25,6 +24,7 @@ from frontend_backend.messages_instance import (
     Reply,
     ReportReply,
 )
+from frontend_backend.orders import Orders
 from frontend_backend.tpmhdr import TpmFamily
 from manager.attest_wire import KeyPublic, QuoteAttest, verify
 

@@ -21,7 +21,8 @@ from vtpm_instance_commands import (
 from vtpm_instance_manager import page_state, until
 from vtpm_instance_rig import Bench, KeeperProcess, receive_response, running_keeper, transact
 
-from frontend_backend.messages_instance import InstanceState, Orders, RefusalCode
+from frontend_backend.messages_instance import InstanceState, RefusalCode
+from frontend_backend.orders import Orders
 from frontend_backend.tpmif import RingState
 
 INDEX = 0x01500001

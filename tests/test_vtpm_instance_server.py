@@ -70,6 +70,24 @@ def test_control_commands_over_the_socket(make_bench: MakeBench) -> None:
     assert bench.control(struct.pack(">IIII", 0xD, 0, 1, 4) + b"abcd") == struct.pack(">I", 0xA)
 
 
+def test_over_tcp_both_channels_work_and_nobody_is_its_owner(keeper: KeeperProcess) -> None:
+    bench = TcpBench(keeper)
+    bench.spawn()
+    with bench.connect() as data, bench.connect(1) as control:
+        for cut in (1, 7, 12):
+            data.sendall(get_random(8)[:cut])
+            data.sendall(get_random(8)[cut:])
+            assert rc(receive_response(data)) == 0
+        assert rc(transact(data, pcr_extend(7))) == 0
+        for request, answer in (("00000001", "000000000000e82d"), ("0000000500", "00000000"), ("00000009", "00000000")):
+            control.sendall(bytes.fromhex(request))
+            assert receive_exactly(control, len(answer) // 2).hex() == answer
+        control.sendall(bytes.fromhex("00000002 00000000"))
+        assert receive_exactly(control, 4).hex() == "0000000a", "no platform reset by whoever reaches the port"
+        assert transact(data, pcr_read(7))[-32:] == extended(b"\x11" * 32)
+    bench.close()
+
+
 def test_split_and_pipelined_commands_work_and_the_last_answers_come_after_the_client_is_done(
     make_bench: MakeBench,
 ) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from frontend_backend.local import LocalRing
+from frontend_backend.messages_blobs import Export, Import
 from frontend_backend.messages_instance import (
     Commit,
     CommitReply,
@@ -19,7 +20,6 @@ from frontend_backend.messages_instance import (
     InstanceState,
     Load,
     LoadReply,
-    Orders,
     PcrRead,
     PcrReadReply,
     Quote,
@@ -35,6 +35,7 @@ from frontend_backend.messages_instance import (
     encode_reply,
     refusal_for_malformed,
 )
+from frontend_backend.orders import Orders
 from frontend_backend.ring import BackRing, Request
 
 DEADLINE = 15.0  # seconds after which a test gives up waiting
@@ -93,6 +94,7 @@ class SmallManager:
         self.task = QuoteTaskReply(0)
         self.closed = False
         self.asleep = False
+        self.keeps_ring = False  # whether it leaves the ring alone once its instance is asleep, as the manager does
         self._wake, self._waker = os.pipe()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -106,7 +108,7 @@ class SmallManager:
         while alive and not self.closed:
             if not self.silent:
                 self._serve(back)
-            if self.asleep:
+            if self.asleep and self.keeps_ring:
                 return  # what comes over the doorbell now is for the keeper: the guest's connections
             ready = dict(poll.poll())
             if self._wake in ready:
@@ -174,6 +176,8 @@ class SmallManager:
             case QuoteMade() as made:
                 record.made.append(made)
                 return ReportReply()
+            case Export() | Import():
+                return Refusal(RefusalCode.DENIED, "no state blobs here")
             case other:
                 return Refusal(RefusalCode.UNAVAILABLE, type(other).__name__)
 

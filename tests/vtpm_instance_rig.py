@@ -239,8 +239,9 @@ class Bench:
         lock: bool = True,
         before: Callable[[], None] | None = None,
         record_says: dict[str, object] | None = None,
+        device: int | None = None,
     ) -> SmallManager:
-        """Start an instance as a manager does, and wait for its first report."""
+        """Start an instance as a manager does, and wait for its first report; `device` is the server's end of one."""
         record = self.record
         record.startup = startup
         record.reports.clear()
@@ -266,9 +267,10 @@ class Bench:
                 self.frontend,
                 self.owner_uid,
                 os.geteuid(),
-                ("data", "control", "ring"),
+                ("data", "control", "ring") if device is None else ("data", "control", "ring", "proxy"),
             )
             handed = [page, doorbell, own_doorbell, image, data.fileno(), control.fileno(), ring.fileno()]
+            handed += [] if device is None else [device]
             reply, received = self.keeper.client.call(request, handed)
         os.close(image)
         front.close()

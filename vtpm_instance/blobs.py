@@ -65,6 +65,7 @@ class _PutIn:
     header: BlobHeader
     raw: bytes
     key: ExportKey
+    newest: bool
     parts: dict[Part, bytes] = field(default_factory=dict, repr=False)
     started: bool = True  # whether there is anything to go on from, beyond a power on
 
@@ -95,19 +96,23 @@ class ManagedBlobs:
             NotTakenOutError: the manager gives no key. LibtpmsError. ManagerError: see ManagerLink.ask.
 
         """
+        part = Part(kind)
+        if part is Part.SAVED and not self._has_saved:
+            return Result.RETRY, 0, b""  # nothing is taken out, so nothing may be kept of this moment either
         out = self._taken_out
         if out is None or (out.generation, out.start) != (self._keeper.generation, self._tpm.starts):
             self._forget_taken_out()
             out = self._taken_out = self._export()
-        blob = out.blobs.get(Part(kind))
-        if blob is None:
-            return Result.RETRY, 0, b""
-        return Result.SUCCESS, BlobFlags.ENCRYPTED, blob
+        return Result.SUCCESS, BlobFlags.ENCRYPTED, out.blobs[part]
+
+    @property
+    def _has_saved(self) -> bool:
+        return self._family is TpmFamily.TPM_1_2 and SAVED in self._keeper.blobs
 
     def _export(self) -> _TakenOut:
         """Encrypt the state as it is now: the permanent part as committed, the volatile one of the running TPM."""
         contents = {Part.PERMANENT: self._keeper.blobs[PERMANENT], Part.VOLATILE: self._tpm.volatile()}
-        if self._family is TpmFamily.TPM_1_2 and SAVED in self._keeper.blobs:
+        if self._has_saved:
             contents[Part.SAVED] = self._keeper.blobs[SAVED]
         started = self._family is TpmFamily.TPM_1_2 or code_of(self._tpm.process(read_clock())) != RC_INITIALIZE
         generation = self._keeper.generation
@@ -128,9 +133,12 @@ class ManagedBlobs:
         return _TakenOut(generation, self._tpm.starts, reply.header, key, blobs)
 
     def used(self) -> None:
-        """Make what was taken out history: a new generation, unless there is one since. Raises what a commit raises."""
+        """Make what was taken out, or put in, history: a new generation, unless there is one since.
+
+        Raises what a commit raises.
+        """
         out = self._taken_out
-        if out is not None and out.generation == self._keeper.generation:
+        if self._keeper.restoring or (out is not None and out.generation == self._keeper.generation):
             self._keeper.commit()
         self._forget_taken_out()
 
@@ -174,7 +182,8 @@ class ManagedBlobs:
             return Result.BAD_PARAMETER, f"state blob {sealed.part:d} was put in as {kind}"
         held = self._put_in
         if held is None:
-            held = self._put_in = _PutIn(sealed.header, sealed.export_header, self._key_of(sealed))
+            key, newest = self._key_of(sealed)
+            held = self._put_in = _PutIn(sealed.header, sealed.export_header, key, newest)
         elif held.raw != sealed.export_header:
             return Result.BAD_PARAMETER, f"the state blobs put in are of two exports: {held.header}, {sealed.header}"
         elif sealed.part in held.parts:
@@ -185,18 +194,23 @@ class ManagedBlobs:
             held.key.wipe()
         return Result.SUCCESS, ""
 
-    def _key_of(self, sealed: SealedPart) -> ExportKey:
-        """Return the key: our own where we gave this out last and it is the newest state; else the manager judges.
+    def _key_of(self, sealed: SealedPart) -> tuple[ExportKey, bool]:
+        """Return the key, and whether this is the newest state: known where we gave it out; else the manager judges.
 
         It judges in any case when what came in is committed.
         """
         out = self._taken_out
         if out is not None and out.header == sealed.export_header and out.generation == self._keeper.generation:
-            return ExportKey(out.key.view)
+            return ExportKey(out.key.view), True
         reply = self._link.ask(Import(sealed.export_header), IMPORT_TIMEOUT)
         if not isinstance(reply, ImportReply) or len(reply.key) != ExportKey.size:
             raise ManagerConfusedError("Import", type(reply).__name__)
-        return ExportKey(reply.key)
+        return ExportKey(reply.key), reply.newest
+
+    @property
+    def newest(self) -> bool:
+        """Whether what was put in is the state that the record names."""
+        return self._put_in is not None and self._put_in.newest
 
     def take_staged(self) -> dict[str, bytes]:
         """Return what was put in by libtpms' names, and forget it; the next commit says whose state it is.
@@ -219,6 +233,7 @@ class ManagedBlobs:
 
     def forget(self) -> None:
         """Drop what was put in: it was refused, or switched off before it was used."""
+        self._keeper.restoring = b""
         if self._put_in is not None:
             self._put_in.key.wipe()
             self._put_in = None

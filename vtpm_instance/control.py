@@ -49,7 +49,7 @@ class ControlSession:
     def pending(self) -> bool:
         """Whether bytes are there that no answer was given to, or a body is still to come.
 
-        Zero bytes after a locality are not: a note holds them, and QEMU leaves its padding there until its next command.
+        Zero bytes after a locality are not: a note holds them. QEMU leaves its padding there until its next command.
         """
         return bool(self._body or (self._buffer and not self._zeros))
 

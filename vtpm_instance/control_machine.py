@@ -69,6 +69,10 @@ class StateBlobs(Protocol):
     def forget(self) -> None:
         """Drop what was put in: the platform was switched off before it was used."""
 
+    @property
+    def newest(self) -> bool:
+        """Whether what is staged is the state that counts already: then it is saved by `used`, not by the power on."""
+
     def take_staged(self) -> dict[str, bytes]:
         """Return what was put in by libtpms' names (permall, volatilestate, savestate), and forget it."""
 

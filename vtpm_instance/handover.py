@@ -36,6 +36,7 @@ class Kind(IntEnum):
     RING = 2
 
 
+_FAMILIES: Final = frozenset({socket.AF_UNIX, socket.AF_INET, socket.AF_INET6})
 _DESCRIPTORS: Final = {Kind.DATA: 1, Kind.CONTROL: 1, Kind.RING: 3}
 _MOST: Final = MAX_HANDED // min(_DESCRIPTORS.values())
 

@@ -125,6 +125,7 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
     version = Emulator("libtpms", ".".join(map(str, emulator.version())))
     keeper = StateKeeper(order.vtpm, order.lease, order.image, link, version)
     after_reset = Startup.NONE if order.front_end in _FIRMWARE else Startup.CLEAR
+    was = Condition.OFF
 
     def announce(condition: Condition, cause: Exception | None) -> None:
         nonlocal was
@@ -134,8 +135,6 @@ def _live(order: InstanceOrder, link: ManagerLink, wakeup: int) -> int:
         if condition is not Condition.STOPPED and not switched_off:
             link.report(report_on(condition, cause))
         was = condition
-
-    was = Condition.OFF
 
     limits = Limits(order.commands_per_second, order.saves_per_second, order.nv_bytes)
     if limits:

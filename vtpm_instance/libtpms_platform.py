@@ -16,6 +16,7 @@ VOLATILE: Final = "volatilestate"
 SAVED: Final = "savestate"
 BLOB_NAMES: Final = frozenset({PERMANENT, VOLATILE, SAVED})
 _STATES: Final = {PERMANENT: 1, VOLATILE: 2, SAVED: 4}  # enum TPMLIB_StateType
+_INFO_FLAGS: Final = 0x7FFFFFFF  # what an enumeration holds: a control command has 64 bits, libtpms knows 8
 
 
 class _Version(IntEnum):
@@ -73,7 +74,7 @@ class PlatformCalls(Callbacks):
         """
         if self._running is None:
             self._check("ChooseTPMVersion", self._c.TPMLIB_ChooseTPMVersion(VERSIONS[family]))
-        text = self._c.TPMLIB_GetInfo(flags)
+        text = self._c.TPMLIB_GetInfo(flags & _INFO_FLAGS)
         if text == ffi.NULL:
             raise LibtpmsError("GetInfo", FAIL)
         try:

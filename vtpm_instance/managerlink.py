@@ -16,7 +16,6 @@ from frontend_backend.errors import MessageError, PageError, RingCancelledError,
 from frontend_backend.front import RingFrontEnd
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_instance import (
-    Orders,
     Refusal,
     RefusalCode,
     Reply,
@@ -25,6 +24,7 @@ from frontend_backend.messages_instance import (
     decode_reply,
     encode_request,
 )
+from frontend_backend.orders import Orders
 from vtpm_instance.errors import ManagerConfusedError, ManagerGoneError, ManagerRefusedError, ManagerSilentError
 
 RETRY_PAUSE: Final = 0.25  # seconds before a request is sent again that the manager gave back or could not serve yet

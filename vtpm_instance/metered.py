@@ -106,6 +106,28 @@ class MeteredVtpm(Vtpm):
                 self._pause(wait)
         return response
 
+    def power_on(self, *, delete_volatile: bool = True) -> None:
+        """Switch on as `Vtpm` does; what that saved counts, or who resets all the time would save without end."""
+        before = self._keeper.generation
+        try:
+            super().power_on(delete_volatile=delete_volatile)
+        finally:
+            self._pay_for_saves(before)
+
+    def power_off(self) -> None:
+        """Switch off as `Vtpm` does; what that saved counts."""
+        before = self._keeper.generation
+        try:
+            super().power_off()
+        finally:
+            self._pay_for_saves(before)
+
+    def _pay_for_saves(self, before: int) -> None:
+        # Nobody stands in: what follows on the same control connection must not be answered first.
+        wait = self._saves_left.take(max(self._keeper.generation - before, 0), self._clock)
+        if wait:
+            self._pause(wait)
+
     def _has_nv_for(self, command: bytes) -> bool:
         growth = growth_of(self.family, command)
         return not growth or len(self._keeper.blobs.get(PERMANENT, b"")) + growth <= self._most

@@ -193,8 +193,12 @@ class Power:
         self._keeper.commit_gathered()
         self._fresh = False
 
-    def _start_on_staged(self, staged: dict[str, bytes]) -> None:
-        """Start on a state that was put in instead of the stored one, and make it the one that counts."""
+    def _start_on_staged(self, staged: dict[str, bytes], *, newest: bool) -> None:
+        """Start on a state that was put in instead of the stored one, and make it the one that counts.
+
+        One that is the `newest` as it is becomes history before its first command, as after it was taken out: until
+        then it can be put in once more.
+        """
         self._loaded = self._guest_shut_down = self._stirred = self._taken_out = False
         self._keeper.blobs = dict(staged)
         volatile = self._keeper.blobs.get(VOLATILE)
@@ -203,7 +207,10 @@ class Power:
             self._keeper.blobs.pop(VOLATILE, None)
             if volatile is not None:
                 self._stir()
-        self._keeper.commit()
+        if newest:
+            self._taken_out = True
+        else:
+            self._keeper.commit()
         self._loaded, self._fresh = True, False
 
     def _stir(self) -> None:
@@ -247,8 +254,11 @@ class Power:
                     self._shut_down_unasked()
                 self._tpm.terminate()
             if blobs is not None and blobs.staged:
-                self._start_on_staged(blobs.take_staged())
+                newest = blobs.newest
+                self._start_on_staged(blobs.take_staged(), newest=newest)
             else:
+                if blobs is not None:
+                    blobs.forget()
                 if not self._loaded:
                     self._load()
                 self._power_on(self._after_reset, delete_volatile=delete_volatile)

@@ -99,7 +99,10 @@ class ProxyPort:
             else:
                 note(f"a command of the device cannot be read: {error}")
             return
-        self._write(self._session.answer(command))
+        if command:
+            self._write(self._session.answer(command))
+        else:
+            self._give_up()
 
     def _write(self, answer: bytes) -> None:
         try:

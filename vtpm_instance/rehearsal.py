@@ -20,7 +20,6 @@ from frontend_backend.messages_instance import (
     CommitReply,
     Hibernate,
     LoadReply,
-    Orders,
     Reply,
     ReportReply,
     decode_request,
@@ -28,6 +27,7 @@ from frontend_backend.messages_instance import (
     refusal_for_malformed,
 )
 from frontend_backend.messages_instance import Load as LoadRequest
+from frontend_backend.orders import Orders
 from frontend_backend.ring import BackRing, Request
 from frontend_backend.tpmhdr import Tag, TpmFamily, command
 from storage.state_image import Family, StateImage

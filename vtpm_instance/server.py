@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from frontend_backend.descriptors import PeerCredentials
-from frontend_backend.messages_instance import Orders
+from frontend_backend.orders import Orders
 from storage.errors import StorageError
 from vtpm_instance.connection import Connection, DescriptorPort, Port, Session
 from vtpm_instance.errors import (

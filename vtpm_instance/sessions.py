@@ -88,7 +88,12 @@ class SwtpmDataSession(DataSession):
 
     def exchange(self, size: int) -> bytes | None:
         """Take what was received, then do as `next_answer`."""
-        self._stream.feed(self.buffer[:size])
+        buffer = self.buffer
+        whole = size >= HEADER_SIZE and announced(buffer)[0] == size and not self.pending  # see DataSession
+        if whole and buffer[CODE_OFFSET:CODE_END] != SET_LOCALITY:
+            self.closing = self._server.rules.one_command
+            return self._execute_placed(size, self._server.locality)
+        self._stream.feed(buffer[:size])
         return self.next_answer()
 
     def next_answer(self) -> bytes | None:

@@ -110,6 +110,11 @@ class SwtpmBlobs:
     def forget(self) -> None:
         """Keep what was put in: swtpm's STOP does."""
 
+    @property
+    def newest(self) -> bool:
+        """No: what was put in is saved at once, as swtpm does."""
+        return False
+
     def take_staged(self) -> dict[str, bytes]:
         """Return what was put in by libtpms' names, and forget it."""
         staged, self._staged = self._staged, {}

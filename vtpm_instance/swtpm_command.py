@@ -9,7 +9,7 @@ Python takes most of the time that a start takes: what is not needed to serve is
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from frontend_backend.swtpm_options import Interface, SwtpmOptions, parse
 from frontend_backend.swtpm_suboptions import OptionError
@@ -121,14 +121,15 @@ def _prepare(options: SwtpmOptions) -> bool:
     """Do what comes before everything else: root directory, user, log; tells whether there is a log."""
     from vtpm_instance import swtpm_process  # noqa: PLC0415 - not for --help
 
+    user = None if options.run_as is None else swtpm_process.User(options.run_as)
     if options.chroot is not None:
         swtpm_process.change_root(options.chroot)
-    if options.run_as is not None:
-        swtpm_process.change_user(options.run_as)
+    if user is not None:
+        user.become()
     return swtpm_process.open_log(options.log)
 
 
-def _serve(options: SwtpmOptions) -> int:
+def _serve(options: SwtpmOptions) -> NoReturn:
     # All that is needed is loaded before the root directory changes: there is nothing to load it from afterwards.
     from vtpm_instance import journal, swtpm_process, swtpm_serve  # noqa: PLC0415
     from vtpm_instance.libtpms import the_tpm  # noqa: PLC0415
@@ -137,15 +138,29 @@ def _serve(options: SwtpmOptions) -> int:
         raise OptionError("--pcap is not supported: record the sockets instead, e.g. with socat -x")
     if options.server is None and options.descriptor is None and options.control is None and options.device is None:
         _complain(f"{_PREFIX}neither --server, --ctrl nor --fd: nobody can reach this TPM")
-    if options.key is not None or options.migration_key is not None:
-        import cryptography.hazmat.primitives.ciphers  # noqa: F401, PLC0415 - see above
+    _preload(options)
     journal.begin_with(_PREFIX)
     daemon = swtpm_process.Daemon() if options.daemon else None
     program: Any | None = swtpm_process.filter_program(options.seccomp)
     tpm = _library(the_tpm)
     logs = _prepare(options)
     swtpm_serve.speak_up(tpm, options.log.level, options.log.prefix)
-    return swtpm_serve.serve(options, tpm, os.environ, program, daemon, logs=logs)
+    code = swtpm_serve.serve(options, tpm, os.environ, program, daemon, logs=logs)
+    # Not by the interpreter's own end: the second thread's would load a library, which the filter does not allow.
+    os._exit(code)
+
+
+def _preload(options: SwtpmOptions) -> None:
+    if options.key is not None or options.migration_key is not None:
+        import cryptography.hazmat.primitives.ciphers  # noqa: F401, PLC0415 - what is not needed is not loaded
+    if options.state is not None and options.state.is_directory:
+        import storage.swtpm_directory  # noqa: PLC0415
+    elif options.state is not None:
+        import storage.swtpm_linear  # noqa: F401, PLC0415
+    if options.interface is Interface.CHARDEV:
+        import vtpm_instance.swtpm_chardev  # noqa: F401, PLC0415
+    if isinstance(options.log.descriptor, int):
+        import fcntl  # noqa: F401, PLC0415
 
 
 def _library(load: Any) -> Any:

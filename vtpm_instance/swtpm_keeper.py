@@ -1,8 +1,8 @@
 """The save path without a manager: what libtpms stores is in swtpm's state files before the guest is answered.
 
-Same methods as `statekeeper`, over `storage.swtpm_files`. Better than swtpm: a new TPM is made only where nothing at all
-is stored; a state that does not open is left alone; nothing is written without the lock, and what was read without it
-(`--migration incoming`) is compared with what is there when the lock is taken.
+Same methods as `statekeeper`, over `storage.swtpm_files`. Better than swtpm: a new TPM is made only where nothing at
+all is stored; a state that does not open is left alone; nothing is written without the lock, and what was read without
+it (`--migration incoming`) is compared with what is there when the lock is taken.
 """
 
 from collections.abc import Iterator

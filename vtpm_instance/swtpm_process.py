@@ -35,13 +35,16 @@ class Daemon:
         os.close(waiting)
         os.setsid()
 
-    def ready(self, *, keep_standard_error: bool) -> None:
-        """Let the parent go, and the terminal too."""
+    def detach(self, *, keep_standard_error: bool) -> None:
+        """Let the terminal and the directory go."""
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for descriptor in (0, 1) if keep_standard_error else (0, 1, 2):
             os.dup2(null, descriptor)
         os.close(null)
+
+    def ready(self) -> None:
+        """Let the parent end."""
         os.write(self._ready, _READY)
         os.close(self._ready)
 
@@ -55,20 +58,28 @@ def change_root(path: str) -> None:
         raise OptionError(f"chroot failed: {path}: {error.strerror}") from error
 
 
-def change_user(who: str) -> None:
-    """Become a user, given by name or number, with its groups. Raises OptionError."""
-    import pwd  # noqa: PLC0415 - only where it is asked for
+class User:
+    """A user to become, with its groups, looked up while its name can be: before the root directory changes."""
 
-    try:
-        user = pwd.getpwuid(int(who)) if who.isascii() and who.isdigit() else pwd.getpwnam(who)
-    except KeyError:
-        raise OptionError(f"Error: User '{who}' does not exist.") from None
-    try:
-        os.initgroups(user.pw_name, user.pw_gid)
-        os.setgid(user.pw_gid)
-        os.setuid(user.pw_uid)
-    except OSError as error:
-        raise OptionError(f"Error: setting the user to '{who}' failed: {error.strerror}") from error
+    def __init__(self, who: str) -> None:
+        """Look up `who`, a name or number. Raises OptionError."""
+        import pwd  # noqa: PLC0415 - only where it is asked for
+
+        try:
+            found = pwd.getpwuid(int(who)) if who.isascii() and who.isdigit() else pwd.getpwnam(who)
+        except (KeyError, OverflowError):
+            raise OptionError(f"Error: User '{who}' does not exist.") from None
+        self._who, self._uid, self._gid = who, found.pw_uid, found.pw_gid
+        self._groups = os.getgrouplist(found.pw_name, found.pw_gid)
+
+    def become(self) -> None:
+        """Become it, for good. Raises OptionError."""
+        try:
+            os.setgroups(self._groups)
+            os.setgid(self._gid)
+            os.setuid(self._uid)
+        except OSError as error:
+            raise OptionError(f"Error: setting the user to '{self._who}' failed: {error.strerror}") from error
 
 
 def open_log(target: LogTarget) -> bool:
@@ -186,14 +197,21 @@ def enter_filter(program: Any | None) -> None:
 _PR_SET_NO_NEW_PRIVS: Final = 38  # linux/prctl.h
 
 
-def tell_ready(environment: Mapping[str, str]) -> None:
-    """Tell systemd, where it wants to know (NOTIFY_SOCKET), that the TPM can be used."""
-    path = environment.get("NOTIFY_SOCKET", "")
-    if path[:1] not in ("/", "@"):
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.sendto(b"READY=1", address)
-        except OSError as error:
-            journal.note(f"systemd was not told that the TPM is ready: {error.strerror or error}")
+class Systemd:
+    """What wants to know when the TPM can be used (NOTIFY_SOCKET), if anything does."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        """Make what `ready` needs: under the system call filter it could not be made."""
+        path = environment.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + path[1:] if path.startswith("@") else path
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if path[:1] in ("/", "@") else None
+
+    def ready(self) -> None:
+        """Say it."""
+        if self._sock is None:
+            return
+        with self._sock:
+            try:
+                self._sock.sendto(b"READY=1", self._address)
+            except OSError as error:
+                journal.note(f"systemd was not told that the TPM is ready: {error.strerror or error}")

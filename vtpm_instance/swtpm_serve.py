@@ -26,7 +26,7 @@ from vtpm_instance.server import Server
 from vtpm_instance.swtpm_blobs import SwtpmBlobs
 from vtpm_instance.swtpm_keeper import SwtpmKeeper
 from vtpm_instance.swtpm_keys import read_key
-from vtpm_instance.swtpm_process import Daemon, PidFile, enter_filter, tell_ready, wakeup_pipe
+from vtpm_instance.swtpm_process import Daemon, PidFile, Systemd, enter_filter, wakeup_pipe
 from vtpm_instance.swtpm_sockets import Opened, adopted_socket, open_endpoint
 from vtpm_instance.swtpm_vtpm import SwtpmVtpm
 from vtpm_instance.tpm_commands import Startup
@@ -99,10 +99,13 @@ class Service:
                 self._open.callback(pid_file.remove)
             if not options.flags.need_init:
                 self._start(vtpm)
+            systemd = Systemd(self._environment)
+            if self._daemon is not None:
+                self._daemon.detach(keep_standard_error=logs)
             enter_filter(program)
             if self._daemon is not None:
-                self._daemon.ready(keep_standard_error=logs)
-            tell_ready(self._environment)
+                self._daemon.ready()
+            systemd.ready()
             server.run()
             return self._end(vtpm)
         finally:
@@ -146,7 +149,7 @@ class Service:
         if not self._tpm.profiles:
             version = ".".join(map(str, self._tpm.version()))
             raise OptionError(
-                f"--profile needs libtpms 0.10 or newer, here is {version}; nothing was made. Leave --profile out: what "
+                f"--profile needs libtpms 0.10 or newer, here is {version}; nothing was made. Leave it out: what "
                 "this libtpms makes is what newer ones call profile 'null'"
             )
         try:

@@ -119,7 +119,7 @@ class Vtpm(Endings):
 
         """
         if self._guest_shut_down or not self._ready():
-            raise QuoteRefusedError(0, 0, "the vTPM is in failure, or its guest has shut it down")
+            raise QuoteRefusedError(0, 0, "the vTPM is off or in failure, or its guest has shut it down")
         try:
             if not self._keeper.roomy and not self._has_room_for(_DEEP_QUOTE):
                 raise QuoteRefusedError(0, 0, "the disk is full, and its TPM may have to store something")

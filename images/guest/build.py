@@ -39,8 +39,8 @@ def _manager(tree: Tree, kernel: Kernel) -> None:
     tree.program("/usr/bin/tpm2")
     tree.library("libtss2-tcti-swtpm.so.0*")
     tree.library("libtss2-tcti-device.so.0*")
-    for path in kernel.modules(["tpm_vtpm_proxy"]):
-        shutil.copy2(path, tree.path / "modules")  # not in /modules/order: a script loads it
+    for path in kernel.modules(["tpm_vtpm_proxy", "vsock_loopback"]):
+        shutil.copy2(path, tree.path / "modules")  # not in /modules/order: a script loads them
 
 
 def _client(tree: Tree, _kernel: Kernel) -> None:

@@ -80,7 +80,6 @@ def _parties(subject: Subject) -> Iterator[dict[str, _Party]]:
             parties[name] = _Party(machine)
         yield parties
         parties[PEER].machine.call(SHUTDOWN)
-        Machine.open.clear()
 
 
 def run(options: Options) -> Section:
@@ -113,11 +112,13 @@ _Samples = dict[str, Sample]
 def _section(saved: _Samples, restored: _Samples, whole: _Samples, first: _Samples) -> Section:
     section = Section(
         "Save and restore of a state blob",
-        "A client in Python does what QEMU does on the control channel of a vTPM attached with `--frontend qemu`, and of swtpm: *save* "
-        "is GET_STATEBLOB three times, *restore* STOP, SET_STATEBLOB twice and INIT with what was saved last. They take turns "
-        f"after {TURN} calls. After each save, outside the clock, a command is run, so that the next one saves another state; "
-        "each restore is of a state saved just before, outside the clock. Ours encrypts, asks the manager for a key each way, "
-        "and answers a restore when the restored state is durable and covered by the store; swtpm 0.7 flushes nothing.",
+        "A client in Python does what QEMU does on the control channel of a vTPM attached with `--frontend qemu`, and "
+        "of swtpm: *save* is GET_STATEBLOB three times, *restore* STOP, SET_STATEBLOB twice and INIT with what was "
+        f"saved last, into the process that saved it. They take turns after {TURN} calls. After each save, outside the "
+        "clock, a command is run, so that the next one saves another state; each restore is of a state saved just "
+        "before, outside the clock. Ours encrypts and asks the manager for a key. Neither flushes anything here: what "
+        "was saved or restored is made durable, as a generation of its own, before its next command, which has a row of "
+        "its own; swtpm 0.7 never flushes.",
     )
     table = Table(
         ("", "vTPM, median", "best round", "swtpm, median", "best round", "ratio", "calls"), note="Microseconds:"
@@ -135,8 +136,9 @@ def _section(saved: _Samples, restored: _Samples, whole: _Samples, first: _Sampl
     section.targets.append(Target("save and restore of a state blob", ratio.median, LIMIT, "swtpm", ratio.spread))
     floor, once = whole[FLUSHES].best / MICROSECONDS, first[OURS].best / MICROSECONDS
     section.meaning.append(
-        f"A restore makes the restored state durable: two flushes of this disk, {floor:.0f} us in the best round, which "
-        f"swtpm does not make. The first command after a save waits for a commit of its own ({once:.0f} us): from then on "
-        "what was saved is not the newest state any more, and is not taken back without permission."
+        "A save waits for the manager once, which makes a header and wraps a key: two wake-ups more than swtpm has. The "
+        f"first command after a save or a restore waits for a commit ({once:.0f} us in the best round, of which two "
+        f"flushes of this disk, one after the other, are {floor:.0f} us): from then on what was saved is not the newest "
+        "state any more, and is not taken back without permission."
     )
     return section

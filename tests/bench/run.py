@@ -16,11 +16,13 @@ import bench_attach
 import bench_attach_many
 import bench_blobs
 import bench_flood
+import bench_frontends
 import bench_hardware
 import bench_hibernate
 import bench_keepers
 import bench_many
 import bench_memory
+import bench_migration
 import bench_rings
 import bench_roundtrip
 import bench_save
@@ -52,12 +54,14 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "flood": bench_flood.run,
     "keepers": bench_keepers.run,
     "hibernate": bench_hibernate.run,
+    "migration": bench_migration.run,
+    "swtpm": bench_frontends.run,
     "blobs": bench_blobs.run,
     "many-large": bench_many.run_large,
 }
 GROUPS = {
     "instance": ("roundtrip", "memory", "attach", "attach-many", "hibernate", "save"),  # what one instance costs
-    "frontends": ("blobs",),  # what QEMU and others meet, beside swtpm
+    "frontends": ("swtpm", "blobs", "migration"),  # what QEMU and others meet, beside swtpm
 }
 ON_DEMAND = frozenset({"many-large"})  # minutes: only when it is named
 

@@ -53,7 +53,7 @@ def public_key(certificate: bytes, programs: Programs) -> str:
 
 def test_a_tls_server_with_its_key_in_the_vtpm(host: Host) -> None:
     folder = host.directory("tls")
-    key, certificate, place = folder / "key.pem", folder / "certificate.pem", folder / "s"
+    key, certificate, place = folder / "key.pem", folder / "certificate.pem", host.programs.home / "tls.socket"
     openssl = host.programs.with_(TPM2OPENSSL_TCTI=host.managed)
     openssl.run(
         "openssl", "genpkey", "-provider", "tpm2", "-algorithm", "EC", "-pkeyopt", "group:P-256", "-out", str(key)
@@ -62,7 +62,7 @@ def test_a_tls_server_with_its_key_in_the_vtpm(host: Host) -> None:
     named = ("-subj", "/CN=vtpm.test", "-addext", "subjectAltName=DNS:vtpm.test")
     openssl.run("openssl", "req", *PROVIDERS, "-x509", "-new", "-key", str(key), *named, "-out", str(certificate))
     with openssl.running(
-        "openssl", "s_server", *PROVIDERS, "-unix", str(place), "-cert", str(certificate), "-key", str(key), "-www"
+        "openssl", "s_server", *PROVIDERS, "-unix", place.name, "-cert", str(certificate), "-key", str(key), "-www"
     ) as server:
         wait_for(lambda: place.exists() or not server.alive(), "the TLS server")
         assert server.alive(), server.said

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from clients_rig import Daemon, Programs, tcsd
-from e2e_rig import BIN, wait_for
+from clients_rig import PCR_7, Daemon, Programs, tcsd
+from e2e_rig import BIN, Answer, Installation, wait_for
 from qemu_tpms import SUBJECTS
 
 pytestmark = pytest.mark.e2e
@@ -51,11 +51,11 @@ class Place:
         return self.programs.run("swtpm_setup", *words, "--tpmstate", str(self.state), *options, check=check).code
 
     @contextmanager
-    def running(self, *options: str, state: Path | None = None) -> Iterator[Daemon]:
-        """The emulator on the sockets `data` and `control`."""
+    def running(self, *options: str, state: Path | None = None, emulator: str = "") -> Iterator[Daemon]:
+        """The emulator on the sockets `data` and `data.ctrl`."""
         control = self.base / "data.ctrl"
         words = (
-            *(COMMANDS[self.emulator], "socket", "--tpmstate", f"dir={state or self.state}"),
+            *(COMMANDS[emulator or self.emulator], "socket", "--tpmstate", f"dir={state or self.state}"),
             *("--server", f"type=unixio,path={self.base}/data", "--ctrl", f"type=unixio,path={control}"),
         )
         with self.programs.running(*words, *options) as daemon:
@@ -113,6 +113,9 @@ def test_swtpm_setup_and_localca_make_a_tpm_with_certified_endorsement_keys(plac
     with place.running("--tpm2", "--flags", "startup-clear"):
         assert place.tool("tpm2_getcap", "pcrs").count("[ 0, ") == 2
         place.tool("tpm2_readpublic", "-Q", "-c", _EK_RSA)
+    for emulator in COMMANDS:
+        with place.running("--tpm2", "--flags", "startup-clear", emulator=emulator):
+            place.tool("tpm2_readpublic", "-Q", "-c", _EK_RSA)
 
 
 def test_swtpm_setup_makes_an_encrypted_state_that_opens_with_its_key_only(place: Place) -> None:
@@ -206,3 +209,40 @@ def test_swtpm_setup_finds_it_under_swtpms_name(place: Place) -> None:
     first.run("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={place.state}", "--print-states")
     with place.running("--tpm2", "--flags", "startup-clear"):
         place.tool("tpm2_readpublic", "-Q", "-c", _EK_ECC)
+
+
+def test_swtpm_ioctl_moves_a_managed_state_once_and_encrypted(vtpms: Installation) -> None:
+    vtpms.add("managed")
+    shown = vtpms.attach("managed", "guest", "--frontend", "qemu")
+    programs = Programs(vtpms.base)
+
+    def ioctl(*words: str, check: bool = True) -> Answer:
+        return programs.run("swtpm_ioctl", "--unix", str(shown["control"]), *words, check=check)
+
+    def tool(*words: str) -> str:
+        return programs.with_(TPM2TOOLS_TCTI=str(shown["tcti"])).run(*words).out
+
+    ioctl("-i")
+    assert "tpmEstablished is 0" in ioctl("-e").out
+    programs.run("swtpm_bios", "--tpm2", "--unix", str(shown["control"]).removesuffix(".ctrl"))
+    tool("tpm2_nvdefine", "-Q", "0x1500016", "-C", "o", "-s", "16", "-a", "ownerread|ownerwrite")
+    (programs.home / "secret").write_bytes(b"sixteen of bytes")
+    tool("tpm2_nvwrite", "-Q", "0x1500016", "-C", "o", "-i", str(programs.home / "secret"))
+    tool("tpm2_pcrextend", PCR_7)
+    pcr = tool("tpm2_pcrread", "sha256:7")
+    blobs = {kind: programs.home / kind for kind in ("permanent", "volatile")}
+    for kind, file in blobs.items():
+        ioctl("--save", kind, str(file))
+        assert b"sixteen of bytes" not in file.read_bytes()
+    ioctl("--stop")
+    for kind, file in blobs.items():
+        ioctl("--load", kind, str(file))
+    ioctl("-i")
+    assert tool("tpm2_pcrread", "sha256:7") == pcr
+    assert tool("tpm2_nvread", "-C", "o", "0x1500016") == "sixteen of bytes"
+    ioctl("--stop")
+    again = [ioctl("--load", kind, str(file), check=False).code for kind, file in blobs.items()]
+    assert again[0] != 0, "an old state is taken back without permission"
+    ioctl("-i")
+    tool("tpm2_startup", "-c")
+    assert tool("tpm2_nvread", "-C", "o", "0x1500016") == "sixteen of bytes"

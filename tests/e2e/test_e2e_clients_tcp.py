@@ -118,6 +118,8 @@ def test_ibm_tss_on_the_raw_port(emulator: Served) -> None:
 def test_tpm2_tools_on_tcp(emulator: Served) -> None:
     tools = emulator.programs.with_(TPM2TOOLS_TCTI=f"swtpm:host=127.0.0.1,port={emulator.port}")
     assert len(tools.run("tpm2_getrandom", "--hex", "16").out) == 32
+    piped = emulator.programs.with_(TPM2TOOLS_TCTI=f"cmd:tpm2_send -T {tools.environment['TPM2TOOLS_TCTI']}")
+    assert len(piped.run("tpm2_getrandom", "--hex", "16").out) == 32
     tools.run("tpm2_createprimary", "-Q", "-C", "o", "-c", "primary.ctx")
     tools.run("tpm2_create", "-Q", "-C", "primary.ctx", "-i", "-", "-u", "seal.pub", "-r", "seal.priv", given=b"sealed")
     tools.run("tpm2_flushcontext", "-t")
@@ -142,7 +144,7 @@ def managed(vtpms: Installation, name: str, *options: str) -> tuple[Served, str]
 
 
 def test_ibm_tss_on_the_simulators_ports_of_a_managed_vtpm(vtpms: Installation) -> None:
-    served, _ = managed(vtpms, "simulator", "--frontend", "mssim")
+    served, _ = managed(vtpms, "simulator", "--frontend", "mssim", "--startup", "none")
     ibm = served.ibm("mssim")
     ibm.run("tsspowerup")
     ibm.run("tssstartup")

@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 import vtpm_instance_commands as tpm
 from e2e_rig import BIN, Installation, alive, installation, wait_for
-from libvirt_rig import HAS_LIBVIRT, QEMU_USER, SWTPM_USER, Libvirt, libvirt
+from libvirt_rig import BOOT_SECONDS, HAS_LIBVIRT, QEMU_USER, SWTPM_USER, Libvirt, libvirt
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX, SECRET = 0x01500042, b"a domain's secret, kept by its TPM"
@@ -26,6 +26,12 @@ say read
 say define
 say write
 say read-again
+[ -f /data/extend ] || exit 0
+say extend
+for number in 1 2 3 4 5 6 7 8; do
+    echo "pcr16-$number: $(cat /sys/class/tpm/tpm0/pcr-sha256/16)"
+    sleep 0.5
+done
 """
 FILES = {
     "guest.sh": GUEST,
@@ -34,6 +40,7 @@ FILES = {
     "read": tpm.nv_read(INDEX, len(SECRET)),
     "read-again": tpm.nv_read(INDEX, len(SECRET)),
 }
+EXTENDED = tpm.extended(b"\x11" * 32).hex()  # PCR 16 after `extend`
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.slow,
@@ -105,7 +112,7 @@ def test_a_domain_does_not_get_a_tpm_that_is_another_users(host: Installation, v
 
 def test_a_domain_whose_swtpm_is_our_command_has_the_vtpm_of_its_uuid(host: Installation, virt: Libvirt) -> None:
     vtpm = str(uuid4())
-    virt.define("managed", vtpm, EMULATOR, FILES)
+    virt.define("managed", vtpm, EMULATOR, FILES | {"extend": tpm.pcr_extend(16)})
     refused = virt.virsh("start", "managed", check=False)
     assert refused.returncode != 0
     assert f"vTPM {vtpm} is not attached" in refused.stderr, "libvirt shows what our command says"
@@ -116,4 +123,12 @@ def test_a_domain_whose_swtpm_is_our_command_has_the_vtpm_of_its_uuid(host: Inst
     wait_for(lambda: not virt.commands("vtpm-swtpm"), "the end of our command, with its QEMU")
     assert host.show("managed")["pid"] == instance
     assert alive(instance), "the vTPM stays attached, switched off"
-    check(virt.boot("managed"), first=False)
+    virt.start_domain("managed")
+    wait_for(lambda: "pcr16-2: " in virt.printed("managed"), "the guest", BOOT_SECONDS)
+    assert virt.commands("vtpm-swtpm"), "this is how its end was noticed before"
+    virt.virsh("save", "managed", str(virt.base / "saved"))
+    virt.virsh("restore", str(virt.base / "saved"))
+    transcript = virt.transcript("managed")
+    check(transcript, first=False)
+    answers = said(transcript)
+    assert {answers[f"pcr16-{number}"].lower() for number in range(1, 9)} == {EXTENDED}, "it went on where it was"

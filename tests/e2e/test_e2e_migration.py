@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import pytest
 import trio
 import vtpm_instance_rig as tpm
-from blob_client import Machine, Refused
+from blob_client import Machine, RefusedError
 from e2e_rig import wait_for
 from migration_rig import INDEX, Guest, Host, hosts
 
@@ -57,7 +57,7 @@ def test_an_incoming_vtpm_starts_from_nothing_but_its_claimed_state(pair: list[H
     assert south.command("vtpm-reset", guest.name, "--yes", check=False).code == 4
     assert south.command("vtpm-add", "--uuid", guest.uuid, check=False).code == 4
     machine = guest.incoming(south)
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         machine.call(2, bytes(4))  # INIT without a state would make a new TPM
     assert south.show(guest.name)["generation"] == 0
     machine.end()
@@ -76,7 +76,7 @@ def test_a_state_that_is_not_the_newest_does_not_move(pair: list[Host]) -> None:
     saved = guest.saved()
     guest.machine.good(tpm.nv_write(INDEX, b"newer---"))
     machine = guest.incoming(south)
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedError):
         machine.restore(saved)
     assert "used after" in south.show(guest.name)["restore_refused"]
     assert north.show(guest.name)["state"] == "running"

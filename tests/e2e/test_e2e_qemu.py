@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e_rig import Installation, alive, installation, wait_for
+from e2e_rig import Installation, installation
 from guest_rig import Image, built_image
-from qemu_guest import devices, extend, measured_boot, pcrs, seal, unsealed
-from qemu_rig import Agent
+from qemu_guest import BOOT_PCRS, SEALED, devices, extend, measured_boot, pcrs, seal, unsealed
+from qemu_rig import Agent, Qemu
 from qemu_tpms import SUBJECTS, Behind, Bench, Ours, Swtpm, place
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -44,19 +44,6 @@ def behind(subject: str, name: str, request: pytest.FixtureRequest, directory: P
     return Ours(request.getfixturevalue("vtpms"), name, family)
 
 
-def hibernate(tpm: Ours) -> None:
-    """The guest's kernel may ask for random numbers at any time: the verb says then that it is busy, exit 8."""
-
-    def done() -> bool:
-        answer = tpm.made.command("vtpm-hibernate", tpm.name, check=False)
-        assert answer.code in {0, 8}, answer.err
-        return answer.code == 0
-
-    pid = tpm.made.show(tpm.name)["pid"]
-    wait_for(done, "hibernation")
-    wait_for(lambda: not alive(pid), "the instance's end")
-
-
 def manager_comes_and_goes(tpm: Ours, guest: Agent) -> None:
     """The manager is killed, another takes over, that one is replaced in place; then the vTPM hibernates."""
     made, before = tpm.made, extend(guest, 16, "before")
@@ -67,7 +54,7 @@ def manager_comes_and_goes(tpm: Ours, guest: Agent) -> None:
     made.vtpm_manager("upgrade")
     assert unsealed(guest) == (True, True)
     pid = made.show(tpm.name)["pid"]
-    hibernate(tpm)
+    tpm.hibernate()
     assert unsealed(guest) == (True, True)
     assert made.show(tpm.name)["pid"] not in {None, pid}
     assert pcrs(guest, "16")[16] == before
@@ -103,6 +90,8 @@ def test_a_secret_survives_reboot_manager_hibernation_killed_qemu_and_another_de
     assert unsealed(qemu.guest) == (True, True)
 
     qemu.power_off()
+    if isinstance(tpm, Ours):
+        tpm.made.restart()
     qemu = bench.qemu(tpm, device="tpm-crb")
     qemu.boot()
     devices(qemu.guest)
@@ -111,13 +100,24 @@ def test_a_secret_survives_reboot_manager_hibernation_killed_qemu_and_another_de
         number: measured[number] for number in (0, 2, 4, 7)
     }
     assert unsealed(qemu.guest) == (True, True)
-    qemu.quit()
+    if isinstance(tpm, Ours):
+        what_a_full_stop_does(tpm, qemu)
+    else:
+        qemu.quit()
+
+
+def what_a_full_stop_does(tpm: Ours, qemu: Qemu) -> None:
+    """A stop of everything under a running QEMU is as the end of swtpm: QEMU does not connect anew (docs/qemu.md)."""
+    tpm.made.restart()
+    assert qemu.guest.run(f"tpm2 unseal -c {SEALED} -p pcr:{BOOT_PCRS}")[0] != 0
+    with pytest.raises(ConnectionResetError):
+        qemu.reboot()
+    assert qemu.process.wait(30) == 1
+    assert tpm.made.show(tpm.name)["state"] == "running"
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_a_secret_survives_a_reboot_under_ovmf(
-    subject: str, bench: Bench, request: pytest.FixtureRequest
-) -> None:
+def test_a_secret_survives_a_reboot_under_ovmf(subject: str, bench: Bench, request: pytest.FixtureRequest) -> None:
     qemu = bench.qemu(behind(subject, "ovmf", request, bench.directory), device="tpm-crb", firmware="ovmf")
     qemu.boot()
     devices(qemu.guest)
@@ -135,7 +135,7 @@ def test_a_secret_survives_a_reboot_under_ovmf(
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_a_guest_with_a_tpm_1_2(subject: str, bench: Bench, request: pytest.FixtureRequest) -> None:
     tpm = behind(subject, "old", request, bench.directory, "1.2")
-    qemu = bench.qemu(tpm)
+    qemu = bench.qemu(tpm, disk=bench.disk())
     qemu.boot()
     guest = qemu.guest
     guest.good("test -c /dev/tpm0 && ! test -e /dev/tpmrm0 && dmesg | grep 'tpm_tis.*1.2 TPM'")
@@ -144,6 +144,11 @@ def test_a_guest_with_a_tpm_1_2(subject: str, bench: Bench, request: pytest.Fixt
     assert measured.count("\n") == 7
     assert guest.good("cat /sys/class/tpm/tpm0/caps")
     if isinstance(tpm, Ours):
-        hibernate(tpm)
+        tpm.hibernate()
         assert guest.good("head -n 8 /sys/class/tpm/tpm0/pcrs") == measured
+    qemu.monitor.execute("stop")
+    assert qemu.monitor.human("savevm one") == ""
+    assert qemu.monitor.human("loadvm one") == ""
+    qemu.monitor.execute("cont")
+    assert guest.good("head -n 8 /sys/class/tpm/tpm0/pcrs") == measured
     qemu.quit()

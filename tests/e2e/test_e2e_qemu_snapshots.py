@@ -69,13 +69,13 @@ def test_snapshots_and_saved_machines(subject: str, bench: Bench, request: pytes
         request.addfinalizer(tpm.close)
     else:
         tpm = Ours(request.getfixturevalue("vtpms"), "snap")
-    disk = bench.directory / "disk"
-    bench.disk(disk)
-    qemu = bench.qemu(tpm, disk=disk)
+    qemu = bench.qemu(tpm, disk=bench.disk())
     qemu.boot()
     define_counter(qemu.guest)
     begun, then = counter(qemu.guest), extend(qemu.guest, 16, "then")
     qemu.monitor.execute("stop")  # the guest's kernel asks its TPM for random numbers when it likes
+    if isinstance(tpm, Ours):
+        tpm.hibernate()  # to be snapshot wakes it
     assert qemu.monitor.human("savevm one") == ""
     assert qemu.monitor.human("loadvm one") == ""  # nothing was used meanwhile: no older state
     qemu.monitor.execute("cont")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import vtpm_instance_rig as tpm
-from e2e_rig import BIN, Installation, alive, installation, wait_for
+from e2e_rig import BIN, Guest, Installation, alive, installation, wait_for
 from guest_rig import built_image
 from qemu_rig import Qemu
 from relay_rig import FAILURE, Namespaces, QemuClient, Relay, relay, run
@@ -63,7 +63,7 @@ def qemu(joined: Relay) -> Iterator[QemuClient]:
 class Extending:
     """Extends one PCR without a pause, each time by another digest, and knows what was answered."""
 
-    def __init__(self, client: QemuClient) -> None:
+    def __init__(self, client: QemuClient | Guest) -> None:
         self.client = client
         self.answers: list[int] = []
         self.ending = False
@@ -150,6 +150,17 @@ def test_the_far_relay_is_killed_and_the_tpm_stays_on(joined: Relay, qemu: QemuC
     assert len(busy.end()) <= 3
 
 
+def test_a_program_on_the_data_socket_gets_each_command_executed_once(joined: Relay) -> None:
+    guest = Guest(str(joined.data("db")))
+    busy = Extending(guest)
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+        busy.goes_on()
+        joined.restart_far(number)
+    busy.goes_on()
+    assert len(busy.end()) <= 2
+    guest.close()
+
+
 def test_the_cable_is_pulled_and_the_connection_reset(joined: Relay, spaces: Namespaces, qemu: QemuClient) -> None:
     if not spaces.near:
         pytest.skip("no namespaces here: there is no cable")
@@ -190,6 +201,22 @@ def test_a_vtpm_hibernates_and_wakes_behind_the_relay(far_host: Installation, qe
     assert qemu.good(tpm.pcr_read(PCR))[-32:] == hashlib.sha256(bytes(32) + b"\x21" * 32).digest()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_near_relay_that_is_started_again_serves_the_next_qemu(joined: Relay, number: signal.Signals) -> None:
+    first = QemuClient(joined.control("web"))
+    first.power_on()
+    first.good(tpm.pcr_extend(PCR))
+    assert joined.near is not None
+    joined.near.send_signal(number)
+    joined.near.wait(20)
+    first.close()
+    joined.start_near()
+    second = QemuClient(joined.control("web"))
+    second.power_on()
+    assert second.good(tpm.pcr_read(PCR))[-32:] == bytes(32), "the TPM of a machine that has gone"
+    second.close()
+
+
 def test_tpm2_tools_by_socket_and_by_a_port_that_stays(far_host: Installation, joined: Relay) -> None:
     shown = subprocess.run(
         [str(BIN / "vtpm-relay"), "list", "--directory", str(joined.directory), "--ports", "9300:7"],
@@ -226,13 +253,11 @@ def test_a_vtpm_that_a_client_may_not_reach_has_no_endpoint_and_no_answer(joined
 def test_who_is_taken_out_of_the_file_is_turned_away_in_the_middle(joined: Relay) -> None:
     client = QemuClient(joined.control("web"))
     client.power_on()
-    joined.allow('["db"]')
-    joined.far.send_signal(signal.SIGHUP)
+    joined.reread('["db"]')
     with pytest.raises((ConnectionResetError, BrokenPipeError)):
         _go_on(client)
     client.close()
-    joined.allow('["web", "d*"]')
-    joined.far.send_signal(signal.SIGHUP)
+    joined.reread('["web", "d*"]')
     again = QemuClient(joined.control("web"))
     again.power_on()
     again.close()

@@ -1,9 +1,10 @@
 """`./dev fuzz [TARGET] [OPTIONS]`: runs every fuzz target beside this file, or one of them with its own options.
 
-Targets: frontend_backend (parsers and pages), instance (hostile commands in real instances), kill (kill -9 under load),
+Targets: frontend_backend (parsers and pages), instance (hostile commands in real instances),
+control (hostile control and data channels of `qemu` and of vtpm-swtpm), kill (kill -9 under load),
 anchors (power cuts and TPM resets between any two TPM commands), quotes (bundles and enrolment documents),
-hibernation (kill -9 at each step of going to sleep and waking).
-All take --seconds N and --seed S; instance, kill and hibernation --minutes M; instance --replay FILE.
+hibernation (kill -9 at each step of going to sleep and waking), migration (kill -9 of either manager at each step).
+All take --seconds N and --seed S; instance, kill, hibernation and migration --minutes M; instance --replay FILE.
 """
 
 import argparse
