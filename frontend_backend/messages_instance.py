@@ -2,8 +2,8 @@
 
 The instance asks, the manager answers: load, commit, random / PCR read, quote, export / import of state blobs, and a
 report of the instance's own state, which carries no authority. Orders travel as flags in every answer; a doorbell
-without an answer means "ask me", and the instance then sends a report. A message is a TPM-style packet: the 10-byte header with
-Xen's vTPM tag (0x01C1 requests, 0x01C4 answers; reference: vtpmmgr/tcg.h), the size, a code, then msgpack.
+without an answer means "ask me", and the instance then sends a report. A message is a TPM-style packet: the 10-byte
+header with Xen's vTPM tag (0x01C1 requests, 0x01C4 answers; reference: vtpmmgr/tcg.h), the size, a code, then msgpack.
 Who asks is decided by the ring a message arrives on, never by what it says.
 """
 

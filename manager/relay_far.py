@@ -19,7 +19,7 @@ from manager.relay_errors import RelayDeniedError, RelayError, RelayProtocolErro
 from manager.relay_frames import Assembler, Frame, Hello, Kind, Opening, Welcome, frames_of
 from manager.relay_frames import ChannelKind as Of
 from manager.relay_ledger import Duty
-from manager.relay_link import Link, first_frame
+from manager.relay_link import Link, first_frame, say
 from manager.relay_succession import Notes
 from manager.relay_vtpms import Vtpms
 
@@ -151,7 +151,7 @@ class Far:
         session.link, parts = link, Assembler()
         handlers: dict[Kind, Callable[[Frame], None]] = {
             Kind.OPEN: lambda frame: self._open(session, frame),
-            Kind.CLOSE: lambda frame: self._close(session, frame.channel, parts),
+            Kind.CLOSE: lambda frame: self._close_one(session, frame, parts),
             Kind.REQUEST: lambda frame: self._request(session, frame, parts),
             Kind.NAMES: lambda _frame: self._nursery.start_soon(self._tell_names, link, client),
         }
@@ -191,10 +191,9 @@ class Far:
                     self._turn_away(session, channel.number, channel.generation)
                     self._close(session, channel.number)
 
-    @staticmethod
-    def _turn_away(session: Session, number: int, generation: int) -> None:
+    def _turn_away(self, session: Session, number: int, generation: int) -> None:
         if session.link is not None:
-            session.link.send_if_room(Frame(Kind.CLOSE, number, generation))
+            self._nursery.start_soon(say, session.link, Frame(Kind.CLOSE, number, generation))
 
     def _end(self, session: Session) -> None:
         for number in list(session.channels):
@@ -222,6 +221,12 @@ class Far:
             if other is not session and other.name[0] == session.name[0] and other.link is None:
                 for each in [each for each in other.channels.values() if each.opening.name == name]:
                     self._close(other, each.number)
+
+    def _close_one(self, session: Session, frame: Frame, parts: Assembler) -> None:
+        """Close what the near side says; the next client on the number may have been heard of before."""
+        channel = session.channels.get(frame.channel)
+        if channel is not None and frame.sequence in (0, channel.generation):
+            self._close(session, frame.channel, parts)
 
     def _close(self, session: Session, number: int, parts: Assembler | None = None) -> None:
         if parts is not None:
@@ -263,11 +268,7 @@ class Far:
         link = session.link
         if link is None or session.channels.get(channel.number) is not channel:
             return  # it is asked for again when there is a connection
-        try:
-            for frame in frames_of(Kind.REPLY, channel.number, sequence, answer):
-                await link.send(frame)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
+        await say(link, *frames_of(Kind.REPLY, channel.number, sequence, answer))
 
     async def _tell_names(self, link: Link, client: Client) -> None:
         try:
@@ -275,11 +276,7 @@ class Far:
         except ManagerError as error:
             _log.warning("which vTPMs there are is not known just now: %s", error)
             return
-        try:
-            for frame in frames_of(Kind.NAMES, 0, 0, "\n".join(found).encode()):
-                await link.send(frame)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
+        await say(link, *frames_of(Kind.NAMES, 0, 0, "\n".join(found).encode()))
 
     # the end
 

@@ -20,7 +20,7 @@ MAX_MESSAGE: Final = 640 * 1024  # bytes: a state blob has at most 512 KiB (swtp
 MAX_UNFINISHED: Final = 4 * 1024 * 1024  # bytes of messages that a peer has begun, over all channels of a stream
 MAX_CHANNELS: Final = 256  # of one stream: a vTPM under QEMU takes two
 NO_LOCALITY: Final = 0xFF
-_SEQUENCES: Final = 1 << 32
+SEQUENCES: Final = 1 << 32
 
 
 class Kind(IntEnum):
@@ -157,11 +157,6 @@ def _unpack(codec: struct.Struct, untrusted: bytes) -> tuple[Any, ...]:
     if len(untrusted) != codec.size:
         raise RelayProtocolError(f"{codec.size} bytes were due, not {len(untrusted)}")
     return codec.unpack(untrusted)
-
-
-def next_sequence(sequence: int) -> int:
-    """Return the number after this one."""
-    return (sequence + 1) % _SEQUENCES
 
 
 def frames_of(kind: Kind, channel: int, sequence: int, message: bytes) -> Iterator[Frame]:

@@ -12,7 +12,6 @@ from enum import Enum
 from typing import Final
 
 from manager.relay_errors import RelayProtocolError
-from manager.relay_frames import next_sequence
 
 MAX_WAITING: Final = 4  # requests of one channel at the far side: one runs, and its client may have given it up
 MAX_KEPT: Final = 4 * 1024 * 1024  # bytes of answers that are kept for one near side; a state blob has at most 0.5 MiB
@@ -35,10 +34,10 @@ class Asked:
     request: bytes | None = None
     sent: bool = False  # a part of it at least, on any connection
 
-    def ask(self, request: bytes) -> None:
-        """Begin the next request."""
+    def ask(self, request: bytes, sequence: int) -> None:
+        """Begin the next request; no other request of this near side's may have had its number."""
         assert self.request is None, "one request a channel"
-        self.sequence, self.request, self.sent = next_sequence(self.sequence), request, False
+        self.sequence, self.request, self.sent = sequence, request, False
 
     def take(self, sequence: int) -> bool:
         """Take note of an answer; returns whether it is the one that is waited for."""

@@ -22,6 +22,7 @@ from manager.relay_errors import RelayError, RelayProtocolError
 from manager.relay_frames import (
     MAX_CHANNELS,
     NO_LOCALITY,
+    SEQUENCES,
     Assembler,
     ChannelKind,
     Frame,
@@ -32,7 +33,7 @@ from manager.relay_frames import (
     frames_of,
 )
 from manager.relay_ledger import AfterLink, Asked
-from manager.relay_link import Link, first_frame
+from manager.relay_link import Link, first_frame, say
 
 _log = logging.getLogger("vtpm.relay")
 HANDSHAKE_SECONDS: Final = 10.0
@@ -94,7 +95,7 @@ class Near:
         self._session, self._far = os.urandom(16), bytes(16)
         self._channels: dict[int, NearChannel] = {}
         self._used = 0  # numbers below this one the far side may know
-        self._generations = itertools.count(1)
+        self._generations, self._sequences = itertools.count(1), itertools.count(1)
         self._localities: dict[str, int] = {}
         self._link: Link | None = None
         self._senders: trio.Nursery | None = None
@@ -118,14 +119,15 @@ class Near:
         if self._channels.get(channel.number) is channel:
             del self._channels[channel.number]
             link, senders = self._link, self._senders
-            if link is not None and senders is not None and channel.number in link.opened:
+            if link is not None and senders is not None:
                 link.opened.discard(channel.number)
-                senders.start_soon(self._say, link, Frame(Kind.CLOSE, channel.number))
+                senders.start_soon(say, link, Frame(Kind.CLOSE, channel.number, channel.generation))
 
     async def ask(self, channel: NearChannel, request: bytes) -> bytes | None:
         """Return the far side's answer, or failure where nobody knows it; None when it does not serve this client."""
         channel.answer = None
-        channel.asked.ask(request)
+        # a number of its own: the answer to one who has gone may be on its way to whoever has his channel now
+        channel.asked.ask(request, next(self._sequences) % SEQUENCES)
         self._start_sending(channel)
         while not channel.settled:
             with trio.move_on_after(inf if self._link else self._patience) as waiting:
@@ -150,7 +152,7 @@ class Near:
         if link is None:
             return
         for number in link.opened:
-            await self._say(link, Frame(Kind.CLOSE, number))
+            await say(link, Frame(Kind.CLOSE, number))
         with trio.move_on_after(_LAST_WORDS_SECONDS):
             while not link.drained:  # noqa: ASYNC110 - the writer tells nobody
                 await trio.sleep(_LOOK_AGAIN)
@@ -209,21 +211,14 @@ class Near:
         """Say on a new connection what is open and what is waited for, then go on asking for new vTPMs."""
         for number in range(self._used):
             if number not in self._channels:
-                await self._say(link, Frame(Kind.CLOSE, number))
+                await say(link, Frame(Kind.CLOSE, number))
         for channel in list(self._channels.values()):
             channel.notify()
             if channel.asked.sequence:
                 await self._send(link, channel)
         while True:
-            await self._say(link, Frame(Kind.NAMES))
+            await say(link, Frame(Kind.NAMES))
             await trio.sleep(_ASK_NAMES_SECONDS)
-
-    @staticmethod
-    async def _say(link: Link, frame: Frame) -> None:
-        try:
-            await link.send(frame)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return  # said on the next one, as far as it matters then
 
     def _start_sending(self, channel: NearChannel) -> None:
         link, senders = self._link, self._senders
@@ -244,7 +239,7 @@ class Near:
         link.asked[channel.number] = sequence
         channel.asked.sent = True
         for frame in frames_of(Kind.REQUEST, channel.number, sequence, request):
-            await self._say(link, frame)
+            await say(link, frame)
 
     async def _open_on(self, link: Link, channel: NearChannel) -> None:
         if channel.number in link.opened:
@@ -257,7 +252,7 @@ class Near:
             locality = self._localities.get(channel.name, NO_LOCALITY)
         parent = 0 if channel.parent is None else channel.parent.number
         opening = Opening(channel.kind, parent, locality, channel.name)
-        await self._say(link, Frame(Kind.OPEN, channel.number, channel.generation, opening.pack()))
+        await say(link, Frame(Kind.OPEN, channel.number, channel.generation, opening.pack()))
 
     def _on_frame(self, link: Link, frame: Frame, parts: Assembler) -> None:
         channel = self._channels.get(frame.channel)

@@ -16,7 +16,7 @@ from qmp import Monitor
 OVMF = Path("/usr/share/OVMF")
 # The cache of translated code is kept so small that it is emptied now and then. What QEMU translated before a reset
 # stays in it otherwise, and each write of the new boot to one of those pages is slow: OVMF took 90 s instead of 13.
-ACCELERATOR = "tcg,tb-size=32"
+ACCELERATOR = "tcg,tb-size=16"
 MEMORY_MIB = 256
 START_SECONDS = 30.0
 BOOT_SECONDS = 300.0  # 5 (SeaBIOS) or 15 (OVMF) on a quiet machine

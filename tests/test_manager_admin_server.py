@@ -305,6 +305,7 @@ def test_only_looking_is_for_auditors_and_only_administrators_make_and_unmake() 
         "group-predict",
         "group-show",
         "list",
+        "migrate-list",
         "show",
         "status",
         "tpm-status",

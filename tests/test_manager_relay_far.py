@@ -3,9 +3,11 @@
 import os
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -191,6 +193,40 @@ def test_a_session_is_not_resumed_by_who_does_not_know_the_far_side(joined: Rela
     second = Stranger(joined, session)
     second.sock.close()
     assert not second.welcome.resumed
+
+
+def test_state_blobs_pass_whole(joined: Relay, client: QemuClient) -> None:
+    client.good(tpm.nv_define(0x1500016, 2000))
+    client.good(tpm.nv_write(0x1500016, b"\x77" * 1000))
+    head = client.command(0x0C, struct.pack(">III", 1, 1, 0), 16)
+    result, flags, total, length = struct.unpack(">IIII", head)
+    assert (result, total) == (0, length)
+    blob = client.read(client.control, length)
+    assert length > 3000
+    assert client.result(0x0E) == 0
+    assert client.result(0x0D, struct.pack(">III", flags, 1, len(blob)) + blob) == 0
+    assert client.result(0x0D, struct.pack(">III", flags, 1, len(blob)) + b"\xff" * len(blob)) != 0
+    assert client.result(0x0D, struct.pack(">III", flags, 1, len(blob)) + blob) == 0
+    assert client.result(0x02, bytes(4)) == 0
+    client.good(tpm.STARTUP_CLEAR)
+    assert tpm.nv_content(client.good(tpm.nv_read(0x1500016, 1000))) == b"\x77" * 1000
+
+
+def test_qemu_may_come_before_the_far_side_does() -> None:
+    """Its first question waits; the probe after it, for which QEMU gives a second, comes when there is an answer."""
+    with tempfile.TemporaryDirectory(prefix="rf") as base, swtpm(Path(base)) as (place, _), relay([place]) as made:
+        made.directory.mkdir()
+        (made.directory / "assignments.json").write_text('{"plain": 0}')
+        made.start_near()
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(QemuClient, made.control("plain"))
+            with pytest.raises(TimeoutError):
+                coming.result(0.5)
+            made.start_far()
+            client = coming.result(30)
+        client.data.settimeout(1.0)
+        client.power_on()
+        client.close()
 
 
 def test_a_command_line_that_cannot_be_says_why(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class World:
 
     def ask(self, request: bytes) -> None:
         if self.near.request is None:
-            self.near.ask(request)
+            self.near.ask(request, self.near.sequence + 1)
             self.say()
 
     def say(self) -> None:

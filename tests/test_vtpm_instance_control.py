@@ -1,6 +1,7 @@
 """The control channel's table and session, sans-IO: every command in each state and role, however it is cut."""
 
 import os
+import socket
 import struct
 from itertools import product
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend_backend.tpmhdr import TpmFamily
+from vtpm_instance.connection import Connection
 from vtpm_instance.control import TABLE, Command, ControlSession, FrontEnd, Result, Role, capabilities
 from vtpm_instance.control_table import MAX_BLOB
 from vtpm_instance.sessions import ControlPortSession
@@ -311,6 +313,26 @@ def test_a_machine_that_cannot_use_the_descriptor_has_no_platform_here() -> None
     machine.result = Result.IO_ERROR
     session.feed(REQUESTS[Command.SET_DATAFD], passed(1))
     assert (session.next_answer(), session.is_platform) == (struct.pack(">I", 0x1F), False)
+
+
+class _Host:
+    """Whoever polls: a closed connection has nothing to say to it."""
+
+    def wait_for(self, _connection: Connection, _events: int) -> None:
+        raise AssertionError
+
+    come_back = drop = wait_for  # type: ignore[assignment]
+
+
+def test_a_connection_that_was_closed_by_another_ones_turn_takes_none_itself() -> None:
+    session, done = port_session()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection = Connection(ours, session, _Host())  # type: ignore[arg-type]
+        session.feed(REQUESTS[Command.GET_CONFIG])
+        connection.close()
+        connection.step()
+    assert done == []
 
 
 def test_what_a_session_knows_survives_in_its_note() -> None:

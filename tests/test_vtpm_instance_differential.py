@@ -34,9 +34,20 @@ class Peer:
         if command == OURS:  # swtpm 0.7.1 knows no automatic shutdown; newer ones do as we do
             options += ["--flags", "disable-auto-shutdown"]
         self.process = subprocess.Popen([*command, *options])
-        until(self.path.exists, "its control channel")
-        self.control = connect(self.path)
         self.data: socket.socket | None = None
+        try:
+            until(self._connected, "its control channel")
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def _connected(self) -> bool:
+        try:
+            self.control = connect(self.path)
+        except OSError:
+            return False  # not made yet, or not listened on
+        return True
 
     def play(self, step: Step) -> bytes:
         """Send a step and return its answer."""

@@ -1,7 +1,9 @@
 """A vTPM attached as `qemu`, by what QEMU's emulator backend says to it: power, channels, hibernation, the end."""
 
+import array
 import hashlib
 import os
+import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -178,6 +180,50 @@ def test_shutdown_switches_off_and_the_instance_stays(make_bench: MakeBench) -> 
     assert EmulatorBackend(bench.control_path).run(PROBE) == NOT_STARTED["2.0"]
 
 
+def test_a_copy_of_the_data_channels_end_that_outlives_qemu_keeps_nobody_out(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    qemu = started(bench)
+    with qemu.data.dup() as copy:
+        before = bench.record.generation
+        qemu.die()
+        until(lambda: bench.record.generation == before + 1, "the power off")
+        again = started(bench)
+        assert rc(again.run(get_random())) == 0
+        assert copy.recv(1) == b""
+
+
+def test_qemu_may_go_in_the_middle_of_many_commands(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    for _ in range(12):
+        qemu = started(bench)
+        for channel in (qemu.data, qemu.control):
+            channel.sendall((get_random() if channel is qemu.data else struct.pack(">I", 0x0F)) * 100)
+        qemu.control.close()
+        assert rc(receive_response(qemu.data)) == 0
+        qemu.data.close()
+    assert started(bench).result(STOP) == 0
+
+
+def test_a_new_data_channel_may_take_the_place_of_one_with_commands_left(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    qemu = started(bench)
+    for turns in range(8):
+        mine, theirs = socket.socketpair()
+        many = struct.pack(">I", 0x0F) * (3 + turns)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
+        os.kill(bench.pid, signal.SIGSTOP)  # so that all of it is there at once
+        qemu.control.sendall(many)
+        qemu.control.sendmsg([struct.pack(">I", 0x10)], rights)
+        qemu.data.sendall(get_random() * 100)
+        qemu.data.close()
+        os.kill(bench.pid, signal.SIGCONT)
+        assert receive_exactly(qemu.control, 2 * len(many))[:4] == bytes(4)
+        assert receive_exactly(qemu.control, 4) == bytes(4)
+        theirs.close()
+        qemu.data = mine
+        assert rc(qemu.run(get_random())) == 0
+
+
 def test_a_visitor_on_the_control_channel_may_go_without_an_effect(make_bench: MakeBench) -> None:
     bench = make_bench()
     qemu = started(bench)
@@ -336,7 +382,9 @@ def test_a_reset_by_the_manager_resets_what_runs_and_leaves_off_what_is_off(make
     assert rc(qemu.run(STARTUP_CLEAR)) == 0
     assert qemu.run(pcr_read(7))[-32:] == bytes(32)
     assert qemu.result(STOP) == 0
+    count = len(bench.record.reports)
     bench.manager.give(Orders.RESET)
+    until(lambda: len(bench.record.reports) > count + 1, "the answers to the ring and to the order")
     assert qemu.ask(0x0F, size=8) == struct.pack(">II", 0, 3)
     assert qemu.run(get_random()) == NOT_STARTED["2.0"]
 

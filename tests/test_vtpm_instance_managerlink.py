@@ -44,6 +44,21 @@ def test_a_request_is_answered(ends: tuple[ManagerLink, SmallManager]) -> None:
     assert reply.vtpm == manager.record.vtpm.bytes
 
 
+def test_what_is_done_meanwhile_is_done_once_and_its_failure_leaves_the_link_as_it_was(
+    ends: tuple[ManagerLink, SmallManager],
+) -> None:
+    link, _ = ends
+    done: list[int] = []
+    assert isinstance(link.ask(COMMIT, DEADLINE, lambda: done.append(1)), CommitReply)
+    with pytest.raises(ZeroDivisionError):
+        link.ask(Load(), DEADLINE, lambda: done.append(1 // 0))
+    assert done == [1]
+    assert isinstance(link.ask(COMMIT, DEADLINE), CommitReply), "the answer that was dropped is not taken for this one"
+    with pytest.raises(ManagerSilentError):
+        link.ask(Random(8), 0.6, lambda: done.append(2))
+    assert done == [1, 2], "once, though it was asked for again and again"
+
+
 def test_a_refusal_is_raised_with_its_reason(ends: tuple[ManagerLink, SmallManager]) -> None:
     link, manager = ends
     manager.refuse = RefusalCode.STALE_LEASE

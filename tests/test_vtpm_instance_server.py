@@ -11,8 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
+from tcp_bench import TcpBench
 from vtpm_instance_commands import extended, get_random, pcr_extend, pcr_read, rc
-from vtpm_instance_rig import Bench, KeeperProcess, connect, receive_response, running_keeper, transact
+from vtpm_instance_rig import (
+    Bench,
+    KeeperProcess,
+    connect,
+    receive_exactly,
+    receive_response,
+    running_keeper,
+    transact,
+)
 
 from frontend_backend.front import RingFrontEnd
 

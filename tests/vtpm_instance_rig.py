@@ -95,7 +95,11 @@ __all__ = [
 def connect(path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, kind)
     sock.settimeout(DEADLINE)
-    sock.connect(str(path))
+    try:
+        sock.connect(str(path))
+    except BaseException:
+        sock.close()
+        raise
     return sock
 
 

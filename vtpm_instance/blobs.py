@@ -111,23 +111,26 @@ class ManagedBlobs:
 
     def _export(self) -> _TakenOut:
         """Encrypt the state as it is now: the permanent part as committed, the volatile one of the running TPM."""
-        contents = {Part.PERMANENT: self._keeper.blobs[PERMANENT], Part.VOLATILE: self._tpm.volatile()}
+        contents = {Part.PERMANENT: self._keeper.blobs[PERMANENT]}
+        flags = dict.fromkeys(Part, PartFlags.NONE)
         if self._has_saved:
             contents[Part.SAVED] = self._keeper.blobs[SAVED]
-        started = self._family is TpmFamily.TPM_1_2 or code_of(self._tpm.process(read_clock())) != RC_INITIALIZE
-        generation = self._keeper.generation
+
+        def look_at_tpm() -> None:
+            contents[Part.VOLATILE] = self._tpm.volatile()
+            if self._family is TpmFamily.TPM_2_0 and code_of(self._tpm.process(read_clock())) == RC_INITIALIZE:
+                flags[Part.VOLATILE] = PartFlags.UNSTARTED
+
+        generation, parts = self._keeper.generation, tuple(map(int, (*contents, Part.VOLATILE)))
         try:
-            reply = self._link.ask(Export(generation, tuple(map(int, contents))), EXPORT_TIMEOUT)
+            reply = self._link.ask(Export(generation, parts), EXPORT_TIMEOUT, look_at_tpm)
         except ManagerRefusedError as error:
             raise NotTakenOutError(generation, error.text) from error
         if not isinstance(reply, ExportReply) or len(reply.header) != BlobHeader.SIZE:
             raise ManagerConfusedError("Export", type(reply).__name__)
-        flags = {Part.VOLATILE: PartFlags.NONE if started else PartFlags.UNSTARTED}
         key = ExportKey(reply.key)
         blobs = {
-            part: seal_part(
-                reply.header, key.view, part, content, os.urandom(NONCE_BYTES), flags.get(part, PartFlags.NONE)
-            )
+            part: seal_part(reply.header, key.view, part, content, os.urandom(NONCE_BYTES), flags[part])
             for part, content in contents.items()
         }
         return _TakenOut(generation, self._tpm.starts, reply.header, key, blobs)

@@ -137,6 +137,8 @@ class Connection:
     def step(self) -> None:
         """Answer at most one request of those that are here already."""
         self._waiting_turn = False
+        if self._sock.fileno() < 0:
+            return  # closed since, by another's turn
         answer = self._session.next_answer()
         if answer is not None and self._send(answer):
             self.go_on()

@@ -9,7 +9,7 @@ from typing import Final
 
 from frontend_backend.tpmhdr import TpmFamily
 from vtpm_instance.control_machine import Machine, Result
-from vtpm_instance.control_table import NUMBER, TABLE, Body, Command, Entry, Layout, capabilities, refused_body
+from vtpm_instance.control_table import FIXED, NUMBER, TABLE, Body, Command, Entry, Layout, capabilities, refused_body
 from vtpm_instance.front_ends import FrontEnd, Role
 
 __all__ = ["NUMBER", "TABLE", "Command", "ControlSession", "Entry", "FrontEnd", "Layout", "Machine", "Result", "Role"]
@@ -90,6 +90,24 @@ class ControlSession:
         if self.held or not whole:
             return None
         return self._execute(entry, self._take(end)[_WORD:])
+
+    def execute_whole(self, request: bytes) -> tuple[bytes | None] | None:
+        """Execute what was received in one piece, if it is one command and nothing came before; else return None.
+
+        This is how nearly all of them come; what `feed` and `next_answer` do beyond it costs as much again.
+        """
+        if self._buffer or self._may_pad or self._body is not None or self._descriptors:
+            return None
+        entry = FIXED.get(request[:_WORD])
+        if entry is None or (entry.alone and self.machine.busy):
+            return None
+        padding = len(request) - _WORD - entry.layout.fixed
+        if padding and not (padding == _PADDING and entry.layout.padded):
+            return None
+        answer = self._execute(entry, request[_WORD:])
+        if padding:  # it came with its command: none comes after it
+            self._may_pad = False
+        return (answer,)
 
     def _execute(self, entry: Entry, payload: bytes) -> bytes | None:
         self._may_pad = entry.layout.padded

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from typing import Final, Protocol
 
@@ -252,6 +252,11 @@ TABLE: Final[dict[Command, Entry]] = {
 }
 
 
+# By the number as it stands in a request: those whose length is known beforehand.
+FIXED: Final = {NUMBER.pack(command): entry for command, entry in TABLE.items() if entry.layout.counted_at is None}
+
+
+@cache
 def capabilities(front_end: FrontEnd, family: TpmFamily = TpmFamily.TPM_2_0) -> int:
     """Return the capability bits of what the table offers the owner of a vTPM attached as `front_end`."""
     served = [entry.capability for entry in TABLE.values() if (front_end, Role.OWNER) in entry.allowed]

@@ -8,7 +8,7 @@ given back is sent again until its deadline. Orders that travel with any answer 
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from frontend_backend.doorbell import SocketDoorbell
@@ -77,8 +77,10 @@ class ManagerLink:
         orders, self._orders, self.news = self._orders, Orders.NONE, self._surplus > 0
         return orders
 
-    def ask(self, request: Request, seconds: float) -> Reply:
+    def ask(self, request: Request, seconds: float, meanwhile: Callable[[], None] | None = None) -> Reply:
         """Send `request` and wait at most `seconds` for its answer, which is no Refusal.
+
+        `meanwhile` is called once, while the manager works. What it raises is raised here; the answer is dropped then.
 
         Raises:
             ManagerSilentError: no answer in time; whether the manager acted is not known.
@@ -93,6 +95,9 @@ class ManagerLink:
         while True:
             self._settle(wait)
             self._begin(verb, packet)
+            if meanwhile is not None:
+                do, meanwhile = meanwhile, None
+                do()
             try:
                 answer = self._collect(wait)
             except ManagerSilentError:

@@ -35,6 +35,9 @@ class Surroundings(Protocol):
     def take_data_socket(self, sock: socket.socket) -> bool:
         """Serve a data connection that was passed, which becomes ours; False where there is one already."""
 
+    def let_data_socket_go(self) -> None:
+        """Close the data connection that was passed."""
+
     def end(self) -> None:
         """End the process after this turn, cleanly."""
 
@@ -90,6 +93,7 @@ class Platform:
         if self._rules.powered and not self._rules.like_swtpm:
             self.power_off()
             self._around.locality = 0
+            self._around.let_data_socket_go()
 
     @staticmethod
     def _do(act: Callable[[], None], what: str) -> int:

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from frontend_backend.descriptors import PeerCredentials
 from frontend_backend.orders import Orders
 from storage.errors import StorageError
+from vtpm_instance.condition import Condition
 from vtpm_instance.connection import Connection, DescriptorPort, Port, Session
 from vtpm_instance.errors import (
     CommitRefusedError,
@@ -127,14 +128,23 @@ class Server(Poller):
 
     def take_data_socket(self, sock: socket.socket) -> bool:
         """Serve a data connection that was passed, unless there is one whose peer is still there."""
-        for old in [each for each in self.passed_port.connections if each.peer_is_gone]:
-            self.drop(old)
-            old.close()
+        self._drop_passed([each for each in self.passed_port.connections if each.peer_is_gone])
         if self.passed_port.connections:
             sock.close()
             return False
         self.take_on(self.passed_port, self.passed_port.adopt(sock, PASSED))
         return True
+
+    def let_data_socket_go(self) -> None:
+        """Close the data connection that was passed: its machine is gone, whoever else may have a copy of its end."""
+        self._drop_passed(list(self.passed_port.connections))
+
+    def _drop_passed(self, connections: list[Connection]) -> None:
+        for connection in connections:
+            if connection in self._busy:
+                self._busy.remove(connection)
+            self.drop(connection)
+            connection.close()
 
     def end(self) -> None:
         """End after this turn."""
@@ -215,6 +225,8 @@ class Server(Poller):
         orders = link.take_orders()
         if orders & Orders.RESET:
             self.platform.reset()
+            if self.vtpm.condition is Condition.OFF:
+                self._calls.asked()  # nothing has changed, but the manager waits to hear how it is
         if orders & Orders.QUOTE:
             self._calls.quote()
         if orders & Orders.STOP:

@@ -118,6 +118,9 @@ class ControlPortSession(ControlSession):
 
     def exchange(self, size: int) -> bytes | None:
         """Take what was received, then do as `next_answer`."""
+        executed = self.execute_whole(bytes(_received[:size]))
+        if executed is not None:
+            return executed[0]
         self.feed(_received[:size])
         return self.next_answer()
 

@@ -14,6 +14,7 @@ from frontend_backend.swtpm_records import Endpoint, Kind
 from frontend_backend.swtpm_suboptions import OptionError
 
 _BACKLOG: Final = 16  # swtpm has 1; a client that connects anew for each command must not find it full
+_LONGEST_PATH: Final = 107  # bytes of a Unix socket's (unix(7)), without the zero at its end
 _UNCHANGED: Final = -1  # of chown(2)
 
 
@@ -69,33 +70,41 @@ def _adopted(descriptor: int, what: str) -> socket.socket:
 
 
 def _unix(endpoint: Endpoint, path: str) -> socket.socket:
+    """Return a listening socket at `path`, which appears there when it can be connected to, with mode and owner."""
     with suppress(FileNotFoundError):
-        _unlink_socket(path)
+        _refuse_other_files(path)
+    place = f"{path}.{os.getpid()}"
+    if len(os.fsencode(place)) > _LONGEST_PATH:
+        place = path
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     previous = os.umask(0o177)  # nobody else may connect before mode and owner are what they are to be
     try:
-        sock.bind(path)
+        with suppress(FileNotFoundError):
+            os.unlink(place)
+        sock.bind(place)
         uid, gid = _user(endpoint.uid), _group(endpoint.gid)
         if (uid, gid) != (_UNCHANGED, _UNCHANGED):
-            os.chown(path, uid, gid)
-        os.chmod(path, endpoint.mode)
+            os.chown(place, uid, gid)
+        os.chmod(place, endpoint.mode)
         sock.listen(_BACKLOG)
-    except OSError as error:
+        os.rename(place, path)
+    except BaseException as error:
         sock.close()
-        raise OptionError(f"Could not open UnixIO socket: {error.strerror or error}") from error
-    except BaseException:
-        sock.close()
+        if place != path:
+            with suppress(OSError):
+                os.unlink(place)
+        if isinstance(error, OSError):
+            raise OptionError(f"Could not open UnixIO socket: {error.strerror or error}") from error
         raise
     finally:
         os.umask(previous)
     return sock
 
 
-def _unlink_socket(path: str) -> None:
-    """Take an old socket away; another kind of file is left alone, which swtpm would delete."""
+def _refuse_other_files(path: str) -> None:
+    """Leave a file that is no socket alone; swtpm would delete it. An old socket is replaced."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         raise OptionError(f"Could not open UnixIO socket: {path} is there, and is no socket; it was left as it is")
-    os.unlink(path)
 
 
 def _user(who: int | str | None) -> int:

@@ -117,8 +117,8 @@ def _section(saved: _Samples, restored: _Samples, whole: _Samples, first: _Sampl
         f"saved last, into the process that saved it. They take turns after {TURN} calls. After each save, outside the "
         "clock, a command is run, so that the next one saves another state; each restore is of a state saved just "
         "before, outside the clock. Ours encrypts and asks the manager for a key. Neither flushes anything here: what "
-        "was saved or restored is made durable, as a generation of its own, before its next command, which has a row of "
-        "its own; swtpm 0.7 never flushes.",
+        "was saved or restored is made durable, as a generation of its own, before its next command, which has a row "
+        "of its own; swtpm 0.7 never flushes.",
     )
     table = Table(
         ("", "vTPM, median", "best round", "swtpm, median", "best round", "ratio", "calls"), note="Microseconds:"
@@ -136,9 +136,9 @@ def _section(saved: _Samples, restored: _Samples, whole: _Samples, first: _Sampl
     section.targets.append(Target("save and restore of a state blob", ratio.median, LIMIT, "swtpm", ratio.spread))
     floor, once = whole[FLUSHES].best / MICROSECONDS, first[OURS].best / MICROSECONDS
     section.meaning.append(
-        "A save waits for the manager once, which makes a header and wraps a key: two wake-ups more than swtpm has. The "
-        f"first command after a save or a restore waits for a commit ({once:.0f} us in the best round, of which two "
-        f"flushes of this disk, one after the other, are {floor:.0f} us): from then on what was saved is not the newest "
-        "state any more, and is not taken back without permission."
+        "A save waits for the manager once, which makes a header and wraps a key: two wake-ups more than swtpm has. "
+        f"The first command after a save or a restore waits for a commit ({once:.0f} us in the best round, of which "
+        f"two flushes of this disk, one after the other, are {floor:.0f} us): from then on what was saved is not the "
+        "newest state any more, and is not taken back without permission."
     )
     return section

@@ -156,11 +156,8 @@ def _pass(sock: socket.socket, said: bytes, chance: random.Random) -> None:
     mine, theirs = socket.socketpair()
     read, write = os.pipe()
     passed = chance.choices([mine.fileno(), theirs.fileno(), read, write], k=chance.randrange(1, 4))
-    sock.sendmsg([said], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))])
-    for sock_or_end in (mine, theirs):
-        sock_or_end.close()
-    os.close(read)
-    os.close(write)
+    with mine, theirs, os.fdopen(read), os.fdopen(write):
+        sock.sendmsg([said], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))])
 
 
 def descriptors(pid: int) -> int:
