@@ -19,6 +19,7 @@ from frontend_backend.state_blob import BlobHeader
 from manager.blob_events import BlobEvents
 from manager.errors import ManagerError
 from manager.exports import Exports, family_of, is_fresh
+from manager.migration_records import is_away
 from manager.registry import Registry
 from manager.restores import Policy, Restores
 from manager.running import Running
@@ -163,6 +164,11 @@ class Imports:
             key = self._exports.unwrap(header)
         except BlobError as error:
             raise _Refused(denied, f"what was put in is not as it was exported: {error}") from error
+        if is_away(record.flags):  # a permission for an older state is none for a second one of it
+            text = (
+                "what was put in was exported here, and the vTPM has moved, or is to come, by migration: only a claim"
+            )
+            raise _Refused(denied, f"{text} brings its state")
         if is_fresh(header, record):
             return _Grounds(header, None, key)
         policy = self._restores.may_use(record.uuid, record.flags, header.export)

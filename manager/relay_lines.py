@@ -16,6 +16,8 @@ from manager.relay_cutting import SET_DATAFD, SET_LOCALITY, locality_of, number_
 from manager.relay_frames import NO_LOCALITY
 
 _DATAFD: Final = SET_DATAFD.to_bytes(4, "big")
+_IN_USE: Final = bytes((0, 0, 0, 0x1F))  # TPM_IOERROR: there is a data connection already
+_TRIES, _IN_USE_PAUSE = 20, 0.05  # seconds between them
 Find = Callable[[], Awaitable[Places]]  # raises NotTakenError where nothing is just now
 
 
@@ -44,6 +46,7 @@ class ControlLine:
         self._find, self._locality, self._patience = find, locality, patience
         self._talking = trio.Lock()
         self._closed = False
+        self._at_locality = True  # whether this instance was told
         self.sock: trio.socket.SocketType | None = None
         self.presence: socket.socket | None = None  # that nothing is said on: its end would switch the TPM off
         self.passed: PassedLine | None = None
@@ -57,7 +60,7 @@ class ControlLine:
             sock = await self._ready()
             try:
                 if number_of(request) == SET_DATAFD and self.passed is not None:
-                    return await self._pass(sock, self.passed)
+                    return await self._pass_patiently(sock, self.passed)
                 answer = await ask(sock, request, control=True)
             except (NotTakenError, UnknownError):
                 self.drop()
@@ -75,23 +78,35 @@ class ControlLine:
         """Return the connection, made anew with all that was set where the last instance has gone."""
         if self._closed:
             raise UnknownError
-        new = self.sock is None
-        sock = self.sock or await connected((await self._find()).control)
-        self.sock = sock
+        if self.sock is None:
+            self.sock, self._at_locality = await connected((await self._find()).control), False
+        sock, passed = self.sock, self.passed
         try:
-            wanted = self.passed if self.passed is not None and self.passed.wanted else None
-            if wanted is not None and not succeeded(await self._pass(sock, wanted)):
-                wanted.wanted = True
-                raise NotTakenError("its data connection is in use")
-            if new and self._locality.value != NO_LOCALITY:
+            if not self._at_locality and self._locality.value != NO_LOCALITY:
                 await ask(sock, set_locality(self._locality.value), control=True)
+            self._at_locality = True
+            refused = passed is not None and passed.wanted and not succeeded(await self._pass(sock, passed))
         except UnknownError:
             self.drop()
             raise NotTakenError from None  # nothing of a client's was said yet
         except BaseException:
             self.drop()
             raise
+        if refused and passed is not None:
+            # The one before is not closed everywhere yet. Not a reason to let go of this connection: its end would
+            # switch the TPM off.
+            passed.wanted = True
+            raise NotTakenError("its data connection is in use")
         return sock
+
+    async def _pass_patiently(self, sock: trio.socket.SocketType, passed: "PassedLine") -> bytes:
+        """Do as `_pass`; one of before may still be on its way out, with copies in the holder."""
+        for _ in range(_TRIES):
+            answer = await self._pass(sock, passed)
+            if answer != _IN_USE:
+                return answer
+            await trio.sleep(_IN_USE_PAUSE)
+        return _IN_USE
 
     @staticmethod
     async def _pass(sock: trio.socket.SocketType, passed: "PassedLine") -> bytes:

@@ -12,44 +12,22 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from uuid import UUID
 
 from frontend_backend.messages_admin import ExitCode
 from frontend_backend.swtpm_options import Interface, SwtpmOptions, parse
 from frontend_backend.swtpm_suboptions import OptionError
-from manager import swtpm_control, swtpm_endpoints, swtpm_process
-from manager.client import RemoteError, request, socket_path
-from manager.errors import DeniedError, ManagerError, NotFoundError, UsageError
+from manager import swtpm_control, swtpm_process
+from manager.client import RemoteError, socket_path
+from manager.errors import ManagerError, UsageError
 from manager.swtpm_process import Ready
-from manager.swtpm_relay import Channel, Endings, Relay
+from manager.swtpm_session import Session
+from manager.swtpm_use import Use, folder_of
 
-_log = logging.getLogger("vtpm.swtpm")
 VTPM_VARIABLE: Final = "VTPM_SWTPM_VTPM"
 _WITHOUT_MANAGER: Final = "vtpm-swtpm"
 _UUID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-_NAMES: Final = {Channel.CONTROL: swtpm_control.CONTROL, Channel.DATA: swtpm_control.DATA}
-
-
-@dataclass(frozen=True, slots=True)
-class _Managed:
-    """A vTPM in use: its folder of sockets, its family, and whether we attached it."""
-
-    folder: Path
-    family: str
-    admin: str
-    ours: bool
-
-    def let_go(self) -> None:
-        """Switch it off, and detach it if we attached it. What fails is logged: the manager sees to the rest."""
-        try:
-            swtpm_control.power_off(self.folder)
-            if self.ours:
-                request(self.admin, "detach", {"vtpm": self.folder.name})
-        except ManagerError as error:
-            _log.error("vTPM %s was not let go cleanly: %s", self.folder.name, error)
 
 
 def wanted(options: SwtpmOptions, environment: Mapping[str, str]) -> str:
@@ -91,99 +69,6 @@ def _refuse(options: SwtpmOptions) -> None:
         raise UsageError("neither --ctrl nor --server is there: nobody could use the vTPM")
 
 
-def _folder(named: str, admin: str) -> Path:
-    """Return the folder of a vTPM's sockets; a name is looked up, which takes a role. Raises ManagerError."""
-    try:
-        vtpm = UUID(named)
-    except ValueError:
-        try:
-            vtpm = UUID(request(admin, "show", {"vtpm": named})[0]["uuid"])
-        except DeniedError as error:
-            raise DeniedError(f"{error}. A user without a role names a vTPM by its UUID, not by its name") from error
-        except RemoteError as error:
-            if error.exit_code is not ExitCode.DENIED:
-                raise
-            raise DeniedError(f"{error}. A user without a role names a vTPM by its UUID, not by its name") from error
-    return Path(admin).parent / "vtpm" / str(vtpm)
-
-
-def _use(options: SwtpmOptions, environment: Mapping[str, str]) -> _Managed:
-    """Find the vTPM, attaching it where that is needed and we may; raises ManagerError."""
-    assert options.manager is not None
-    admin = socket_path(options.manager.socket)
-    folder = _folder(wanted(options, environment), admin)
-    try:
-        return _Managed(folder, swtpm_control.check(folder, tpm2=options.tpm2), admin, ours=False)
-    except NotFoundError as missing:
-        ours = _attach(folder.name, options.manager.guest, admin, missing)
-    managed = _Managed(folder, "2.0" if options.tpm2 else "1.2", admin, ours)
-    try:
-        swtpm_control.check(folder, tpm2=options.tpm2)
-    except ManagerError:
-        managed.let_go()
-        raise
-    return managed
-
-
-def _attach(vtpm: str, guest: str | None, admin: str, missing: NotFoundError) -> bool:
-    """Attach a vTPM to ourselves; returns True. Raises ManagerError: we may not, or it cannot be."""
-    arguments = {"vtpm": vtpm, "guest": guest or f"swtpm-{os.getpid()}", "frontend": "qemu", "mode": "0600"}
-    try:
-        request(admin, "attach", {**arguments, "owner": str(os.geteuid())})
-    except RemoteError as error:
-        if error.exit_code is not ExitCode.DENIED:
-            raise
-        raise _not_given(missing) from error
-    except (DeniedError, NotFoundError) as error:
-        raise _not_given(missing) from error
-    return True
-
-
-def _not_given(missing: NotFoundError) -> DeniedError:
-    return DeniedError(
-        f"{missing}, and this user is no operator, who could attach it. An operator gives it to him: 'vtpm-attach VTPM "
-        f"GUEST --frontend qemu --owner {os.geteuid()}'"
-    )
-
-
-class _Session:
-    """The relay of one command line, and what is there for it."""
-
-    def __init__(self, options: SwtpmOptions, managed: _Managed, wakeup: socket.socket) -> None:
-        """Open what the command line says. Raises ManagerError."""
-        ends = Endings(
-            with_control=options.control is not None and options.control.terminate, with_platform=options.terminate
-        )
-        self._options = options
-        self._relay = Relay(lambda channel: _connection(managed.folder, channel), ends, wakeup)
-        for channel, endpoint in ((Channel.CONTROL, options.control), (Channel.DATA, options.server)):
-            if endpoint is None:
-                continue
-            client = swtpm_endpoints.connected(endpoint)
-            if client is None:
-                self._relay.listen(channel, swtpm_endpoints.listener(endpoint))
-            else:
-                self._relay.serve(channel, client)
-
-    def run(self) -> None:
-        """Relay to the end."""
-        self._relay.run()
-
-    def close(self) -> None:
-        """Close and remove everything."""
-        self._relay.close()
-        for endpoint in (self._options.control, self._options.server):
-            swtpm_endpoints.remove(endpoint)
-        swtpm_process.remove_pid(self._options.pid)
-
-
-def _connection(folder: Path, channel: Channel) -> socket.socket:
-    try:
-        return swtpm_control.connect(folder, _NAMES[channel])
-    except ManagerError as error:
-        raise OSError(str(error)) from error  # one client's, and not the relay's end
-
-
 def run(options: SwtpmOptions, ready: Ready) -> None:
     """Serve as the command line says until the end, which may be SIGTERM; `ready` is told when clients may come.
 
@@ -192,29 +77,39 @@ def run(options: SwtpmOptions, ready: Ready) -> None:
 
     """
     _refuse(options)
-    managed = _use(options, os.environ)
+    assert options.manager is not None
+    admin = socket_path(options.manager.socket)
+    using = Use.begin(folder_of(wanted(options, os.environ), admin), options.manager.guest, admin)
     wakeup, wake = socket.socketpair()
     wake.setblocking(False)
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     signal.signal(signal.SIGINT, lambda _number, _frame: None)
     signal.set_wakeup_fd(wake.fileno())
     try:
-        session = _Session(options, managed, wakeup)
+        session = Session(options, using, wakeup)  # it listens now; who comes waits until it runs
         try:
-            if not options.flags.need_init:
-                swtpm_control.power_on(managed.folder)
-                if options.flags.startup not in (None, "none"):
-                    swtpm_control.start_up(managed.folder, managed.family, str(options.flags.startup))
+            _start(options, using)
             swtpm_process.write_pid(options.pid)
             ready.say()
             session.run()
         finally:
             session.close()
     finally:
-        managed.let_go()
+        using.end()
         signal.set_wakeup_fd(-1)
         wakeup.close()
         wake.close()
+
+
+def _start(options: SwtpmOptions, using: Use) -> None:
+    """Check that it is the vTPM that was meant, and switch it on where that is said. Raises ManagerError."""
+    family = swtpm_control.check(using.folder, tpm2=options.tpm2)
+    if options.flags.need_init:
+        return
+    using.switched = True
+    swtpm_control.power_on(using.folder)
+    if options.flags.startup not in (None, "none"):
+        swtpm_control.start_up(using.folder, family, str(options.flags.startup))
 
 
 def _parsed(words: Sequence[str]) -> SwtpmOptions:

@@ -1,8 +1,8 @@
 """swtpm's directory backend: one file for each blob, replaced by a rename.
 
 Better than swtpm in three things: a state is flushed, and its directory entry too, before `store` returns; with
-`backup` there is no moment without a permanent state; and a state that was refused is kept when its backup takes its place.
-Everything happens below a descriptor of the directory, so that it may be renamed, or the process changed root.
+`backup` there is no moment without a permanent state; and a state that was refused is kept when its backup takes its
+place. Everything happens below a descriptor of the directory, so that it may be renamed, or the process changed root.
 
 Source: swtpm's swtpm_nvstore_dir.c; reference/swtpm-libtpms-qemu.md 3.4.
 """

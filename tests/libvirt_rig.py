@@ -159,7 +159,11 @@ class Libvirt:
 
     def start_domain(self, name: str) -> None:
         (self.base / f"{name}.console").unlink(missing_ok=True)
-        self.virsh("start", name)
+        for last in (False, False, True):
+            done = self.virsh("start", name, check=last)
+            if "socket did not show up" not in done.stderr:  # libvirt waits a second for swtpm, however busy we are
+                assert done.returncode == 0, f"{done.stderr}{self.said()}"
+                return
 
     def printed(self, name: str) -> str:
         console = self.base / f"{name}.console"

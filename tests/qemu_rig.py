@@ -16,7 +16,7 @@ from qmp import Monitor
 OVMF = Path("/usr/share/OVMF")
 # The cache of translated code is kept so small that it is emptied now and then. What QEMU translated before a reset
 # stays in it otherwise, and each write of the new boot to one of those pages is slow: OVMF took 90 s instead of 13.
-ACCELERATOR = "tcg,tb-size=16"
+ACCELERATOR = "tcg,tb-size=32"
 MEMORY_MIB = 256
 START_SECONDS = 30.0
 BOOT_SECONDS = 300.0  # 5 (SeaBIOS) or 15 (OVMF) on a quiet machine
@@ -135,7 +135,7 @@ class Qemu:
         incoming: str = "",
         disk: Path | None = None,
     ) -> None:
-        """tpm: QEMU's arguments for the TPM's back end, called `tpm0`; disk: a qcow2 that keeps snapshots."""
+        """tpm: QEMU's arguments for the TPM's back end; disk: a qcow2 that keeps snapshots."""
         self.directory = directory
         self.console = directory / "console"
         command = ["qemu-system-x86_64", "-accel", ACCELERATOR, "-machine", "q35", "-cpu", "qemu64", "-smp", "1"]
@@ -145,7 +145,9 @@ class Qemu:
             (directory / name).unlink(missing_ok=True)
             command += ["-chardev", f"socket,id={name},path={directory}/{name},server=on,wait=off"]
             command += ["-device", f"{use},chardev={name}"] if use else ["-mon", f"chardev={name},mode=control"]
-        command += [*tpm, "-device", f"{device},tpmdev=tpm0"]
+        back_end = tpm[tpm.index("-tpmdev") + 1]
+        (number,) = (option for option in back_end.split(",") if option.startswith("id="))
+        command += [*tpm, "-device", f"{device},tpmdev={number.removeprefix('id=')}"]
         if firmware == "ovmf":
             command += self._ovmf()
         if disk is not None:

@@ -152,6 +152,23 @@ async def test_nothing_but_this_vtpms_own_is_taken(model: ModelTpm, place: Any) 
     assert len(made.imports.refused) == 1
 
 
+async def test_one_that_lives_elsewhere_is_not_brought_to_life_here_by_its_old_state(
+    model: ModelTpm, place: Any
+) -> None:
+    """It moved away, and is expected back; or it is frozen: who permits an older state does not permit two of it."""
+    async with world(model, place) as made:
+        header = made.header()
+        await made.restores.permit(made.row, Policy.ALWAYS, 0)
+        record = made.record
+        for away in (RecordFlags.AWAY, RecordFlags.AWAY | RecordFlags.FRESH):
+            flags = (record.flags | away) & ~RecordFlags.RESUMABLE
+            made.registry.committer.store.commit([PutVtpm(replace(record, flags=flags))])
+            assert "migration" in await made.refused(header, m.RefusalCode.DENIED)
+            refusal = made.imports.objection(made.record, made.commit(header))
+            assert refusal is not None
+            assert refusal.code is m.RefusalCode.DENIED
+
+
 async def test_a_manager_that_came_between_judges_for_itself(model: ModelTpm, place: Any) -> None:
     """The key was given by one manager; the next one, which is asked to commit, knows of nothing."""
     async with world(model, place) as made:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import vtpm_instance_rig as tpm
-from e2e_rig import BIN
+from e2e_rig import BIN, wait_for
 from relay_rig import QemuClient, Relay, relay, run, swtpm
 
 from manager.relay_far import MAX_STRANGERS
@@ -210,6 +210,16 @@ def test_state_blobs_pass_whole(joined: Relay, client: QemuClient) -> None:
     assert client.result(0x02, bytes(4)) == 0
     client.good(tpm.STARTUP_CLEAR)
     assert tpm.nv_content(client.good(tpm.nv_read(0x1500016, 1000))) == b"\x77" * 1000
+
+
+def test_on_a_unix_socket_the_kernel_says_who_it_is() -> None:
+    with tempfile.TemporaryDirectory(prefix="rf") as base, swtpm(Path(base)) as (place, _), relay([place]) as made:
+        made.clients.write_text(f'[[client]]\nname = "another"\nuid = {os.geteuid() + 1}\nvtpms = ["*"]\n')
+        made.start_far()
+        made.start_near()
+        wait_for(lambda: f"user {os.geteuid()} is no client" in made.log("far"), "a refusal")
+        assert "is here" not in made.log("far")
+        assert not (made.directory / "plain").exists()
 
 
 def test_qemu_may_come_before_the_far_side_does() -> None:

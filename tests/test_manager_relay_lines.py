@@ -167,13 +167,35 @@ async def test_what_was_read_and_not_answered_is_failure_and_not_said_again(fold
     line.close()
 
 
-async def tell(line: DataLine, command: bytes, answers: list[bytes]) -> None:
+async def tell(line: DataLine | PassedLine, command: bytes, answers: list[bytes]) -> None:
     answers.append(await line.exchange(command))
 
 
 async def kill_soon(process: "subprocess.Popen[bytes]") -> None:
     await trio.sleep(0.03)
     os.kill(process.pid, signal.SIGKILL)
+
+
+async def test_a_data_connection_on_its_way_out_does_not_cost_the_control_connection(folder: Path) -> None:
+    """A holder closes its copy when it gets to it; the end of the control connection would switch the TPM off."""
+    _, find = finder(folder)
+    control = ControlLine(find, Locality(), PATIENCE)  # type: ignore[arg-type]
+    passed = control.passed = PassedLine(control, PATIENCE, wanted=False)
+    with trio.fail_after(60), swtpm(folder, data=False):
+        assert await control.exchange(DATAFD) == bytes(4)
+        assert passed.sock is not None
+        before, copy = control.sock, os.dup(passed.sock.fileno())
+        passed.drop()
+        answers: list[bytes] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell, passed, tpm.get_random(8), answers)
+            await trio.sleep(0.3)
+            assert not answers
+            assert control.sock is before
+            os.close(copy)
+        assert tpm.rc(answers[0]) == 0
+        assert control.sock is before
+    control.close()
 
 
 async def test_patience_ends_with_failure(folder: Path) -> None:

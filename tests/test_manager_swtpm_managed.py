@@ -123,7 +123,7 @@ class Running:
 def test_a_data_connection_goes_to_the_instance_itself(host: Installation, place: Path) -> None:
     vtpm = given(host)
     running = Running(place, words_for(host, vtpm, "--tpm2", "--pid", f"file={place}/pid", "--terminate"))
-    wait_for((place / "pid").exists, "the pid file")
+    wait_for(lambda: (place / "pid").exists() and (place / "pid").read_text(), "the pid file")
     assert int((place / "pid").read_text()) == running.process.pid
     with running.connect() as control, data_connection(control) as data:
         assert say(data, tpm.get_random(8)) == NOT_RUNNING
@@ -216,6 +216,35 @@ def test_swtpm_setup_provisions_a_managed_vtpm(host: Installation, place: Path) 
     assert list(place.iterdir()) == [], "no state was made beside the manager's"
     with qemu(str(host.runtime / "vtpm" / vtpm / "swtpm.sock.ctrl")) as machine:
         assert tpm.rc(say(machine.data, READ_EK)) == 0
+
+
+def test_it_listens_before_its_vtpm_has_answered(host: Installation, place: Path) -> None:
+    """libvirt gives it a second; a vTPM that has to wake, or is busy, may take longer."""
+    vtpm = given(host)
+    instance = host.show(vtpm)["pid"]
+    os.kill(instance, signal.SIGSTOP)
+    try:
+        running = Running(place, words_for(host, vtpm, "--tpm2"))
+        control = running.connect()
+    finally:
+        os.kill(instance, signal.SIGCONT)
+    with control:
+        assert ask(control, GET_CAPABILITY)[:4] == bytes(4)
+        assert ask(control, SHUTDOWN) == bytes(4)
+    assert running.ended() == 0
+
+
+def test_a_second_command_is_refused_and_takes_nothing_from_the_first(host: Installation, place: Path) -> None:
+    vtpm = given(host)
+    running = Running(place, words_for(host, vtpm, "--tpm2"))
+    with running.connect() as control, data_connection(control) as data:
+        assert ask(control, INIT, bytes(4)) == bytes(4)
+        code, text = refused(OWNER, words_for(host, vtpm, "--tpm2", "--ctrl", f"type=unixio,path={place}/other"))
+        assert code == ExitCode.BUSY
+        assert "in use by another" in text
+        assert tpm.rc(say(data, STARTUP)) == 0
+        assert ask(control, SHUTDOWN) == bytes(4)
+    assert running.ended() == 0
 
 
 def test_a_service_manager_is_told_when_it_is_ready(host: Installation, place: Path) -> None:

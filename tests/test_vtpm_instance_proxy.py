@@ -17,7 +17,7 @@ from vtpm_instance_commands import command12
 from frontend_backend.messages_instance import InstanceState
 from frontend_backend.messages_keeper import Fetch, Fetched
 from frontend_backend.tpmhdr import command
-from vtpm_instance.proxy import SET_LOCALITY
+from vtpm_instance.driver_locality import SET_LOCALITY
 
 FAILURE, WRONG_LOCALITY = 0x101, 0x907
 

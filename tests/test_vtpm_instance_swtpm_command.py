@@ -279,6 +279,25 @@ def test_a_blob_that_is_refused_drops_what_was_put_in_before(state: Path) -> Non
         assert (state / "tpm2-00.permall").read_bytes()[:16] == before[:16]
 
 
+def test_a_state_that_is_put_in_is_not_mixed_with_what_was_stored(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in "ab"]
+    for place in places:
+        place.mkdir()
+    with running(OURS, *of(places[0])) as one, running(OURS, *of(places[1])) as other:
+        put_secret(one, SECRET)
+        blob = taken_out(one, 1)[1]
+        assert tpm.rc(other.tpm(tpm.pcr_extend(16))[0]) == 0
+        assert other.control(STORE_VOLATILE) == OK
+        assert other.stop() == 0
+    with running(OURS, *of(places[1]), flags=None) as other:
+        assert put_in(other, 1, blob) == 0
+        assert other.control(INIT_NOW) == OK
+        assert not (places[1] / "tpm2-00.volatilestate").exists()
+        assert other.control(INIT_NOW) == OK
+        assert get_secret_after_startup(other) == SECRET
+        assert other.tpm(tpm.pcr_read(16))[0][-32:] == bytes(32)
+
+
 def test_the_lock_is_released_for_a_migration_only_with_the_option(state: Path) -> None:
     try_lock = ["--server", "port=0", "--flags", "not-need-init"]
     with running(OURS, *of(state)) as one:

@@ -101,13 +101,9 @@ class ControlSession:
         entry = FIXED.get(request[:_WORD])
         if entry is None or (entry.alone and self.machine.busy):
             return None
-        padding = len(request) - _WORD - entry.layout.fixed
-        if padding and not (padding == _PADDING and entry.layout.padded):
+        if len(request) != _WORD + entry.layout.fixed:  # padding may be a part of the next one
             return None
-        answer = self._execute(entry, request[_WORD:])
-        if padding:  # it came with its command: none comes after it
-            self._may_pad = False
-        return (answer,)
+        return (self._execute(entry, request[_WORD:]),)
 
     def _execute(self, entry: Entry, payload: bytes) -> bytes | None:
         self._may_pad = entry.layout.padded

@@ -9,7 +9,8 @@ from typing import Final
 
 from frontend_backend.tpmhdr import HEADER_SIZE, TpmFamily, error_response
 
-SET_LOCALITY: Final = (0x20001000).to_bytes(4)  # as it stands in a packet
+SET_LOCALITY: Final = 0x20001000
+PACKED: Final = SET_LOCALITY.to_bytes(4)  # as it stands in a packet
 _BAD_LOCALITY: Final = {TpmFamily.TPM_2_0: 0x107, TpmFamily.TPM_1_2: 0x3D}  # swtpm's; TPM_BAD_LOCALITY
 _TOO_SHORT: Final = {TpmFamily.TPM_2_0: 0x9A, TpmFamily.TPM_1_2: 0x19}  # TPM_RC_INSUFFICIENT, TPM_BAD_PARAM_SIZE
 

@@ -9,21 +9,15 @@ Source: linux/drivers/char/tpm/tpm_vtpm_proxy.c; reference/virtual-machines.md E
 import errno
 import os
 import select
-import struct
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
-from frontend_backend.tpmhdr import HEADER_SIZE, MAX_COMMAND, TpmFamily, error_response
+from frontend_backend.tpmhdr import HEADER_SIZE, MAX_COMMAND
+from vtpm_instance import driver_locality
 from vtpm_instance.framing import announced
 from vtpm_instance.journal import note
-from vtpm_instance.vtpm import Vtpm, wrong_size_response
-
-SET_LOCALITY: Final = 0x20001000  # TPM2_CC_SET_LOCALITY and TPM_ORD_SET_LOCALITY (linux/vtpm_proxy.h)
-_CODE: Final = struct.Struct(">6xI")
-# TPM_RC_LOCALITY, TPM_BAD_LOCALITY; TPM_RC_INSUFFICIENT, TPM_BAD_PARAM_SIZE; TPM_RC_FAILURE, TPM_FAIL
-_BAD_LOCALITY: Final = {TpmFamily.TPM_2_0: 0x107, TpmFamily.TPM_1_2: 0x3D}
-_TOO_SHORT: Final = {TpmFamily.TPM_2_0: 0x9A, TpmFamily.TPM_1_2: 0x19}
-_FAILURE: Final = {TpmFamily.TPM_2_0: 0x101, TpmFamily.TPM_1_2: 0x09}
+from vtpm_instance.tpm_commands import CODE_END, CODE_OFFSET
+from vtpm_instance.vtpm import Vtpm, failure_response, wrong_size_response
 
 
 class Localities(Protocol):
@@ -56,20 +50,13 @@ class ProxySession:
         """Return the answer to one whole message of the driver's."""
         if len(command) < HEADER_SIZE or announced(command)[0] != len(command):
             return wrong_size_response(self._family)
-        if _CODE.unpack_from(command)[0] == SET_LOCALITY:
-            return self._set_locality(command)
+        if command[CODE_OFFSET:CODE_END] == driver_locality.PACKED:
+            return driver_locality.answer(command, self._family, self._server.platform.set_locality)
         return self._server.vtpm.execute(command, self._server.locality)
 
     def failure(self) -> bytes:
         """Return what a command is answered that an instance took and did not answer."""
-        return error_response(self._family, _FAILURE[self._family])
-
-    def _set_locality(self, command: bytes) -> bytes:
-        if len(command) == HEADER_SIZE:
-            return error_response(self._family, _TOO_SHORT[self._family])
-        if self._server.platform.set_locality(command[HEADER_SIZE]):
-            return error_response(self._family, _BAD_LOCALITY[self._family])
-        return error_response(self._family, 0)
+        return failure_response(self._family)
 
 
 class ProxyPort:

@@ -9,7 +9,6 @@ from frontend_backend.descriptors import close_all
 from frontend_backend.tpmhdr import HEADER_SIZE, ResponseCode, TpmFamily, error_response
 from vtpm_instance import driver_locality
 from vtpm_instance.control import ControlSession
-from vtpm_instance.driver_locality import SET_LOCALITY
 from vtpm_instance.errors import FramingError
 from vtpm_instance.framing import CommandStream, announced, with_prefix
 from vtpm_instance.front_ends import Rules
@@ -90,7 +89,7 @@ class SwtpmDataSession(DataSession):
         """Take what was received, then do as `next_answer`."""
         buffer = self.buffer
         whole = size >= HEADER_SIZE and announced(buffer)[0] == size and not self.pending  # see DataSession
-        if whole and buffer[CODE_OFFSET:CODE_END] != SET_LOCALITY:
+        if whole and buffer[CODE_OFFSET:CODE_END] != driver_locality.PACKED:
             self.closing = self._server.rules.one_command
             return self._execute_placed(size, self._server.locality)
         self._stream.feed(buffer[:size])
@@ -103,7 +102,7 @@ class SwtpmDataSession(DataSession):
         return answer
 
     def _answer(self, command: bytes) -> bytes:
-        if command[CODE_OFFSET:CODE_END] != SET_LOCALITY:
+        if command[CODE_OFFSET:CODE_END] != driver_locality.PACKED:
             return super()._answer(command)
         if not self._server.rules.driver_sets_locality:
             return failure_response(self._server.vtpm.family)

@@ -165,8 +165,11 @@ class SwtpmKeeper:
                 self._put(name, self.blobs.get(name))
 
     def commit(self, *, final: bool = False) -> None:  # noqa: ARG002 - there is nobody to tell that it is the last one
-        """Make the files what `blobs` is. Raises SwtpmStateError."""
+        """Make the files what `blobs` is, also where they were not read: a state was put in. Raises SwtpmStateError."""
+        self._take_lock()
         self.commit_gathered()
+        for name in self._files.sizes().keys() - self.blobs.keys():
+            self._put(name, None)
 
     def _put(self, name: str, content: bytes | None) -> None:
         self._take_lock()

@@ -23,6 +23,7 @@ import bench_keepers
 import bench_many
 import bench_memory
 import bench_migration
+import bench_relay
 import bench_rings
 import bench_roundtrip
 import bench_save
@@ -57,11 +58,12 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "migration": bench_migration.run,
     "swtpm": bench_frontends.run,
     "blobs": bench_blobs.run,
+    "relay": bench_relay.run,
     "many-large": bench_many.run_large,
 }
 GROUPS = {
     "instance": ("roundtrip", "memory", "attach", "attach-many", "hibernate", "save"),  # what one instance costs
-    "frontends": ("swtpm", "blobs", "migration"),  # what QEMU and others meet, beside swtpm
+    "frontends": ("swtpm", "blobs", "migration", "relay"),  # what QEMU and others meet, beside swtpm
 }
 ON_DEMAND = frozenset({"many-large"})  # minutes: only when it is named
 

@@ -3,8 +3,9 @@
 Targets: frontend_backend (parsers and pages), instance (hostile commands in real instances),
 control (hostile control and data channels of `qemu` and of vtpm-swtpm), kill (kill -9 under load),
 anchors (power cuts and TPM resets between any two TPM commands), quotes (bundles and enrolment documents),
-hibernation (kill -9 at each step of going to sleep and waking), migration (kill -9 of either manager at each step).
-All take --seconds N and --seed S; instance, kill, hibernation and migration --minutes M; instance --replay FILE.
+hibernation (kill -9 at each step of going to sleep and waking), migration (kill -9 of either manager at each step),
+blobs (kill -9 at each step of a save, the first use after it, and a restore).
+All take --seconds N and --seed S; instance, kill, hibernation, migration and blobs --minutes M; instance --replay FILE.
 """
 
 import argparse
