@@ -30,9 +30,7 @@ from vtpm_instance.libtpms import VOLATILE, Tpm
 from vtpm_instance.slumber import Slumber
 from vtpm_instance.tpm_commands import Startup
 
-ENTROPY: Final = (
-    32  # bytes stirred in after each start: forked or resumed TPMs must never draw alike (performance.md 2c)
-)
+ENTROPY: Final = 32  # bytes stirred in after each start: forked or resumed TPMs never draw alike (performance.md 2c)
 
 
 class Power:
@@ -228,13 +226,9 @@ class Power:
     # reset, power and stop
 
     def reset(self) -> None:
-        """Platform reset: power off and on, then Startup(CLEAR) where no firmware does it.
+        """Platform reset, and Startup(CLEAR) where no firmware does it; raises what `power_on` raises.
 
         A healthy vTPM goes on with the state it has; a failed one asks the manager which state counts.
-
-        Raises:
-            InstanceError, StorageError: the vTPM could not come up; it is FAILED then, the stored state is kept.
-
         """
         self.power_on()
 
