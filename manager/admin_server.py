@@ -72,7 +72,9 @@ def check_arguments(verb: Verb, untrusted: Mapping[str, Any]) -> dict[str, Any]:
     known = {argument.name: argument for argument in verb.arguments if not argument.local}
     unknown = set(untrusted) - set(known)
     if unknown:
-        raise UsageError(f"{verb.name} has no argument '{min(unknown)[:40]}'")
+        raise UsageError(
+            f"{verb.name} has no argument '{min(unknown)[:40]}': this manager may be older than this command"
+        )
     checked: dict[str, Any] = {}
     for name, argument in known.items():
         value = untrusted.get(name)

@@ -1,7 +1,7 @@
 """A vTPM that begins with a state from elsewhere: image first, then record and name, then the anchor.
 
-A crash in between leaves an encrypted file `UUID.img` whose key nobody has, of no use and in nobody's way; never a
-record whose state is not durable.
+A crash in between leaves an encrypted file `UUID.img` whose key nobody has (`vtpm-verify --all` lists it), or a record
+without a name (it lists that, too, and a rebuilt catalogue names it); never a record whose state is not durable.
 """
 
 import os

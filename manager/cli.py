@@ -89,6 +89,8 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             if argument.kind == "path" and value is not None:
                 descriptors.append(open_for_verb(value))
                 value = place_of(value)
+            if value is None or (value is False and argument.default is False) or value == []:
+                continue  # nothing was said: so a manager of before an upgrade takes the command, too
             arguments[argument.name] = tuple(value) if argument.kind == "list" else value
         finished = opened.enter_context(_prepared(verb, options, arguments, descriptors))
         answer = stream(

@@ -43,6 +43,7 @@ from manager.sockets import Owner, parse_mode
 _log = logging.getLogger("vtpm.relay")
 PATIENCE: Final = 60.0  # seconds: a manager starts in that; a guest's driver waits two minutes
 READY: Final = "ready"
+_Started = trio.TaskStatus[None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,8 +182,8 @@ async def _run_far(options: argparse.Namespace, addresses: list[Address], vtpms:
         except OSError as error:
             raise ConfigurationError(f"cannot keep connections at {options.hold}: {error}") from error
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_until_told, far.leave, nursery)
-        nursery.start_soon(_reread, options.clients, welcomer, far)
+        await nursery.start(_until_told, far.leave, nursery)
+        await nursery.start(_reread, options.clients, welcomer, far)
         _say_ready()
         await far.run(listeners)
         nursery.cancel_scope.cancel()
@@ -193,23 +194,28 @@ async def _run_far(options: argparse.Namespace, addresses: list[Address], vtpms:
     return 0
 
 
-async def _until_told(leave: Callable[[], object], nursery: trio.Nursery) -> None:
+async def _until_told(leave: Callable[[], object], nursery: trio.Nursery, task_status: _Started) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        task_status.started()
         async for number in received:
             _log.info("%s: leaving", signal.Signals(number).name)
             notify("STOPPING=1")
             nursery.start_soon(leave)  # type: ignore[arg-type]
 
 
-async def _reread(path: Path, welcomer: Welcomer, far: Far) -> None:
+async def _reread(path: Path, welcomer: Welcomer, far: Far, task_status: _Started) -> None:
     """Read the clients' file again by SIGHUP: who is not in it any more is turned away, also in the middle."""
     with trio.open_signal_receiver(signal.SIGHUP) as received:
+        task_status.started()
         async for _ in received:
             try:
-                welcomer.access = Access.read(path)
+                access = Access.read(path)
+                if welcomer.tls is not None:
+                    welcomer.tls(access)
             except ConfigurationError as error:
                 _log.error("the clients stay what they were: %s", error)
             else:
+                welcomer.access = access
                 far.reconsider()
                 _log.info("the clients are those that %s has now", path)
 

@@ -16,6 +16,7 @@ from storage import swtpm_blob
 from storage.errors import StorageError
 from storage.state_format import Blobs, pack_blobs, unpack_blobs
 from storage.swtpm_crypto import MODES, Kdf, KeyFormat, SwtpmKey, key_of_file, key_of_password
+from storage.swtpm_directory import LOCK_FILE
 from storage.swtpm_errors import SwtpmKeyUnusable, SwtpmLocked
 from storage.swtpm_files import PERMANENT, SwtpmFiles, Where, open_files
 
@@ -23,7 +24,9 @@ Answer = Generator[dict[str, Any]]
 MAGIC: Final = bytes.fromhex(
     "ab364723"
 )  # in a TPM 2.0's permanent state, after two bytes of version (libtpms, NVMarshal)
+_TPM12_BEGINS: Final = bytes.fromhex("0001")  # TPM_TAG_NVSTATE_V1 (libtpms, TPM_PermanentAll_Store)
 SAVED: Final = "savestate"
+_STATE_FILES: Final = ("tpm2-00.", "tpm-00.")
 _KEY_BYTES: Final = 64 * 1024
 _FAMILIES: Final = {True: "2.0", False: "1.2"}
 
@@ -78,12 +81,15 @@ def _source(
     """Read the state under its lock, which is held for the while, and put it into `content`."""
     files = _find(options.from_swtpm, options.tpm)
     try:
-        files.lock()
+        _lock(files)
         image = files.load(PERMANENT)
         if image is None:
-            raise NotFoundError(f"{options.from_swtpm} holds no state of a TPM of swtpm's; nothing was made")
+            raise NotFoundError(
+                f"{options.from_swtpm} holds no state of a TPM of swtpm's; nothing was made. Only a backup of one "
+                "(….permall.bak) may be there: start swtpm with 'backup' once, it puts it back"
+            )
         blobs = {PERMANENT: swtpm_blob.unpack_stored(image, key)}
-        family = _FAMILIES[blobs[PERMANENT][2:6] == MAGIC]
+        family = _family(files, blobs[PERMANENT])
         if options.tpm not in (None, family):
             raise IntegrityError(f"{options.from_swtpm} holds a TPM {family}, not a {options.tpm}; nothing was made")
         saved = files.load(SAVED) if family == "1.2" else None
@@ -91,11 +97,42 @@ def _source(
             blobs[SAVED] = swtpm_blob.unpack_stored(saved, key)
         if files.load("volatilestate") is not None:
             _warn("its stored volatile state is not adopted: this vTPM starts as after a power cut")
+        if not files.where.is_directory:
+            _warn("swtpm locks a file only where it is told to: be sure that none runs on this one")
         arguments["tpm"] = family
         os.pwrite(content, pack_blobs(Blobs(blobs)), 0)
         yield
     finally:
         files.close()
+
+
+def _lock(files: SwtpmFiles) -> None:
+    """Lock the source; a lock file that is made here belongs to whom the directory does, or its swtpm could not start.
+
+    Raises:
+        SwtpmStateError: it is in use, or cannot be locked.
+
+    """
+    path = files.where.path
+    lock = os.path.join(path, LOCK_FILE)
+    made = files.where.is_directory and not os.path.lexists(lock)
+    files.lock()
+    if made and os.geteuid() == 0:
+        owner = os.stat(path)
+        os.chown(lock, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _family(files: SwtpmFiles, permanent: bytes) -> str:
+    """Return the family of a permanent state. Raises IntegrityError: it is not of its file's, or of none."""
+    is_tpm2 = permanent[2:6] == MAGIC
+    as_named = files.where.tpm2 == is_tpm2 if files.where.is_directory else is_tpm2 or permanent[:2] == _TPM12_BEGINS
+    if not as_named:
+        raise IntegrityError(
+            f"the permanent state in {files.where.path} does not begin as one of a TPM "
+            f"{_FAMILIES[files.where.tpm2] if files.where.is_directory else '2.0 or 1.2'} does; nothing was made; "
+            "restore a good copy"
+        )
+    return _FAMILIES[is_tpm2]
 
 
 def _find(path: str, family: str | None) -> SwtpmFiles:
@@ -125,7 +162,7 @@ def _target(path: str, key: SwtpmKey | None, content: int) -> Iterator[Callable[
     places = {tpm2: open_files(Where(path, is_directory=True, tpm2=tpm2)) for tpm2 in _FAMILIES}
     try:
         places[True].lock()  # one lock file for both families
-        if any(files.sizes() for files in places.values()):
+        if any(name.startswith(_STATE_FILES) for name in os.listdir(path)):  # a backup of another TPM, too
             raise ConflictError(f"{path} holds a TPM's state already; it was left as it is, nothing was exported")
 
         def written(answer: Answer) -> Answer:

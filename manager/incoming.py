@@ -4,7 +4,8 @@ from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 from manager import state_files
-from manager.errors import DeniedError
+from manager.errors import BusyError, DeniedError
+from manager.migration_records import is_incoming
 from manager.registry import Registry, check_name
 from storage.catalogue_rows import GroupRow, Happened, VtpmRow
 from storage.errors import GroupClosed, NoSuchVtpm, VtpmRemoved
@@ -51,6 +52,20 @@ def _was_removed(registry: Registry, vtpm: UUID) -> bool:
     except NoSuchVtpm as error:
         return isinstance(error, VtpmRemoved)
     return False
+
+
+def never_had(registry: Registry, vtpm: UUID) -> bool:
+    """Tell whether the store has neither a state of a vTPM that no name leads to, nor its tombstone.
+
+    Raises BusyError: a closed group may have either.
+    """
+    try:
+        record = registry.committer.store.get(vtpm)
+    except GroupClosed as error:
+        raise BusyError("a closed group there may have had it: open it first") from error
+    except NoSuchVtpm as error:
+        return not isinstance(error, VtpmRemoved)
+    return is_incoming(record.flags)
 
 
 async def remove_incoming(registry: Registry, row: VtpmRow, why: str) -> None:

@@ -78,6 +78,15 @@ class Migration:
                 self._registry.catalogue.log("migration-identity", None, f"made: {fingerprint}")
             return made
 
+    async def begin_anew(self, uid: int) -> None:
+        """Go on without the data that is missing: nobody is paired, and who claimed what is frozen is not known.
+
+        Raises ConflictError: it is not missing. TpmError: the anchor was not written.
+        """
+        await self.box.begin_anew()
+        self._registry.catalogue.log("migration-anew", None, f"without the data that was missing, by user {uid}")
+        await self._registry.anchoring.write_durable()
+
     def known_identity(self) -> Identity | None:
         """Return the identity that counts, None where there is none: of an earlier life none does."""
         made = self.box.state.identity
@@ -146,6 +155,7 @@ class Migration:
         if not groups:
             return
         left = [(record, peers) for record, peers in may_have_left(store, self.box.state) if record.group in groups]
+        await self.box.save(lambda state: with_departures(state, left))  # so that what is frozen says for whom
         for record, _ in left:
             await self._registry.committer.commit(PutVtpm(frozen(record)))
             self._registry.catalogue.log(
@@ -154,7 +164,8 @@ class Migration:
 
         def settled(state: MigrationState) -> MigrationState:
             doubtful = tuple(group for group in state.doubtful if group not in groups)
-            return replace(with_departures(state, left), doubtful=doubtful)
+            claimants = state.claimants if doubtful else ()
+            return replace(state, doubtful=doubtful, claimants=claimants)
 
         await self.box.save(settled)
         await self._registry.anchoring.write_durable()

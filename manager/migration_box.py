@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from manager.approvals import Approvals
 from manager.durable import sync_directory
-from manager.errors import IntegrityError
+from manager.errors import ConflictError, IntegrityError
 from manager.migration_state import MigrationState
 from storage.secrets import StoreKey
 
@@ -75,7 +75,8 @@ def read(state_dir: Path, key: StoreKey, store: UUID, digest: str) -> tuple[Migr
             return MigrationState.unpack(unseal(key, store, sealed)), index
     raise IntegrityError(
         f"the manager's data about migration ({' or '.join(NAMES)} in {state_dir}) is missing or is not the newest. "
-        f"Nothing was changed: no vTPM can be claimed or released without it. Put the newest files back"
+        f"Nothing was changed: no vTPM can be claimed without it. Put the newest files back; if they are lost, "
+        f"'vtpm-migrate-identity --anew' begins again without them"
     )
 
 
@@ -123,14 +124,25 @@ class MigrationBox:
         """
         async with self._saving:
             with trio.CancelScope(shield=True):
-                state = change(self.state)
-                sealed = seal(self._key, self._store, state.pack())
-                index = 1 - self._index
-                await trio.to_thread.run_sync(write, self._state_dir / NAMES[index], sealed)
-                digest = hashlib.sha256(sealed).hexdigest()
                 counts = self.identity_counts if identity is None else identity
-                await self._approvals.keep_migration(digest, counts)
-                self._state, self._index = state, index
+                state = await self._keep(change(self.state), counts)
+        return state
+
+    async def begin_anew(self) -> None:
+        """Have no data and no identity, durably, in place of what is missing. Raises ConflictError: it is not."""
+        async with self._saving:
+            if self.problem is None:
+                raise ConflictError("the manager's data about migration is not missing; nothing was changed")
+            with trio.CancelScope(shield=True):
+                await self._keep(MigrationState(), "")
+            self.problem = None
+
+    async def _keep(self, state: MigrationState, identity: str) -> MigrationState:
+        sealed = seal(self._key, self._store, state.pack())
+        index = 1 - self._index
+        await trio.to_thread.run_sync(write, self._state_dir / NAMES[index], sealed)
+        await self._approvals.keep_migration(hashlib.sha256(sealed).hexdigest(), identity)
+        self._state, self._index = state, index
         return state
 
     def close(self) -> None:

@@ -19,11 +19,11 @@ from frontend_backend import messages_migration as m
 from frontend_backend.state_blob import BlobHeader
 from manager.errors import BusyError, ConflictError, DeniedError, ManagerError, NotFoundError
 from manager.group_rows import find_group
-from manager.incoming import add_incoming, remove_incoming
+from manager.incoming import add_incoming, never_had, remove_incoming
 from manager.migration_identity import parse_certificate
 from manager.migration_parts import NotAsItWasError, Parts
 from manager.migration_records import is_away, is_incoming
-from manager.migration_state import Arrival, Departure, Peer
+from manager.migration_state import Arrival, Departure, MigrationState, Peer
 from storage.catalogue_rows import VtpmRow
 from storage.errors import StorageError
 
@@ -44,7 +44,7 @@ class Arrivals:
         self._parts, self._registry, self._box = parts, parts.registry, parts.box
         self._claiming: dict[UUID, trio.CancelScope] = {}
         self._some = trio.Event()
-        self._anchored: set[UUID] = set()  # those that came, and that the anchor stands for
+        self._anchored: set[str] = set()  # claims of those that came, and that the anchor stands for
 
     def of(self, vtpm: UUID) -> Arrival | None:
         """Return from whom a vTPM comes, or came and was not confirmed yet."""
@@ -120,7 +120,8 @@ class Arrivals:
             except trio.TooSlowError as error:
                 raise BusyError(f"{peer.name} did not answer within {_CLAIM_SECONDS:g} s; ask again") from error
             finally:
-                del self._claiming[vtpm]
+                if self._claiming.get(vtpm) is scope:  # else another instance's claim, of after this one's end
+                    del self._claiming[vtpm]
         if scope.cancelled_caught or self.of(vtpm) != arrival or not is_incoming(self._registry.record(vtpm).flags):
             raise ConflictError(f"vTPM {vtpm} was given up while it was claimed: {peer.name} wanted it back")
         match reply:
@@ -176,20 +177,18 @@ class Arrivals:
                 pause = _FIRST_PAUSE
             self._some = trio.Event()
             left = False
-            for vtpm in self._unconfirmed():
+            for arrival in self._unconfirmed():
                 try:
-                    await self._confirm(vtpm)
+                    await self._confirm(arrival)
                 except (ManagerError, StorageError, OSError) as error:
-                    _log.warning("vTPM %s is here, and its source was not told yet: %s", vtpm, error)
+                    _log.warning("vTPM %s is here, and its source was not told yet: %s", arrival.vtpm, error)
                     left = True
             pause = min(pause * 2, _LONGEST_PAUSE) if left else math.inf
 
-    def _unconfirmed(self) -> list[UUID]:
+    def _unconfirmed(self) -> list[Arrival]:
         if self._box.problem is not None:
             return []
-        return [
-            arrival.vtpm for arrival in self._box.state.arrivals.values() if arrival.claim and self._is_here(arrival)
-        ]
+        return [arrival for arrival in self._box.state.arrivals.values() if arrival.claim and self._is_here(arrival)]
 
     def _is_here(self, arrival: Arrival) -> bool:
         """Tell whether what was claimed became durable here; what is not seen (a closed group) is not confirmed."""
@@ -200,42 +199,52 @@ class Arrivals:
         except ManagerError:
             return False
 
-    async def _confirm(self, vtpm: UUID) -> None:
-        arrival = self._box.state.arrivals[vtpm]
+    async def _confirm(self, arrival: Arrival) -> None:
+        """Confirm one arrival; whatever takes its place meanwhile (the vTPM is expected again) stays as it is."""
+        vtpm = arrival.vtpm
+        if self.of(vtpm) != arrival:
+            return
         peer = self._box.state.by_fingerprint(arrival.fingerprint)
         if peer is None:
             raise DeniedError(f"{arrival.peer} is not paired any more: its operator has to release the vTPM there")
-        if vtpm not in self._anchored:  # it must not be lost here once it is removed there
+        if arrival.claim not in self._anchored:  # it must not be lost here once it is removed there
             await self._registry.anchoring.write_durable()
-            self._anchored.add(vtpm)
+            self._anchored.add(arrival.claim)
         request = m.Confirm(vtpm.bytes, bytes.fromhex(arrival.export), bytes.fromhex(arrival.claim))
         match await self._parts.ask(peer, request):
             case m.ConfirmReply():
-                self._anchored.discard(vtpm)
-                await self._box.save(lambda state: state.without_arrival(vtpm))
+                await self._done(arrival)
                 self._registry.catalogue.log("migrated-in", vtpm, f"from {peer.name} {peer.fingerprint}")
             case m.Refused(m.MigrationRefusal.RECLAIMED, text):
-                await self._taken_back(vtpm, arrival, text)
+                await self._taken_back(arrival, text)
             case m.Refused(code, text):
                 raise BusyError(f"{peer.name} says {code}: {text}")
             case _:
                 raise ManagerError(f"{peer.name} gave {_MALFORMED}")
 
-    async def _taken_back(self, vtpm: UUID, arrival: Arrival, why: str) -> None:
-        """Freeze what the source's operator took back without asking us: of two, this one stops."""
-        row = self._registry.catalogue.find_vtpm(vtpm)
-        if row is None:  # removed since
-            await self._box.save(lambda state: state.without_arrival(vtpm))
-            return
-        generation = self._registry.record(vtpm).generation
-        departure = Departure(
-            vtpm, arrival.peer, arrival.fingerprint, arrival.export, arrival.claim, generation, int(time.time())
-        )
+    async def _done(self, arrival: Arrival) -> None:
+        def without(state: MigrationState) -> MigrationState:
+            return state.without_arrival(arrival.vtpm) if state.arrivals.get(arrival.vtpm) == arrival else state
+
+        await self._box.save(without)
+        self._anchored.discard(arrival.claim)
+
+    async def _taken_back(self, arrival: Arrival, why: str) -> None:
+        """Freeze what the source's operator took back without asking us: of two, this one stops, asleep or not."""
+        vtpm = arrival.vtpm
         async with self._parts.attachments.lock(vtpm):
+            row = self._registry.catalogue.find_vtpm(vtpm)
+            if row is None or self.of(vtpm) != arrival:  # removed since, and perhaps expected again
+                await self._done(arrival)
+                return
+            generation, since = self._registry.record(vtpm).generation, int(time.time())
+            departure = Departure(
+                vtpm, arrival.peer, arrival.fingerprint, arrival.export, arrival.claim, generation, since
+            )
             with trio.CancelScope(shield=True):
                 with suppress(NotAsItWasError):
                     await self._parts.freeze(row, departure, lambda record: not is_away(record.flags))
-                await self._box.save(lambda state: state.without_arrival(vtpm))
+                await self._done(arrival)
                 await self._registry.anchoring.write_durable()
         text = f"{row.name} is frozen: {arrival.peer} took it back and did not ask ({why})"
         _log.error("vTPM %s", text)
@@ -248,20 +257,25 @@ class Arrivals:
         vtpm = UUID(bytes=request.vtpm)
         arrival = self.of(vtpm)
         if arrival is not None and arrival.fingerprint != peer.fingerprint:
-            return m.Refused(m.MigrationRefusal.DENIED, "it is expected from another manager")
+            text = (
+                f"it is expected from '{arrival.peer}', paired under another certificate; vtpm-remove there ends that"
+            )
+            return m.Refused(m.MigrationRefusal.DENIED, text)
         if (scope := self._claiming.get(vtpm)) is not None:
             scope.cancel()
         async with self._parts.attachments.lock(vtpm):
             with trio.CancelScope(shield=True):
-                if not await self._given_up(vtpm):
+                if not await self._given_up(vtpm, peer):
                     return m.Refused(m.MigrationRefusal.HAS_IT, "it has the vTPM, or had it")
         return m.RenounceReply()
 
-    async def _given_up(self, vtpm: UUID) -> bool:
+    async def _given_up(self, vtpm: UUID, peer: Peer) -> bool:
         """Remove an incoming vTPM, its instance first. Returns False where it has or had a state."""
         row = self._registry.catalogue.find_vtpm(vtpm)
-        if row is None:  # what was removed after it had come is still to be confirmed, or has left a tombstone
-            return self.of(vtpm) is None and self._registry.tombstones.find(str(vtpm)) is None
+        if row is None:
+            left = self._box.state.departures.get(vtpm)
+            passed_on = left is not None and left.fingerprint != peer.fingerprint
+            return self.of(vtpm) is None and not passed_on and never_had(self._registry, vtpm)
         running = self._parts.attachments.running(vtpm)
         if running is not None:
             await self._parts.instances.silence(running)  # what it is committing is durable, or never will be

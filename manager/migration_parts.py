@@ -45,7 +45,7 @@ class Parts:
             await self.instances.silence(running)
         done = False
         try:
-            if not is_so(self.registry.record(row.uuid)) or row.uuid in self.attachments.sleepers:
+            if not is_so(self.registry.record(row.uuid)):
                 raise NotAsItWasError
             await self.box.save(lambda state: state.with_departure(departure))
             await self.registry.committer.commit(PutVtpm(frozen(self.registry.record(row.uuid))))

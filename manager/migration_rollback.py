@@ -31,13 +31,14 @@ def may_have_left(store: Store, state: MigrationState) -> Iterator[tuple[VtpmRec
     for record in store.vtpms():
         if record.flags & RecordFlags.FRESH or is_away(record.flags):
             continue
-        peers = [
-            peer
-            for peer in state.peers.values()
+        known = [*(state.claimants if record.group in state.doubtful else ()), *state.peers.values()]
+        peers = {
+            peer.fingerprint: peer
+            for peer in known
             if record.uuid in peer.leave_vtpms or record.group in peer.leave_groups
-        ]
+        }
         if peers:
-            yield record, peers
+            yield record, list(peers.values())
 
 
 def in_words(state_dir: Path, key: StoreKey, store: Store, boot: BootArea) -> Iterator[tuple[UUID | None, str]]:
@@ -45,7 +46,11 @@ def in_words(state_dir: Path, key: StoreKey, store: Store, boot: BootArea) -> It
     try:
         state, _ = read(state_dir, key, store.uuid, boot.migration)
     except IntegrityError as error:
-        yield None, f"which vTPMs may have left for another manager is not known: {error}"
+        text = (
+            "which vTPMs may have left for another manager is not known, so none will be frozen, and one that left "
+            "would run twice: put the files back that belong to this store, or ask those who run the others"
+        )
+        yield None, f"{text}. {error}"
         return
     for record, peers in may_have_left(store, state):
         names = ", ".join(peer.name for peer in peers)
@@ -76,15 +81,18 @@ def begin_anew(state_dir: Path, key: StoreKey, store: Store, boot: BootArea) -> 
         store.write_boot_area(boot.pack())
         return boot
     left = list(may_have_left(store, state))
-    for start in range(0, len(left), _AT_ONCE):
-        store.commit([PutVtpm(frozen(record)) for record, _ in left[start : start + _AT_ONCE]])
     closed = tuple(group for group in store.groups() if not store.is_open(group))
     arrivals = {vtpm: replace(arrival, export="", claim="") for vtpm, arrival in state.arrivals.items()}
-    state = replace(with_departures(state, left), identity=None, arrivals=arrivals, doubtful=closed)
+    claimants = tuple(dict.fromkeys((*state.claimants, *state.peers.values()))) if closed else ()
+    state = replace(
+        with_departures(state, left), identity=None, arrivals=arrivals, doubtful=closed, claimants=claimants
+    )
     sealed = seal(key, store.uuid, state.pack())
     write(state_dir / NAMES[1 - index], sealed)
     boot = replace(boot, migration=hashlib.sha256(sealed).hexdigest())
-    store.write_boot_area(boot.pack())
+    store.write_boot_area(boot.pack())  # first: what is frozen is not looked at again, and must say for whom
+    for start in range(0, len(left), _AT_ONCE):
+        store.commit([PutVtpm(frozen(record)) for record, _ in left[start : start + _AT_ONCE]])
     return boot
 
 

@@ -23,7 +23,7 @@ from manager.migration_records import is_away, is_frozen, thawed
 from manager.migration_state import Departure, Peer
 from manager.removal_words import MIGRATED, event_text, migration_text
 from storage.catalogue_rows import VtpmRow
-from storage.store_records import PutVtpm, RecordFlags
+from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
 
 _log = logging.getLogger("vtpm.migration")
 UNKNOWN: Final = "unknown"  # peer of a frozen vTPM for which the data of who claimed it is lost
@@ -89,21 +89,27 @@ class Departures:
         """Have a vTPM frozen for this claim. Returns why it is not."""
         record = self._registry.record(row.uuid)
         if is_frozen(record.flags):
-            return None if _same(self._box.state.departures.get(row.uuid), wanted) else _TAKEN
+            if not _same(self._box.state.departures.get(row.uuid), wanted):
+                return _TAKEN
+            with trio.CancelScope(shield=True):  # it may have failed when it was frozen, and left an instance
+                await self._parts.attachments.let_go(row, f"frozen, claimed by {peer.name}")
+            return None
         not_here = is_away(record.flags) or record.flags & _NOT_TO_GIVE
         if not peer.may_take(row.uuid, record.group, time.time()) or not_here:
             return _DENIED
         self._anchored.discard(row.uuid)
         with trio.CancelScope(shield=True):
             try:
-                await self._parts.freeze(
-                    row, wanted, lambda now: (now.generation, now.digest) == (header.generation, header.state)
-                )
+                await self._parts.freeze(row, wanted, lambda now: self._is_newest(now, header))
             except NotAsItWasError:
                 return _STALE
             text = f"{row.name} claimed by {peer.name} {peer.fingerprint}, generation {wanted.generation}: frozen"
             self._registry.catalogue.log("migration-frozen", row.uuid, text)
         return None
+
+    def _is_newest(self, now: VtpmRecord, header: BlobHeader) -> bool:
+        same = (now.generation, now.digest) == (header.generation, header.state)
+        return same and now.uuid not in self._parts.attachments.sleepers
 
     async def confirm(self, peer: Peer, request: m.Confirm) -> m.MigrationReply:
         """Remove a vTPM whose state the claimer has; the same answer to who asks again."""
@@ -111,9 +117,11 @@ class Departures:
         async with self._parts.attachments.lock(vtpm):
             row, departure = self._registry.catalogue.find_vtpm(vtpm), self._box.state.departures.get(vtpm)
             its_own = departure is not None and _named(departure, peer, request)
-            if row is None:
+            if departure is not None and its_own and departure.done:
+                return m.ConfirmReply()  # whether or not it is expected back by now
+            if row is None and departure is None:
                 return m.ConfirmReply()
-            if departure is None or not its_own or not self._is_leaving(vtpm):
+            if row is None or departure is None or not its_own or not self._is_leaving(vtpm):
                 return m.Refused(m.MigrationRefusal.RECLAIMED, "the vTPM is not frozen for this claim (any more)")
             with trio.CancelScope(shield=True):
                 await self._left(row, departure, peer.by)

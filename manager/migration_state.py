@@ -87,7 +87,7 @@ class MigrationState:
     """The document. Peers by name, departures and arrivals by vTPM.
 
     `doubtful`: groups that were closed when the store was put back to an earlier time, or on another TPM: what may have
-    left of them is to be frozen once they are open.
+    left of them is to be frozen once they are open. `claimants`: the peers as they were then, whatever is said since.
     """
 
     identity: Identity | None = None
@@ -95,6 +95,7 @@ class MigrationState:
     departures: Mapping[UUID, Departure] = field(default_factory=dict)
     arrivals: Mapping[UUID, Arrival] = field(default_factory=dict)
     doubtful: tuple[UUID, ...] = ()
+    claimants: tuple[Peer, ...] = ()
 
     def with_peer(self, peer: Peer) -> Self:
         """Return the state with a peer added or replaced."""
@@ -133,6 +134,7 @@ class MigrationState:
         }
         if self.doubtful:
             document["doubtful"] = [str(group) for group in self.doubtful]
+            document["claimants"] = [asdict(peer) for peer in self.claimants]
         for name in _LISTS:
             document[name] = [asdict(item) for item in getattr(self, name).values()]
         return json.dumps(document, separators=(",", ":"), default=str).encode()
@@ -150,6 +152,7 @@ class MigrationState:
             departures = [_made(Departure, item) for item in document["departures"]]
             arrivals = [_made(Arrival, item) for item in document["arrivals"]]
             doubtful = tuple(UUID(group) for group in document.get("doubtful", []))
+            claimants = tuple(_made(Peer, item) for item in document.get("claimants", []))
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"the manager's data about migration cannot be read: {error}") from error
         return cls(
@@ -158,6 +161,7 @@ class MigrationState:
             {departure.vtpm: departure for departure in departures},
             {arrival.vtpm: arrival for arrival in arrivals},
             doubtful,
+            claimants,
         )
 
 

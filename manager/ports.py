@@ -156,4 +156,5 @@ class Ports:
         if server is not None:
             # in a thread: the kernel waits for whoever is just using the device
             await trio.to_thread.run_sync(os.close, server)
-        SocketFolder(self._sockets, vtpm, frontend).remove()
+        # in a thread: how much there is in it is its owner's choice
+        await trio.to_thread.run_sync(SocketFolder(self._sockets, vtpm, frontend).remove)

@@ -30,6 +30,10 @@ class UnknownError(Exception):
     """The instance took the request and went without an answer."""
 
 
+class ClosedError(Exception):
+    """Nobody waits for the answer any more: the client has gone, and its line with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Where an instance listens. `data` is None where there is no data socket."""
@@ -49,6 +53,8 @@ async def persist(
         except UnknownError:
             if not (control and form_of(request).repeatable):
                 return failure(request, control=control)
+        except ClosedError:
+            return failure(request, control=control)
         except NotTakenError:
             pass
         if trio.current_time() + pause > deadline:

@@ -11,7 +11,7 @@ import trio
 
 from manager.relay_asking import Places
 from manager.relay_errors import RelayProtocolError
-from manager.relay_frames import NO_LOCALITY, ChannelKind, Opening
+from manager.relay_frames import MAX_LINES, NO_LOCALITY, ChannelKind, Opening
 from manager.relay_ledger import Executed, Kept
 from manager.relay_lines import ControlLine, DataLine, Find, Line, Locality, PassedLine
 from manager.relay_link import Link
@@ -20,7 +20,6 @@ _SESSION_BYTES: Final = 16
 _CHANNEL: Final = struct.Struct(">H")
 # busy, wanted, a sequence number is there, it, generation; the client's identity's length; that; the OPEN's bytes
 _NOTE: Final = struct.Struct(">BBBIIB")
-MAX_LINES: Final = 8  # of one vTPM for one near side: as many connections as an instance takes on a port
 
 FindByName = Callable[[str], Awaitable[Places]]
 SessionName = tuple[str, bytes]  # the client's identity, and what the near side calls itself
@@ -37,6 +36,7 @@ class Channel:
     executed: Executed = field(default_factory=Executed)
     turn: trio.Lock = field(default_factory=trio.Lock)
     busy: bool = False
+    telling: tuple[Link, int] | None = None  # the answer that is being said once more: where, and its number
     kept: tuple[int, ...] | None = None  # inode numbers of the descriptors that the holder has; None: knows nothing
 
     def descriptors(self) -> tuple[int, ...]:
@@ -122,6 +122,19 @@ class Session:
             for each in self.channels.values()
             if each.number == root or (each.opening.kind is ChannelKind.PASSED and each.opening.parent == root)
         ]
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing is under way."""
+        idle = not any(each.executed.waiting for each in self.channels.values())
+        return idle and (self.link is None or self.link.drained)
+
+    def take_over(self, left: "Left", descriptors: list[int]) -> None:
+        """Go on with what a predecessor left. Raises RelayProtocolError."""
+        channel = self.open(left.number, left.generation, left.opening)
+        channel.executed = self.kept.channels[left.number] = left.executed
+        channel.kept = inodes(tuple(descriptors))
+        adopt(channel, descriptors, left)
 
     def close(self, number: int) -> Channel | None:
         """End a channel's line; returns what it was."""

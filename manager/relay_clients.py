@@ -56,20 +56,23 @@ class Clients:
     def add(self, names: Iterable[str]) -> None:
         """Give endpoints to vTPMs that have none yet; what goes wrong is logged, and tried again with the next list."""
         try:
-            for name in self._assignments.add(names):
-                _log.info("vTPM %s is new: it is reached at %s", name, self.endpoint(name).control)
-            for name in self._assignments.places:
-                self._listen(name)
+            self._assignments.add(names)
         except ConfigurationError as error:
             _log.error("no endpoint for a new vTPM: %s", error)
+        for name in self._assignments.places:
+            try:
+                if self._listen(name):
+                    _log.info("vTPM %s is new: it is reached at %s", name, self.endpoint(name).control)
+            except ConfigurationError as error:
+                _log.error("no endpoint for vTPM %s: %s", name, error)
 
     def endpoint(self, name: str) -> Endpoint:
         """Return where a vTPM is reached."""
         return endpoint_of(self._assignments, self._folder, self._ports, name)
 
-    def _listen(self, name: str) -> None:
+    def _listen(self, name: str) -> bool:
         if name in self._listening or self._nursery is None:
-            return
+            return False
         endpoint = self.endpoint(name)
         try:
             made = endpoint.listen(self._owner, self._mode)
@@ -79,18 +82,20 @@ class Clients:
         for sock, control in made:
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
             self._nursery.start_soon(self._accept, name, listener, control)
+        return True
 
     async def _accept(self, name: str, listener: trio.SocketListener, control: bool) -> None:
         assert self._nursery is not None
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:
-                _log.error("vTPM %s: no client can be taken: %s", name, error)
-                await trio.sleep(_PAUSE)
-                continue
-            serve = self._control if control else self._data
-            self._nursery.start_soon(serve, name, stream.socket)
+        async with listener:
+            while True:
+                try:
+                    stream = await listener.accept()
+                except OSError as error:
+                    _log.error("vTPM %s: no client can be taken: %s", name, error)
+                    await trio.sleep(_PAUSE)
+                    continue
+                serve = self._control if control else self._data
+                self._nursery.start_soon(serve, name, stream.socket)
 
     async def _data(self, name: str, sock: trio.socket.SocketType) -> None:
         try:

@@ -174,6 +174,16 @@ class DataCutter:
         return command
 
 
+def is_one(request: bytes, *, control: bool) -> bool:
+    """Tell whether these bytes are one whole request and nothing else: a peer may say anything."""
+    cutter = ControlCutter() if control else DataCutter()
+    cutter.feed(request)
+    try:
+        return cutter.next() == request
+    except StreamCutError:
+        return False
+
+
 PREFIX: Final = struct.Struct(">IBI")  # 8 (TPM_SEND_COMMAND), locality, size: of mssim's clients
 assert PREFIX.size == 9
 _SEND_COMMAND: Final = 8

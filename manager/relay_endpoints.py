@@ -63,7 +63,7 @@ class Assignments:
             ConfigurationError: the file is not what `write` made; nothing is assigned anew over it.
 
         """
-        self._path = path
+        self._path, self._unfinished = path, path.with_suffix(".new")
         self.places: dict[str, int] = {}
         try:
             found = json.loads(path.read_bytes())
@@ -82,11 +82,14 @@ class Assignments:
     def add(self, names: Iterable[str]) -> list[str]:
         """Give places to names that have none, in the order of the alphabet; returns those, durable by then.
 
+        A vTPM that is called as this file is gets none: its folder would be where the file is.
+
         Raises:
             ConfigurationError: the file cannot be written; nothing was assigned.
 
         """
-        new = sorted({name for name in names if name not in self.places and check_name(name)})
+        ours = (self._path.name, self._unfinished.name)
+        new = sorted({name for name in names if name not in self.places and check_name(name) and name not in ours})
         used = set(self.places.values())
         free = (place for place in range(MAX_PLACES) if place not in used)
         added = dict(zip(new, free, strict=False))
@@ -96,13 +99,12 @@ class Assignments:
         return list(added)
 
     def _write(self, places: dict[str, int]) -> None:
-        unfinished = self._path.with_suffix(".new")
         try:
-            with unfinished.open("w", encoding="ascii") as file:
+            with self._unfinished.open("w", encoding="ascii") as file:
                 json.dump(places, file, indent=1, sort_keys=True)
                 file.flush()
                 os.fsync(file.fileno())
-            unfinished.rename(self._path)
+            self._unfinished.rename(self._path)
             sync_directory(self._path.parent)
         except OSError as error:
             raise ConfigurationError(f"{self._path} cannot be written: {error.strerror}") from error

@@ -2,19 +2,18 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from frontend_backend.descriptors import close_all
-from manager.errors import ManagerError
-from manager.relay_access import Client
-from manager.relay_addresses import Address, Welcomer
-from manager.relay_channels import Channel, Left, Session, SessionName, adopt, inodes
-from manager.relay_cutting import failure
+from manager.errors import ConfigurationError, ManagerError
+from manager.relay_addresses import Address, Strangers, Welcomer
+from manager.relay_channels import Channel, Left, Session, SessionName
+from manager.relay_cutting import failure, is_one
 from manager.relay_errors import RelayDeniedError, RelayError, RelayProtocolError
 from manager.relay_frames import Assembler, Frame, Hello, Kind, Opening, Welcome, frames_of
 from manager.relay_frames import ChannelKind as Of
@@ -24,10 +23,9 @@ from manager.relay_succession import Notes
 from manager.relay_vtpms import Vtpms
 
 _log = logging.getLogger("vtpm.relay")
-HANDSHAKE_SECONDS: Final = 10.0
 MAX_LINKS: Final = 64  # near sides at once
-MAX_STRANGERS: Final = 32  # connections that have not said who they are; one more, and the oldest ends
 MAX_SESSIONS: Final = 4  # of one client: one, and those whose relay was restarted and has not been missed yet
+MAX_RUNNING: Final = 1024  # requests of one client, also of connections that it has closed
 LINGER_SECONDS: Final = 300.0  # that a near side may be away before its guests' connections end
 DRAIN_SECONDS: Final = 20.0  # that requests under way get when this relay is told to end
 _LOOK_AGAIN: Final = 0.02
@@ -42,8 +40,9 @@ class Far:
         self.run_name = os.urandom(16)
         self._sessions: dict[SessionName, Session] = {}
         self._links = 0
-        self._strangers: dict[trio.CancelScope, None] = {}  # in the order of their coming
+        self._strangers = Strangers()
         self._leaving = False
+        self._running: Counter[str] = Counter()  # requests by identity
         self._notes = Notes(None)
         self._nursery: trio.Nursery
 
@@ -52,21 +51,18 @@ class Far:
         self._notes, self.run_name, left = Notes.begin(path, self.run_name)
         for each, descriptors in left:
             self._adopt(each, descriptors)
+        self.reconsider()  # the clients' file may be another one
         if count := sum(len(session.channels) for session in self._sessions.values()):
             _log.info("took %d connections over from the relay before", count)
 
     def _adopt(self, left: Left, descriptors: list[int]) -> None:
         session = self._session(left.identity, left.session)
         try:
-            channel = session.open(left.number, left.generation, left.opening)
+            session.take_over(left, descriptors)
         except RelayProtocolError as error:
             _log.warning("vTPM %s: a connection is not taken over: %s", left.opening.name, error)
             close_all(descriptors)
             self._notes.drop(session, left.number)
-            return
-        channel.executed = session.kept.channels[left.number] = left.executed
-        channel.kept = inodes(tuple(descriptors))
-        adopt(channel, descriptors, left)
 
     # connections
 
@@ -84,16 +80,16 @@ class Far:
             except OSError as error:
                 _log.error("%s: no connection can be taken: %s", address.text, error)
                 await trio.sleep(1.0)
-                continue
-            if self._links >= MAX_LINKS or self._leaving:
-                await trio.aclose_forcefully(stream)
-                continue
-            self._nursery.start_soon(self._serve, address, stream)
+            else:
+                if self._links >= MAX_LINKS or self._leaving:
+                    await trio.aclose_forcefully(stream)
+                else:
+                    self._nursery.start_soon(self._serve, address, stream)
 
     async def _serve(self, address: Address, raw: trio.SocketStream) -> None:
         """Serve one near side as long as its connection lasts; whatever goes wrong with it is its affair."""
         try:
-            with self._as_stranger() as waiting:
+            with self._strangers.one_more() as waiting:
                 stream, client, identity = await self._welcomer.welcome(raw)
                 link = Link(stream)
                 hello = Hello.unpack((await first_frame(link, Kind.HELLO)).payload)
@@ -105,32 +101,22 @@ class Far:
                 await link.write_now(Frame(Kind.WELCOME, payload=Welcome(self.run_name, resumed).pack()))
             if waiting.cancelled_caught:
                 return
+            if self._sessions.get(session.name) is not session:
+                raise RelayDeniedError("it began anew meanwhile, or may not be here any more")
             _log.info("%s: client %s is here%s", address.text, client.name, " again" if resumed else "")
             self._links += 1
             try:
-                await self._serve_link(session, link, client)
+                await self._serve_link(session, link)
             finally:
                 self._links -= 1
+        except ConfigurationError as error:
+            _log.error("%s: nobody can be let in: %s", address.text, error)
         except RelayDeniedError as error:
             _log.warning("%s: a connection was refused: %s", address.text, error)
         except (RelayError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, OSError) as error:
             _log.info("%s: a connection ended: %s", address.text, str(error) or type(error).__name__)
         finally:
             await trio.aclose_forcefully(raw)
-
-    @contextmanager
-    def _as_stranger(self) -> Iterator[trio.CancelScope]:
-        """Bound the time and the number of those that have not said who they are; nobody can keep others out so."""
-        while len(self._strangers) >= MAX_STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
-            oldest.cancel()
-        with trio.move_on_after(HANDSHAKE_SECONDS) as scope:
-            self._strangers[scope] = None
-            try:
-                yield scope
-            finally:
-                self._strangers.pop(scope, None)
 
     def _session(self, identity: str, name: bytes) -> Session:
         session = self._sessions.get((identity, name))
@@ -145,7 +131,7 @@ class Far:
             self._sessions[session.name] = session
         return session
 
-    async def _serve_link(self, session: Session, link: Link, client: Client) -> None:
+    async def _serve_link(self, session: Session, link: Link) -> None:
         if session.link is not None:
             session.link.end()  # of a machine that has come back before its old connection was missed
         session.link, parts = link, Assembler()
@@ -153,10 +139,12 @@ class Far:
             Kind.OPEN: lambda frame: self._open(session, frame),
             Kind.CLOSE: lambda frame: self._close_one(session, frame, parts),
             Kind.REQUEST: lambda frame: self._request(session, frame, parts),
-            Kind.NAMES: lambda _frame: self._nursery.start_soon(self._tell_names, link, client),
+            Kind.NAMES: lambda _frame: self._nursery.start_soon(self._tell_names, session, link),
         }
 
         def on_frame(frame: Frame) -> None:
+            if session.link is not link:
+                return  # it is being ended: what still comes is nobody's
             handler = handlers.get(frame.kind)
             if handler is None:
                 raise RelayProtocolError(f"{frame.kind.name} is nothing that a near side says")
@@ -182,8 +170,6 @@ class Far:
             client = self._welcomer.access.by_identity(session.name[0])
             if client is None:
                 _log.warning("a client may not use this relay any more; its guests' connections end")
-                if session.link is not None:
-                    session.link.end()
                 self._end(session)
                 continue
             for channel in list(session.channels.values()):
@@ -196,6 +182,9 @@ class Far:
             self._nursery.start_soon(say, session.link, Frame(Kind.CLOSE, number, generation))
 
     def _end(self, session: Session) -> None:
+        if session.link is not None:
+            session.link.end()
+            session.link = None
         for number in list(session.channels):
             self._close(session, number)
         self._sessions.pop(session.name, None)
@@ -241,11 +230,16 @@ class Far:
         message = parts.add(frame)
         if message is None:
             return
+        if not is_one(message, control=channel.opening.kind is Of.CONTROL):
+            raise RelayProtocolError("a request that is none, or more than one")
         duty = channel.executed.take(frame.sequence)
         if duty is Duty.EXECUTE:
+            if self._running[session.name[0]] >= MAX_RUNNING:
+                raise RelayProtocolError("too many requests of one client")
+            self._running[session.name[0]] += 1
             self._nursery.start_soon(self._execute, session, channel, frame.sequence, message)
         elif duty is Duty.ANSWER and channel.executed.answer is not None:
-            self._nursery.start_soon(self._reply, session, channel, frame.sequence, channel.executed.answer)
+            self._nursery.start_soon(self._tell_again, session, channel, frame.sequence, channel.executed.answer)
         elif duty is Duty.FAIL:
             answer = failure(message, control=channel.opening.kind is Of.CONTROL)
             self._nursery.start_soon(self._reply, session, channel, frame.sequence, answer)
@@ -258,10 +252,18 @@ class Far:
             waited_for = channel.executed.done(sequence, answer)
             session.kept.trim()
             channel.busy = False
+            self._running[session.name[0]] -= 1
             if session.channels.get(channel.number) is channel:
                 self._notes.leave(session, channel)
-        if waited_for:
-            await self._reply(session, channel, sequence, answer)
+            if waited_for:
+                await self._reply(session, channel, sequence, answer)  # before the next one: so one a channel is kept
+
+    async def _tell_again(self, session: Session, channel: Channel, sequence: int, answer: bytes) -> None:
+        if session.link is None or channel.telling == (session.link, sequence):
+            return
+        channel.telling = session.link, sequence
+        await self._reply(session, channel, sequence, answer)
+        channel.telling = None
 
     @staticmethod
     async def _reply(session: Session, channel: Channel, sequence: int, answer: bytes) -> None:
@@ -270,15 +272,20 @@ class Far:
             return  # it is asked for again when there is a connection
         await say(link, *frames_of(Kind.REPLY, channel.number, sequence, answer))
 
-    async def _tell_names(self, link: Link, client: Client) -> None:
+    async def _tell_names(self, session: Session, link: Link) -> None:
+        if link.telling_names:
+            return
+        link.telling_names = True
         try:
-            found = [name for name in await self._vtpms.names() if client.may_reach(name)]
+            names = await self._vtpms.names()
         except ManagerError as error:
             _log.warning("which vTPMs there are is not known just now: %s", error)
             return
+        finally:
+            link.telling_names = False
+        client = self._welcomer.access.by_identity(session.name[0])
+        found = [name for name in names if client is not None and client.may_reach(name)]
         await say(link, *frames_of(Kind.NAMES, 0, 0, "\n".join(found).encode()))
-
-    # the end
 
     async def leave(self) -> None:
         """Take no new requests, answer those under way, and end: a successor takes over what the holder has."""
@@ -287,11 +294,6 @@ class Far:
             if session.link is not None:
                 session.link.send_if_room(Frame(Kind.LEAVING))
         with trio.move_on_after(DRAIN_SECONDS):
-            while not self._drained():  # noqa: ASYNC110 - several counters, and seldom
+            while not all(session.drained for session in self._sessions.values()):  # noqa: ASYNC110 - several counters, and seldom
                 await trio.sleep(_LOOK_AGAIN)
         self._nursery.cancel_scope.cancel()
-
-    def _drained(self) -> bool:
-        sessions = self._sessions.values()
-        idle = not any(each.executed.waiting for session in sessions for each in session.channels.values())
-        return idle and all(session.link is None or session.link.drained for session in sessions)

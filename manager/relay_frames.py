@@ -19,6 +19,7 @@ MAX_PAYLOAD: Final = 32 * 1024  # bytes of a frame: a millisecond of a slow link
 MAX_MESSAGE: Final = 640 * 1024  # bytes: a state blob has at most 512 KiB (swtpm's own limit), and its head
 MAX_UNFINISHED: Final = 4 * 1024 * 1024  # bytes of messages that a peer has begun, over all channels of a stream
 MAX_CHANNELS: Final = 256  # of one stream: a vTPM under QEMU takes two
+MAX_LINES: Final = 8  # of these to one vTPM: as many connections as an instance takes on a port
 NO_LOCALITY: Final = 0xFF
 SEQUENCES: Final = 1 << 32
 

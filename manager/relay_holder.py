@@ -7,9 +7,12 @@ The holder never reads or writes them. It goes when nobody has asked for them fo
     python -I -m manager.relay_holder DESCRIPTOR-OF-ITS-LISTENER
 """
 
+import errno
 import os
 import socket
+import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -90,7 +93,7 @@ class Held:
         """Return a connection to the holder at `path`, started where there is none. Raises OSError."""
         sock = _connect(path)
         if sock is None:
-            path.unlink(missing_ok=True)
+            take_away_dead(path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with listener:
                 listener.bind(str(path))
@@ -130,6 +133,16 @@ class Held:
     def close(self) -> None:
         """Leave it to itself."""
         self._sock.close()
+
+
+def take_away_dead(path: Path) -> None:
+    """Remove a socket that nobody listens at. Raises OSError: it is something else, and stays."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(
+                errno.EEXIST, "there is something that is not a socket; it was left as it is", str(path)
+            )
+        path.unlink()
 
 
 def _connect(path: Path) -> socket.socket | None:

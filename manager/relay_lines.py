@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 import trio
 
-from manager.relay_asking import NotTakenError, Places, UnknownError, ask, connected, persist
+from manager.relay_asking import ClosedError, NotTakenError, Places, UnknownError, ask, connected, persist
 from manager.relay_cutting import SET_DATAFD, SET_LOCALITY, locality_of, number_of, set_locality, succeeded
 from manager.relay_frames import NO_LOCALITY
 
@@ -76,10 +76,15 @@ class ControlLine:
 
     async def _ready(self) -> trio.socket.SocketType:
         """Return the connection, made anew with all that was set where the last instance has gone."""
-        if self._closed:
-            raise UnknownError
+        self._check_open()
         if self.sock is None:
-            self.sock, self._at_locality = await connected((await self._find()).control), False
+            made = await connected((await self._find()).control)
+            try:
+                self._check_open()
+            except ClosedError:
+                made.close()  # nobody would close it any more
+                raise
+            self.sock, self._at_locality = made, False
         sock, passed = self.sock, self.passed
         try:
             if not self._at_locality and self._locality.value != NO_LOCALITY:
@@ -98,6 +103,10 @@ class ControlLine:
             passed.wanted = True
             raise NotTakenError("its data connection is in use")
         return sock
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError
 
     async def _pass_patiently(self, sock: trio.socket.SocketType, passed: "PassedLine") -> bytes:
         """Do as `_pass`; one of before may still be on its way out, with copies in the holder."""

@@ -1,6 +1,6 @@
 """One stream between two relays while it lasts: frames out by one task, frames in by another, a sign of life."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import trio
@@ -11,6 +11,7 @@ from manager.relay_frames import Frame, FrameReader, Kind
 _READ: Final = 64 * 1024  # bytes received at once: two full frames
 _QUEUE: Final = 32  # frames on their way out: at most 1 MiB; who has more waits
 PING_SECONDS: Final = 5.0
+MAX_WAITING: Final = 2048  # messages that wait for the peer to read: each channel has one or two
 DEAD_SECONDS: Final = 20.0  # without a byte: the other machine may be gone without a word
 
 
@@ -23,10 +24,12 @@ class Link:
         self._frames = FrameReader()
         self._out, self._queue = trio.open_memory_channel[Frame](_QUEUE)
         self._scope = trio.CancelScope()
-        self._unsent = 0
+        self._unsent = self._saying = 0
+        self._long = trio.Lock()  # whose message is under way that has several frames: a peer keeps one such at a time
         self.opened: set[int] = set()  # near: channels that were said to be open on this connection
         self.asked: dict[int, int] = {}  # near: the number of the last request of each
         self.leaving = False
+        self.telling_names = False  # far
 
     async def send(self, frame: Frame) -> None:
         """Put a frame on its way. Raises trio.BrokenResourceError once the stream has ended."""
@@ -44,7 +47,28 @@ class Link:
     @property
     def drained(self) -> bool:
         """Whether everything was handed to the operating system."""
-        return not self._unsent
+        return not self._unsent and not self._saying
+
+    async def say(self, frames: Sequence[Frame]) -> None:
+        """Send one message, or not: what matters is asked for again on the next connection.
+
+        A peer that has many said and reads none loses the stream.
+        """
+        if self._saying >= MAX_WAITING:
+            self.end()
+            return
+        self._saying += 1
+        try:
+            if len(frames) == 1:
+                await self.send(frames[0])
+                return
+            async with self._long:
+                for frame in frames:
+                    await self.send(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            return
+        finally:
+            self._saying -= 1
 
     async def write_now(self, frame: Frame) -> None:
         """Send before `run`."""
@@ -134,9 +158,5 @@ async def first_frame(link: Link, kind: Kind) -> Frame:
 
 
 async def say(link: Link, *frames: Frame) -> None:
-    """Send, or not: what matters is asked for again on the next connection."""
-    try:
-        for frame in frames:
-            await link.send(frame)
-    except (trio.BrokenResourceError, trio.ClosedResourceError):
-        return
+    """Say the frames of one message, as `Link.say`."""
+    await link.say(frames)

@@ -21,6 +21,7 @@ from manager.relay_cutting import (
 from manager.relay_errors import RelayError, RelayProtocolError
 from manager.relay_frames import (
     MAX_CHANNELS,
+    MAX_LINES,
     NO_LOCALITY,
     SEQUENCES,
     Assembler,
@@ -104,6 +105,8 @@ class Near:
 
     def open(self, name: str, kind: ChannelKind, parent: NearChannel | None = None) -> NearChannel:
         """Take a new client on. Raises RelayError where there is no room."""
+        if sum(each.name == name for each in self._channels.values()) >= MAX_LINES:
+            raise RelayError(f"more than {MAX_LINES} clients of one vTPM at once: the far side would end the stream")
         number = next((number for number in range(MAX_CHANNELS) if number not in self._channels), None)
         if number is None:
             raise RelayError(f"more than {MAX_CHANNELS} clients at once")
@@ -151,7 +154,7 @@ class Near:
         link = self._link
         if link is None:
             return
-        for number in link.opened:
+        for number in list(link.opened):
             await say(link, Frame(Kind.CLOSE, number))
         with trio.move_on_after(_LAST_WORDS_SECONDS):
             while not link.drained:  # noqa: ASYNC110 - the writer tells nobody
@@ -210,7 +213,8 @@ class Near:
     async def _catch_up(self, link: Link) -> None:
         """Say on a new connection what is open and what is waited for, then go on asking for new vTPMs."""
         for number in range(self._used):
-            if number not in self._channels:
+            now = self._channels.get(number)
+            if now is None or not now.asked.sequence:  # who had it may be gone, and this one says nothing for long
                 await say(link, Frame(Kind.CLOSE, number))
         for channel in list(self._channels.values()):
             channel.notify()
@@ -238,8 +242,7 @@ class Near:
             return
         link.asked[channel.number] = sequence
         channel.asked.sent = True
-        for frame in frames_of(Kind.REQUEST, channel.number, sequence, request):
-            await say(link, frame)
+        await say(link, *frames_of(Kind.REQUEST, channel.number, sequence, request))
 
     async def _open_on(self, link: Link, channel: NearChannel) -> None:
         if channel.number in link.opened:

@@ -4,12 +4,11 @@ Every folder above them can be passed through by everybody and listed by nobody 
 owner's. So whether somebody connects is decided by that folder's and the socket's owner and mode alone.
 """
 
-import contextlib
 import errno
 import grp
+import logging
 import os
 import pwd
-import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,9 @@ from typing import Final
 from uuid import UUID
 
 from manager.errors import ConflictError, ManagerError, UsageError
+from manager.foreign_folder import remove_tree
+
+_log = logging.getLogger("vtpm.life")
 
 BACKLOG: Final = 64  # tpm2-tss connects anew for every command and every control request
 _SOCKET_NAMES: Final = {"data": "swtpm.sock", "control": "swtpm.sock.ctrl", "ring": "ring.sock", "proxy": "device.json"}
@@ -185,14 +187,16 @@ class SocketFolder:
 
     def make(self) -> None:
         """Make the folder alone, for everybody to look into and nobody but us to write. Raises OSError."""
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        os.chown(self.path, os.geteuid(), os.getegid(), follow_symlinks=False)
+        remove_tree(self.path)  # one that is left of another front end was its owner's: there may be links of his in it
+        self.path.mkdir(mode=0o700)
         self.path.chmod(0o755)
 
     @staticmethod
     def _listen_one(path: Path, name: str, owner: Owner, mode: int) -> socket.socket:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        try:
+            path.unlink(missing_ok=True)
+        except IsADirectoryError:  # its owner's doing
+            remove_tree(path)
         kind = socket.SOCK_SEQPACKET if name == "ring" else socket.SOCK_STREAM
         sock = socket.socket(socket.AF_UNIX, kind)
         try:
@@ -206,5 +210,8 @@ class SocketFolder:
         return sock
 
     def remove(self) -> None:
-        """Remove the folder and what is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove the folder and what is in it, which is its owner's: it may take seconds. What fails is logged."""
+        try:
+            remove_tree(self.path)
+        except OSError as error:
+            _log.warning("%s was not removed: %s. It is of no use to anybody; look what is in it", self.path, error)

@@ -59,7 +59,9 @@ def connect(folder: Path, name: str) -> socket.socket:
     except OSError as error:
         sock.close()
         if isinstance(error, FileNotFoundError):
-            raise NotFoundError(f"vTPM {folder.name} is not attached: there is no {folder / name}") from error
+            raise NotFoundError(
+                f"vTPM {folder.name} is not attached (or its socket was removed): there is no {folder / name}"
+            ) from error
         if isinstance(error, PermissionError):
             raise DeniedError(
                 f"vTPM {folder.name} was not given to this user: only the owner of {folder / name} may use it "

@@ -77,10 +77,12 @@ def write_pid(target: PidTarget | None) -> None:
 
 
 def remove_pid(target: PidTarget | None) -> None:
-    """Remove the pid file."""
+    """Remove the pid file, unless it is another process's: this one may have ended before it wrote its own."""
     if target is not None and target.file is not None:
+        path = Path(target.file)
         with suppress(OSError):
-            Path(target.file).unlink()
+            if path.read_bytes() == f"{os.getpid()}\n".encode():
+                path.unlink()
 
 
 def log_to(target: LogTarget) -> None:

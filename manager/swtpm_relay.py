@@ -12,13 +12,15 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Final
+
+from frontend_backend.descriptors import close_all
 
 _log = logging.getLogger("vtpm.swtpm")
 _AT_ONCE: Final = 64 * 1024  # bytes
 _MAX_PASSED: Final = 4  # descriptors in one message; SET_DATAFD has one
 _MAX_PAIRS: Final = 8  # of one channel, as many as an instance takes; more wait in the backlog
-_SECONDS: Final = 120.0  # that one end may leave the other's bytes unread; as long as guests' drivers wait
 _INT: Final = array.array("i").itemsize
 SHUTDOWN: Final = b"\0\0\0\x03"  # CMD_SHUTDOWN, which has no payload
 
@@ -41,6 +43,14 @@ class Endings:
     with_platform: bool = False
 
 
+@dataclass(slots=True)
+class _Kept:
+    """What one end was sent and does not take just now; nothing more is read from the other end meanwhile."""
+
+    data: bytes = b""
+    passed: list[int] = field(default_factory=list)  # descriptors, which are ours until they are sent
+
+
 @dataclass(slots=True, eq=False)
 class Pair:
     """One client with its connection to the vTPM."""
@@ -48,9 +58,10 @@ class Pair:
     channel: Channel
     client: socket.socket
     vtpm: socket.socket
+    to_client: _Kept = field(default_factory=_Kept)
+    to_vtpm: _Kept = field(default_factory=_Kept)
     passed: bool = False  # whether a data connection came by here
-    asked: bool = False  # whether an answer is due
-    last: bool = False  # whether that is the answer to SHUTDOWN
+    request: bytes = b""  # the first bytes of what is not answered yet: enough to tell a SHUTDOWN, also in pieces
 
 
 @dataclass(slots=True)
@@ -85,18 +96,39 @@ class Relay:
             OSError: the vTPM's socket does not take us.
 
         """
-        client.settimeout(_SECONDS)
         pair = Pair(channel, client, self._connect(channel))
+        client.setblocking(False)
+        pair.vtpm.setblocking(False)
         self._pairs.add(pair)
-        self._selector.register(client, selectors.EVENT_READ, lambda: self._from_client(pair))
-        self._selector.register(pair.vtpm, selectors.EVENT_READ, lambda: self._from_vtpm(pair))
+        self._watch(pair)
 
     def run(self) -> None:
         """Relay until the end."""
         while not self._over:
             for key, _ in self._selector.select():
-                if key.fileobj in self._selector.get_map():  # not closed by an earlier one of this turn
+                if self._is_watched(key):  # not closed or changed by an earlier one of this turn
                     key.data()
+
+    def _is_watched(self, key: selectors.SelectorKey) -> bool:
+        try:
+            return self._selector.get_key(key.fileobj) is key
+        except (KeyError, ValueError):  # ValueError: it is closed
+            return False
+
+    def _watch(self, pair: Pair) -> None:
+        """Wait for an end that has bytes to take until it takes them, for the others until they say something."""
+        for sock, own, others, read, write in (
+            (pair.client, pair.to_client, pair.to_vtpm, self._from_client, self._to_client),
+            (pair.vtpm, pair.to_vtpm, pair.to_client, self._from_vtpm, self._to_vtpm),
+        ):
+            wanted = selectors.EVENT_WRITE if own.data else 0 if others.data else selectors.EVENT_READ
+            key = self._selector.get_map().get(sock)
+            if key is not None and key.events == wanted:
+                continue
+            if key is not None:
+                self._selector.unregister(sock)
+            if wanted:
+                self._selector.register(sock, wanted, partial(write if own.data else read, pair))
 
     def close(self) -> None:
         """Close everything."""
@@ -126,38 +158,52 @@ class Relay:
     def _from_client(self, pair: Pair) -> None:
         try:
             data, passed = _receive(pair.client)
+        except BlockingIOError:
+            return
         except OSError:
             data, passed = b"", []  # it reset the connection: nobody is left to answer
+        if not data:
+            self._end(pair)
+            return
+        pair.passed = pair.passed or bool(passed)
+        pair.request = (pair.request + data)[: len(SHUTDOWN) + 1]  # strictly one request at a time
+        pair.to_vtpm = _Kept(data, passed)
+        self._to_vtpm(pair)
+
+    def _to_vtpm(self, pair: Pair) -> None:
         try:
-            if not data:
-                self._end(pair)
-                return
-            pair.passed = pair.passed or bool(passed)
-            # strictly one request at a time: what comes while no answer is due is the beginning of one
-            pair.last = pair.channel is Channel.CONTROL and not pair.asked and data == SHUTDOWN
-            pair.asked = True
-            _send(pair.vtpm, data, passed)
+            _send(pair.vtpm, pair.to_vtpm)
         except OSError as error:
             _log.error("the vTPM closed a connection: %s", error)
             self._end(pair)
-        finally:
-            for descriptor in passed:
-                socket.close(descriptor)
+        else:
+            self._watch(pair)
 
     def _from_vtpm(self, pair: Pair) -> None:
         try:
             data = pair.vtpm.recv(_AT_ONCE)
-            if data:
-                pair.client.sendall(data)
+        except BlockingIOError:
+            return
         except OSError:
             data = b""
         if not data:
-            _log.error("the vTPM, or its client, closed a %s connection", pair.channel.value)
+            _log.error("the vTPM closed a %s connection", pair.channel.value)
             self._end(pair)
             return
-        pair.asked = False
-        if pair.last:
-            self._over = True
+        pair.to_client = _Kept(data)
+        self._to_client(pair)
+
+    def _to_client(self, pair: Pair) -> None:
+        try:
+            _send(pair.client, pair.to_client)
+        except OSError as error:
+            _log.error("a client closed a %s connection: %s", pair.channel.value, error)
+            self._end(pair)
+            return
+        self._watch(pair)
+        if not pair.to_client.data:
+            self._over = self._over or (pair.channel is Channel.CONTROL and pair.request == SHUTDOWN)
+            pair.request = b""
 
     def _end(self, pair: Pair) -> None:
         """Close a connection whose client, or vTPM, is gone; and the relay with it, where that is wanted."""
@@ -175,8 +221,10 @@ class Relay:
     def _drop(self, pair: Pair) -> None:
         self._pairs.discard(pair)
         for sock in (pair.client, pair.vtpm):
-            self._selector.unregister(sock)
+            if sock in self._selector.get_map():
+                self._selector.unregister(sock)
             sock.close()
+        close_all(pair.to_vtpm.passed)
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
@@ -190,8 +238,13 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     return data, list(passed)
 
 
-def _send(sock: socket.socket, data: bytes, passed: list[int]) -> None:
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", passed))] if passed else []
-    sent = sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
-    if sent < len(data):
-        sock.sendall(data[sent:], socket.MSG_NOSIGNAL)
+def _send(sock: socket.socket, kept: _Kept) -> None:
+    """Send as much as is taken now, descriptors with the first byte; the rest stays in `kept`."""
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", kept.passed))] if kept.passed else []
+    try:
+        sent = sock.sendmsg([kept.data], ancillary, socket.MSG_NOSIGNAL)
+    except BlockingIOError:
+        return
+    kept.data = kept.data[sent:]
+    passed, kept.passed = kept.passed, []
+    close_all(passed)

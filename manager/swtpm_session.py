@@ -36,7 +36,17 @@ class Session:
             if client is None:
                 self._relay.listen(channel, swtpm_endpoints.listener(endpoint))
             else:
-                self._relay.serve(channel, client)
+                self._serve(channel, client)
+
+    def _serve(self, channel: Channel, client: socket.socket) -> None:
+        """Serve a client that the command line brought along. Raises ManagerError: the vTPM does not take it."""
+        try:
+            self._relay.serve(channel, client)
+        except OSError as error:
+            client.close()
+            if isinstance(error.__cause__, ManagerError):
+                raise error.__cause__ from None
+            raise ManagerError(f"the {channel.value} connection cannot be served: {error}") from error
 
     def _connect(self, channel: Channel) -> socket.socket:
         self._use.switched = True  # from now on somebody may say INIT

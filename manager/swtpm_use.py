@@ -59,16 +59,21 @@ class Use:
 
     def end(self) -> None:
         """Switch it off, and detach it if we attached it. What fails is logged: the manager sees to the rest."""
-        try:
-            if self.switched:
-                swtpm_control.power_off(self.folder)
-            if self.ours:
-                request(self.admin, "detach", {"vtpm": self.folder.name})
-        except ManagerError as error:
-            _log.error("vTPM %s was not let go cleanly: %s", self.folder.name, error)
+        for wanted, act in ((self.switched, self._switch_off), (self.ours, self._detach)):
+            try:
+                if wanted:
+                    act()
+            except ManagerError as error:
+                _log.error("vTPM %s was not let go cleanly: %s", self.folder.name, error)
         if self.lock >= 0:
             os.close(self.lock)
             self.lock = -1
+
+    def _switch_off(self) -> None:
+        swtpm_control.power_off(self.folder)
+
+    def _detach(self) -> None:
+        request(self.admin, "detach", {"vtpm": self.folder.name})
 
 
 def _locked(folder: Path) -> int:

@@ -13,6 +13,15 @@ MIGRATION_VERBS: Final[tuple[Verb, ...]] = (
         "migrate-identity",
         "print this manager's certificate for other managers; it is made at the first need",
         Role.ADMINISTRATOR,
+        (
+            Argument(
+                "anew",
+                "the data about migration is lost: begin again without it. What is frozen stays frozen",
+                kind="flag",
+                default=False,
+            ),
+            Argument("yes", "confirm --anew: this cannot be undone", kind="flag", default=False),
+        ),
         prints="certificate",
         terse=True,
         saves="certificate",

@@ -23,8 +23,11 @@ _DURATION: Final = re.compile(r"([0-9]{1,9})([smhd])")
 _LONGEST: Final = 3650 * 86400
 
 
-async def identity(services: Services, _caller: Caller, _arguments: Arguments) -> list[Document]:
+async def identity(services: Services, caller: Caller, arguments: Arguments) -> list[Document]:
     """Print who this manager is for others."""
+    if arguments["anew"]:
+        _confirmed(arguments, "this forgets every paired manager, what was to come, and who claimed what is frozen")
+        await services.migration.begin_anew(caller.uid)
     made = await services.migration.identity()
     _, fingerprint, store = parse_certificate(made.certificate)
     return [

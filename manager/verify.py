@@ -201,6 +201,7 @@ def _strays(subject: Subject, named: set[UUID]) -> Iterator[Finding]:
         try:
             subject.store.get(vtpm)
         except NoSuchVtpm:
-            yield Finding("state image", Verdict.DISAGREES, f"{path}: an image without a record", vtpm)
+            text = f"{path}: an image without a record: an import that was cut short left it, or the store is older"
+            yield Finding("state image", Verdict.DISAGREES, text, vtpm)
         except StorageError as error:
             yield Finding("state image", Verdict.UNCHECKED, f"{path}: {error}", vtpm)

@@ -1,8 +1,9 @@
 """swtpm's directory backend: one file for each blob, replaced by a rename.
 
-Better than swtpm in three things: a state is flushed, and its directory entry too, before `store` returns; with
-`backup` there is no moment without a permanent state; and a state that was refused is kept when its backup takes its
-place. Everything happens below a descriptor of the directory, so that it may be renamed, or the process changed root.
+Better than swtpm in four things: a state is flushed, and its directory entry too, before `store` returns; with
+`backup` there is no moment without a permanent state; a state that was refused is kept when its backup takes its
+place; and a lock file that was deleted does not let two processes write one state. Everything happens below a
+descriptor of the directory, so that it may be renamed, or the process changed root.
 
 Source: swtpm's swtpm_nvstore_dir.c; reference/swtpm-libtpms-qemu.md 3.4.
 """
@@ -12,7 +13,7 @@ import stat
 from contextlib import suppress
 from typing import Final
 
-from storage.swtpm_errors import SwtpmDamaged, SwtpmDiskError
+from storage.swtpm_errors import SwtpmDamaged, SwtpmDiskError, SwtpmLocked
 from storage.swtpm_files import DEFAULT_MODE, MAX_IMAGE, NAMES, PERMANENT, Where, record_lock, write_all
 
 LOCK_FILE: Final = ".lock"
@@ -28,6 +29,7 @@ class SwtpmDirectory:
         """Open the directory of `where`. Raises SwtpmDiskError."""
         self.where = where
         self._lock_descriptor = -1
+        self._lock_identity: tuple[int, ...] = ()  # inode and device
         try:
             self._directory = os.open(where.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -57,6 +59,26 @@ class SwtpmDirectory:
             os.close(descriptor)
             raise
         self._lock_descriptor = descriptor
+        self._lock_identity = os.fstat(descriptor)[1:3]
+
+    def _still_lock(self) -> None:
+        """See to it that the lock is worth something: who finds no lock file makes a new one, and locks that.
+
+        Raises:
+            SwtpmLocked: another process did. SwtpmDiskError.
+
+        """
+        if self._lock_descriptor < 0:
+            return
+        try:
+            status = os.stat(LOCK_FILE, dir_fd=self._directory, follow_symlinks=False)
+        except FileNotFoundError:
+            self.unlock()
+            self.lock()
+            return
+        if status[1:3] != self._lock_identity:
+            self.unlock()
+            raise SwtpmLocked(os.path.join(self.where.path, LOCK_FILE))
 
     def unlock(self) -> None:
         """Let the lock go."""
@@ -72,9 +94,12 @@ class SwtpmDirectory:
     # blobs
 
     def load(self, name: str) -> bytes | None:
-        """Return an image; a permanent state of which only the backup is left is put back first."""
+        """Return an image; a permanent state of which only the backup is left is put back first.
+
+        Not without the lock: a running swtpm has none but the backup while it saves.
+        """
         image = self._read(self.file_name(name))
-        if image is None and name == PERMANENT and self.where.backup:
+        if image is None and name == PERMANENT and self.where.backup and self.locked:
             with suppress(FileNotFoundError):
                 self._rename(self._backup_name, self.file_name(name))
                 return self._read(self.file_name(name))
@@ -104,6 +129,7 @@ class SwtpmDirectory:
         """Replace an image: write beside it, flush, rename, flush the directory."""
         temporary, final = self._temporary_name(name), self.file_name(name)
         try:
+            self._still_lock()
             mode = self.where.mode
             descriptor = os.open(temporary, _WRITE, DEFAULT_MODE if mode is None else mode, dir_fd=self._directory)
             try:
@@ -124,6 +150,7 @@ class SwtpmDirectory:
     def delete(self, name: str) -> bool:
         """Take an image away."""
         try:
+            self._still_lock()
             os.unlink(self.file_name(name), dir_fd=self._directory)
             self._flush_directory()
         except FileNotFoundError:
@@ -160,9 +187,13 @@ class SwtpmDirectory:
         with suppress(FileNotFoundError):  # the first state has none before it
             os.link(final, self._backup_name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
+    def backup(self) -> bytes | None:
+        """Return the image of the permanent state before the last one, where backups are wanted and one is there."""
+        return self._read(self._backup_name) if self.where.backup else None
+
     def recover(self) -> bool:
         """Put the backup in place of a permanent state that was refused, which is kept as `….permall.refused-N`."""
-        if not self.where.backup or self._read(self._backup_name) is None:
+        if self.backup() is None:
             return False
         final = self.file_name(PERMANENT)
         taken = set(os.listdir(self._directory))

@@ -62,6 +62,9 @@ class SwtpmFiles(Protocol):
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each image there is, without a lock."""
 
+    def backup(self) -> bytes | None:
+        """Return the image of the permanent state before the last one, None if none is kept."""
+
     def recover(self) -> bool:
         """Put a kept backup in place of a permanent state that was refused; returns whether there was one.
 

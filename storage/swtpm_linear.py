@@ -234,6 +234,10 @@ class SwtpmLinear:
         table = self._table()
         return {name: table[number].length for number, name in enumerate(NAMES) if number in table}
 
+    def backup(self) -> bytes | None:
+        """There are no backups in a file."""
+        return None
+
     def recover(self) -> bool:
         """There are no backups in a file."""
         return False

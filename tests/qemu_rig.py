@@ -28,17 +28,36 @@ class Ticks:
     """What the guest's `counting` says, each value with the host's time of its arrival (seconds, monotonic)."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.seen: list[tuple[float, int]] = []
+        self._pieces: list[tuple[float, bytes]] = []
+        self._begun = b""
         self._socket = sock
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        rest = b""
         while piece := self._socket.recv(65536):
-            now = time.monotonic()
+            self._pieces.append((time.monotonic(), piece))
+
+    def follow(self, source: "Ticks") -> None:
+        """Go on with the line that the guest had begun to say at the QEMU that it came from: moves tear them."""
+        self._begun = source._parsed()[1]
+
+    def _parsed(self) -> tuple[list[tuple[float, int]], bytes]:
+        seen, rest = list[tuple[float, int]](), self._begun
+        for moment, piece in list(self._pieces):
             *lines, rest = (rest + piece).split(b"\n")
-            self.seen += [(now, int(line)) for line in lines]
+            seen += [(moment, int(line)) for line in lines]
+        return seen, rest
+
+    @property
+    def seen(self) -> list[tuple[float, int]]:
+        """All of it, so far."""
+        return self._parsed()[0]
+
+    @property
+    def count(self) -> int:
+        """How many, also before `follow`."""
+        return sum(piece.count(b"\n") for _, piece in list(self._pieces))
 
     def close(self) -> None:
         """Wait for what a QEMU that has ended still said."""
@@ -163,6 +182,9 @@ class Qemu:
             self._connections.append(self.guest)
             self.ticks = Ticks(connected(directory / "ticks", self.process))
             self._connections.append(self.ticks)
+        except OSError as error:  # it may listen for a moment before it finds out that it has no TPM
+            self.kill()
+            raise AssertionError(f"QEMU ended:\n{self.log()}") from error
         except BaseException:
             self.kill()
             raise

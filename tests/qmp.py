@@ -23,8 +23,12 @@ class Monitor:
         self.events: list[dict[str, Any]] = []
         self._socket = sock
         self._rest = b""
-        assert "QMP" in self._message(time.monotonic() + ANSWER_SECONDS)
-        self.execute("qmp_capabilities")
+        try:
+            assert "QMP" in self._message(time.monotonic() + ANSWER_SECONDS)
+            self.execute("qmp_capabilities")
+        except BaseException:
+            sock.close()
+            raise
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Return what a command returns. Underscores in names of arguments become hyphens. Raises QmpError."""

@@ -84,6 +84,20 @@ def test_add_prints_the_uuid_alone_and_hands_the_file_over(capsys: pytest.Captur
     assert capsys.readouterr().out == "u-1\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (["attach", "web", "g"], {"vtpm": "web", "guest": "g", "frontend": "socket"}),
+        (["attach", "web", "g", "--tcp", "0"], {"vtpm": "web", "guest": "g", "frontend": "socket", "tcp": 0}),
+        (["list"], {}),
+    ],
+)
+def test_a_manager_of_before_an_upgrade_is_asked_only_what_was_said(words: list[str], asked: dict[str, Any]) -> None:
+    with answering(*rows(DOCUMENT)) as (path, heard):
+        assert cli.main([*words, "--socket", path]) == 0
+    assert heard == [(AdminRequest(words[0], asked), 0)]
+
+
 @pytest.mark.parametrize("code", [code for code in ExitCode if code is not ExitCode.OK])
 def test_a_failure_has_its_code_in_the_status_and_in_the_document(
     capsys: pytest.CaptureFixture[str], code: ExitCode

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import UUID
 from xml.etree import ElementTree as ET
 
@@ -16,6 +17,7 @@ from qemu_client import NOT_RUNNING, qemu, say
 
 from manager.attachment_words import default_startup, next_startup
 from manager.connection_help import libvirt_xml, qemu_arguments
+from manager.foreign_folder import remove_tree
 from storage.catalogue_rows import AttachmentRow
 from storage.store_records import RecordFlags
 
@@ -168,6 +170,51 @@ def test_only_the_owner_connects_to_its_qemu(host: Installation) -> None:
                 assert (sock.connect_ex(control) != 0) is refused
         finally:
             os.seteuid(0)
+
+
+def left_behind(folder: Path) -> None:
+    """What an owner may do to us in his folder: a tree deeper than anybody recurses, and a folder for a socket."""
+    (folder / "swtpm.sock").unlink()
+    (folder / "swtpm.sock").mkdir()
+    (folder / "swtpm.sock" / "in it").mkdir()
+    (folder / "swtpm.sock" / "in it" / "too").touch()
+    top = os.open(folder, os.O_RDONLY)
+    for _ in range(2000):
+        os.mkdir("deeper", dir_fd=top)
+        inner = os.open("deeper", os.O_RDONLY, dir_fd=top)
+        os.close(top)
+        top = inner
+    os.close(top)
+
+
+def test_what_an_owner_leaves_in_his_folder_locks_nobody_out(host: Installation) -> None:
+    folder = Path(attached(host, "littered")).parent
+    left_behind(folder)
+    before = host.show("littered")["pid"]
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: host.show("littered")["pid"] not in (None, before), "the next instance, on new sockets")
+    wait_for(lambda: host.show("littered")["state"] == "running", "it to be ready")
+    with qemu(str(folder / "swtpm.sock.ctrl")) as machine:
+        assert tpm.rc(say(machine.data, tpm.get_random(8))) == 0
+    host.command("vtpm-detach", "littered")
+    assert not folder.exists()
+    host.attach("littered", "guest", "--frontend", "qemu")
+    host.command("vtpm-detach", "littered")
+
+
+def test_a_folder_that_another_had_is_removed_without_leaving_it(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    folder = tmp_path / "folder"
+    (folder / "a" / "b" / "c").mkdir(parents=True)
+    (folder / "a" / "b" / "link").symlink_to(elsewhere)
+    (folder / "a" / "b").chmod(0)
+    (folder / "link").symlink_to(elsewhere)
+    remove_tree(folder)
+    remove_tree(folder)
+    assert not folder.exists()
+    assert (elsewhere / "file").exists()
 
 
 # the words

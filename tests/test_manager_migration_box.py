@@ -7,6 +7,7 @@ from uuid import UUID, uuid4
 import pytest
 from manager_rig import ModelTpm, RunningDaemon, installation, running_daemon
 
+from manager.client import RemoteError
 from manager.config import Config, Layout
 from manager.errors import IntegrityError
 from manager.keys import BootArea
@@ -118,6 +119,16 @@ async def test_what_was_saved_counts_after_a_restart_and_nothing_older_does() ->
             with pytest.raises(IntegrityError):
                 await box.save(lambda state: state)
             assert (await daemon.ask("status"))[0]["vtpms"] == 0
+            with pytest.raises(RemoteError, match="--anew"):
+                await daemon.ask("migrate-identity")
+            with pytest.raises(RemoteError, match="--yes"):
+                await daemon.ask("migrate-identity", anew=True)
+            made = await daemon.ask("migrate-identity", anew=True, yes=True)
+            with pytest.raises(RemoteError, match="not missing"):
+                await daemon.ask("migrate-identity", anew=True, yes=True)
+        async with running_daemon(model, place) as daemon:
+            assert await daemon.ask("migrate-identity") == made
+            assert box_of(daemon).state.peers == {}, "nobody is paired by what an old file says"
 
 
 def test_older_managers_refuse_a_store_that_knows_of_migration(place: Place) -> None:

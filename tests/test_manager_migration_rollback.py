@@ -11,9 +11,11 @@ from manager_rig import ModelTpm, as_tpm, installation, running_daemon
 
 from manager import recovery
 from manager.config import Config, Layout
+from manager.errors import BusyError
 from manager.group_terms import Terms, seal_key
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_records import SealedBlob
+from manager.incoming import never_had
 from manager.keys import GroupSeal
 from manager.migration_box import NAMES, read, seal, write
 from manager.migration_records import is_frozen
@@ -107,6 +109,17 @@ def test_it_may_be_done_again_after_a_cut(world: World) -> None:
     check(world)
 
 
+def test_a_cut_while_it_is_written_leaves_who_may_have_claimed_what_known(world: World) -> None:
+    blocked = world.layout.state_dir / NAMES[1]
+    blocked.mkdir()
+    with world.opened() as opened, pytest.raises(OSError):
+        begin_anew(world.layout.state_dir, opened.secret.store_key, opened.store, opened.boot)
+    blocked.rmdir()
+    with world.opened() as opened:
+        begin_anew(world.layout.state_dir, opened.secret.store_key, opened.store, opened.boot)
+    check(world)
+
+
 def test_it_is_told_before(world: World) -> None:
     with world.opened() as opened:
         told = dict(in_words(world.layout.state_dir, opened.secret.store_key, opened.store, opened.boot))
@@ -144,6 +157,14 @@ async def test_of_a_group_that_was_closed_what_may_have_left_is_frozen_once_it_i
     world.model = ModelTpm(b"\x00\x0b" + b"another".ljust(32))
     _, world.config = recovery.recover(world.layout, world.config, OURS)
     check(world)
+    async with running_daemon(world.model, (world.layout.state_dir.parent, world.layout, world.config)) as daemon:
+        registry = daemon.registry
+        with pytest.raises(BusyError, match="closed"):
+            never_had(registry, left.uuid)
+        with pytest.raises(BusyError, match="closed"):
+            never_had(registry, uuid4())
+        assert not never_had(registry, STAYS)
+        await daemon.daemon._moves.revoke("c", 0)  # or pair it anew with other words: it may have it all the same
     recovery.recover_group(world.layout, world.config, "own", theirs)
     with world.opened() as opened:
         assert not is_frozen(opened.store.get(left.uuid).flags), "nobody has looked at it yet"
@@ -155,6 +176,7 @@ async def test_of_a_group_that_was_closed_what_may_have_left_is_frozen_once_it_i
         await daemon.ask("status")
     with world.opened() as opened:
         state, _ = read(world.layout.state_dir, opened.secret.store_key, opened.store.uuid, opened.boot.migration)
+        assert state.claimants == ()
         assert (set(state.departures), state.doubtful) == ({LEFT, left.uuid}, ())
 
 

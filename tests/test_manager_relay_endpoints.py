@@ -1,18 +1,25 @@
 """Places of vTPMs that stay, addresses, and who may reach what: what files and command lines may say."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.errors import ConfigurationError, UsageError
 from manager.relay_access import Access
 from manager.relay_addresses import Address
+from manager.relay_clients import Clients
 from manager.relay_endpoints import Assignments, Endpoint, Ports
+from manager.relay_holder import Held
+from manager.relay_near import Near
 from manager.relay_tls import CERTIFICATE_FILE, fingerprint, make_identity, read_certificate
 from manager.relay_vtpms import NamedVtpms, check_name
+from manager.sockets import Owner
 
 NAMES = st.text("abcdefgh0123.-_", min_size=1, max_size=8).filter(check_name)
 
@@ -30,6 +37,38 @@ def test_a_place_once_given_stays_and_is_nobody_elses(
         assert len(set(made.places.values())) == len(made.places)
         assert set(names) <= set(made.places)
         seen = dict(made.places)
+
+
+def test_a_file_that_is_no_socket_is_not_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "clients.toml"
+    path.write_text("mine")
+    with pytest.raises(ConfigurationError):
+        Address.parse(f"unix:{path}").listen()
+    with pytest.raises(OSError, match="not a socket"):
+        Held.reach(path)
+    assert path.read_text() == "mine"
+
+
+def test_a_vtpm_called_as_the_file_does_not_take_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "assignments.json"
+    assert Assignments(path).add(["assignments.json", "assignments.new", "web"]) == ["web"]
+
+
+async def test_an_endpoint_that_cannot_be_made_costs_no_other_one(tmp_path: Path) -> None:
+    async def nobody() -> trio.abc.Stream:
+        raise OSError
+
+    names, ready = ["a", "b"], trio.Event()
+    owner = Owner(os.geteuid(), os.getegid())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        near, ports = Near(nobody, 1.0, lambda _names: None), Ports(taken.getsockname()[1])
+        clients = Clients(near, Assignments(tmp_path / "file"), tmp_path, ports, owner, 0o600)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(clients.run, ready.set)
+            await ready.wait()
+            clients.add(names)
+            assert (tmp_path / "b/swtpm.sock.ctrl").is_socket()
+            nursery.cancel_scope.cancel()
 
 
 def test_a_place_that_is_free_again_is_the_next_ones(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import vtpm_instance_rig as tpm
 from e2e_rig import BIN, wait_for
-from relay_rig import QemuClient, Relay, relay, run, swtpm
+from relay_rig import Loopback, QemuClient, Relay, relay, run, swtpm
 
-from manager.relay_far import MAX_STRANGERS
+from manager.relay_addresses import MAX_STRANGERS
 from manager.relay_frames import MAX_PAYLOAD, ChannelKind, Frame, Hello, Kind, Opening, Welcome, frames_of
 
 CAPABILITY = bytes.fromhex("00000001")
@@ -115,6 +115,13 @@ HARM: dict[str, list[Frame]] = {
     ],
     "many requests at once": [Frame(Kind.OPEN, 0, 1, opening(name="nobody"))]
     + [Frame(Kind.REQUEST, 0, n, CAPABILITY) for n in range(1, 9)],
+    "nothing for a request": [Frame(Kind.OPEN, 0, 1, opening(name="other")), Frame(Kind.REQUEST, 0, 1)],
+    "half a control command": [Frame(Kind.OPEN, 0, 1, opening(name="other")), Frame(Kind.REQUEST, 0, 1, bytes(3))],
+    "two in one": [Frame(Kind.OPEN, 0, 1, opening(name="other")), Frame(Kind.REQUEST, 0, 1, CAPABILITY * 2)],
+    "half a TPM command": [
+        Frame(Kind.OPEN, 0, 1, opening(ChannelKind.DATA, "listening")),
+        Frame(Kind.REQUEST, 0, 1, tpm.get_random(8)[:-1]),
+    ],
 }
 
 
@@ -185,6 +192,82 @@ def test_the_successor_of_a_killed_far_side_knows_what_was_executed(joined: Rela
     assert second.answer().payload[-32:] == tpm.extended(b"\x11" * 32)
     second.sock.close()
     client.good(tpm.get_random(8))
+
+
+def test_a_session_that_is_begun_anew_has_one_connection(joined: Relay) -> None:
+    """The one before would count nowhere, and go on when its client is taken out of the file."""
+    session = os.urandom(16)
+    first, second = Stranger(joined, session), Stranger(joined, session)
+    with suppress(BrokenPipeError, ConnectionResetError):
+        first.say(Frame(Kind.NAMES))
+    with pytest.raises((EOFError, ConnectionError)):
+        first.answer()
+    for each in (first, second):
+        each.sock.close()
+
+
+def test_each_who_is_turned_away_is_told_and_the_file_that_counts_is_the_one_of_now() -> None:
+    """A word that got lost would leave a client waiting for ever."""
+    refused = [Frame(Kind.OPEN, number, number + 1, opening(name="other")) for number in range(200)]
+    with (
+        tempfile.TemporaryDirectory(prefix="rf") as base,
+        swtpm(Path(base), data=True) as (place, _),
+        relay([place], vtpms='["plain"]') as made,
+    ):
+        made.start_far()
+        stranger, session = Stranger(made), os.urandom(16)
+        stranger.say(*refused)
+        told = sorted((stranger.answer() for _ in refused), key=lambda frame: frame.channel)
+        assert told == [Frame(Kind.CLOSE, each.channel, each.sequence) for each in refused]
+        made.reread('["other"]')
+        stranger.say(Frame(Kind.NAMES))
+        assert stranger.answer().payload == b"", "a name that it may not know any more"
+        made.reread('["plain"]')
+        stranger.say(Frame(Kind.NAMES))
+        assert stranger.answer().payload == b"plain"
+        with suppress(ConnectionError):  # who asks and does not read has no place for that in anybody's memory
+            for _ in range(3000):
+                stranger.say(*refused)
+            raise AssertionError("it is listened to for ever")
+        first = Stranger(made, session)
+        first.say(Frame(Kind.OPEN, 0, 1, opening(ChannelKind.DATA)), Frame(Kind.REQUEST, 0, 1, tpm.get_random(8)))
+        assert tpm.rc(first.answer().payload) == 0
+        made.stop_far()
+        made.allow('["other"]')
+        made.start_far()
+        second = Stranger(made, session, first.welcome.run)
+        second.say(Frame(Kind.REQUEST, 0, 2, tpm.get_random(8)))
+        second.sock.settimeout(0.5)
+        with pytest.raises(TimeoutError):  # else: taken over, though the file says no
+            second.answer()
+        for each in (stranger, first, second):
+            each.sock.close()
+
+
+def test_a_key_that_cannot_be_read_just_now_costs_the_newcomer_and_nobody_else() -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="rf") as base,
+        swtpm(Path(base)) as (place, _),
+        relay([place], spaces=Loopback()) as made,
+    ):
+        made.start_far()
+        key = made.base / "far-id/relay.key"
+        key.rename(key.with_suffix(".away"))
+        made.start_near()
+        wait_for(lambda: "cannot be used for TLS" in made.log("far"), "a word about the key")
+        key.with_suffix(".away").rename(key)
+        client = QemuClient(made.control("plain"))
+        client.power_on()
+        assert made.far is not None
+        certificate = made.base / "near-id/relay.crt"
+        for number, file in enumerate((certificate, key), 1):
+            content = file.read_text()
+            file.write_text("half of it")
+            made.far.send_signal(signal.SIGHUP)
+            wait_for(lambda n=number: made.log("far").count("the clients stay what they were") == n, "a word of it")
+            file.write_text(content)
+        client.good(tpm.get_random(8))
+        client.close()
 
 
 def test_a_session_is_not_resumed_by_who_does_not_know_the_far_side(joined: Relay) -> None:

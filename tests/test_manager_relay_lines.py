@@ -167,7 +167,7 @@ async def test_what_was_read_and_not_answered_is_failure_and_not_said_again(fold
     line.close()
 
 
-async def tell(line: DataLine | PassedLine, command: bytes, answers: list[bytes]) -> None:
+async def tell(line: ControlLine | DataLine | PassedLine, command: bytes, answers: list[bytes]) -> None:
     answers.append(await line.exchange(command))
 
 
@@ -207,6 +207,19 @@ async def test_patience_ends_with_failure(folder: Path) -> None:
     control.close()
     line = DataLine(find, Locality(), 0.2)  # type: ignore[arg-type]
     assert tpm.rc(await line.exchange(tpm.get_random(8))) == 0x101
+
+
+async def test_who_has_gone_is_waited_for_by_nobody(folder: Path) -> None:
+    """Also with a question that may be said twice: else a client that comes and goes leaves something each time."""
+    looked, find = finder(folder)
+    control, answers = ControlLine(find, Locality(), PATIENCE), []  # type: ignore[arg-type,var-annotated]
+    with trio.fail_after(PATIENCE / 2):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell, control, CAPABILITY, answers)
+            while not looked:  # noqa: ASYNC110 - it does not say when it begins
+                await trio.sleep(0.01)
+            control.close()
+    assert not succeeded(answers[0])
 
 
 async def test_a_data_line_sets_the_locality_again_for_the_next_instance(folder: Path) -> None:

@@ -349,9 +349,32 @@ def test_a_family_that_is_another_is_refused(host: Installation, place: Path) ->
     assert refused(OWNER, words_for(host, given(host), *control))[0] == ExitCode.CONFLICT  # without --tpm2: 1.2
     assert refused(OWNER, words_for(host, given(host, "--tpm", "1.2"), "--tpm2", *control))[0] == ExitCode.CONFLICT
     unattached = host.add("wrong-family", "--tpm", "1.2")
-    code, _ = refused(0, words_for(host, unattached, "--tpm2", *control))
+    (place / "pid").write_text("1\n")
+    code, _ = refused(0, words_for(host, unattached, "--tpm2", *control, "--pid", f"file={place}/pid"))
     assert code == ExitCode.CONFLICT
     assert host.show(unattached)["guest"] is None, "what was attached for it is detached again"
+    assert (place / "pid").read_text() == "1\n", "another command's: this one had written none"
+
+
+def test_a_socket_that_its_owner_removed_is_told_and_keeps_nothing_attached(host: Installation, place: Path) -> None:
+    vtpm = host.add("removed-socket")
+    running = Running(place, words_for(host, vtpm, "--tpm2"), uid=0)
+    with running.connect() as control:
+        assert ask(control, GET_CAPABILITY)[:4] == bytes(4)
+        folder = host.runtime / "vtpm" / vtpm
+        (folder / "swtpm.sock.ctrl").unlink()
+        running.process.send_signal(signal.SIGTERM)
+        assert running.ended() == 0
+    assert host.show(vtpm)["guest"] is None, "it was attached for this command alone"
+    host.attach(vtpm, "guest", "--frontend", "qemu")
+    (folder / "swtpm.sock").unlink()
+    near, far = socket.socketpair()
+    words = words_for(host, vtpm, "--tpm2", "--server", f"type=tcp,fd={far.fileno()}")
+    with near, far:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, pass_fds=(far.fileno(),))
+    assert done.returncode == ExitCode.NOT_FOUND, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "swtpm.sock" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -94,11 +94,16 @@ def opened(relay: Running, number: int) -> socket.socket:
     raise AssertionError("the relay does not connect")
 
 
-def test_a_shutdown_ends_it_after_its_answer(plain: Running) -> None:
+@pytest.mark.parametrize("cut", [0, 2])
+def test_a_shutdown_ends_it_after_its_answer(plain: Running, cut: int) -> None:
+    request = struct.pack(">I", SHUTDOWN)
     with plain.connect() as client:
-        client.sendall(struct.pack(">I", SHUTDOWN))
+        if cut:
+            client.sendall(request[:cut])
+            assert opened(plain, 0).recv(4096) == request[:cut]
+        client.sendall(request[cut:])
         far = opened(plain, 0)
-        assert far.recv(4096) == struct.pack(">I", SHUTDOWN)
+        assert far.recv(4096) == request[cut:]
         assert not plain.is_over(), "the answer is not there yet"
         far.sendall(SUCCESS)
         assert client.recv(4096) == SUCCESS
@@ -172,6 +177,51 @@ def test_more_clients_than_the_vtpm_takes_wait(plain: Running) -> None:
     assert opened(plain, CLIENTS).recv(64) == struct.pack(">I", UNKNOWN), "the one that waited"
     for client in clients[1:]:
         client.close()
+
+
+@pytest.mark.parametrize("who", ["client", "vtpm"])
+def test_one_that_does_not_read_holds_up_nobody_else(plain: Running, who: str) -> None:
+    with plain.connect() as deaf, plain.connect() as other:
+        deaf.sendall(struct.pack(">I", UNKNOWN))
+        far = opened(plain, 0)
+        assert far.recv(64) == struct.pack(">I", UNKNOWN)
+        reader, writer = (deaf, far) if who == "client" else (far, deaf)
+        much = bytes(range(256)) * 32768
+        writing = threading.Thread(target=writer.sendall, args=[much])
+        writing.start()
+        other.sendall(struct.pack(">I", UNKNOWN))
+        answered(other, opened(plain, 1), struct.pack(">I", UNKNOWN))
+        received = bytearray()
+        while len(received) < len(much):
+            received += reader.recv(65536)
+        assert received == much, "nothing is lost or mixed up"
+        writing.join()
+
+
+def test_it_ends_when_told_though_a_client_does_not_read(tmp_path: Path) -> None:
+    with running(tmp_path, Endings()) as relay, relay.connect() as deaf:
+        deaf.sendall(struct.pack(">I", UNKNOWN))
+        far = opened(relay, 0)
+        far.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                far.send(bytes(1 << 20))
+        relay.wake.send(b"x")
+        relay.thread.join(30)
+        assert relay.is_over()
+
+
+def test_both_ends_of_a_connection_may_go_at_once(tmp_path: Path) -> None:
+    """As when a machine and its vTPM are both killed: the relay hears of both in one turn."""
+    far, wakeups = Far(), socket.socketpair()
+    relay, (client, near) = Relay(far.connect, Endings(), wakeups[1]), socket.socketpair()
+    relay.serve(Channel.CONTROL, near)
+    client.close()
+    far.opened[0].close()
+    relay.run()  # nobody can come any more: it ends
+    relay.close()
+    for sock in wakeups:
+        sock.close()
 
 
 def test_a_vtpm_that_is_not_there_turns_a_client_away_and_not_the_next(plain: Running) -> None:

@@ -315,6 +315,8 @@ def test_a_backup_is_kept_and_what_was_refused_too(tmp_path: Path) -> None:
     assert (place / "tpm2-00.permall.refused-0").read_bytes() == b"three"
     files.store("permall", b"four")
     (place / "tpm2-00.permall").unlink()
+    assert files.load("permall") is None  # it may be another process's, which is about to replace it
+    files.lock()
     assert files.load("permall") == b"two"
 
 

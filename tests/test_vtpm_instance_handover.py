@@ -58,7 +58,10 @@ def test_sockets_and_rings_pass_the_check_and_nothing_else_does() -> None:
     unconnected = socket.socket(socket.AF_UNIX)
     listener = socket.create_server(("127.0.0.1", 0))
     tcp = socket.create_connection(listener.getsockname())
+    listener_6 = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    tcp_6 = socket.create_connection(listener_6.getsockname()[:2])  # QEMU may pass such a data connection
     try:
+        check(Handed(Kind.DATA, (tcp_6.fileno(),)))
         check(Handed(Kind.DATA, (stream[0].fileno(),)))
         check(Handed(Kind.CONTROL, (tcp.fileno(),)))
         check(Handed(Kind.RING, back.descriptors()))
@@ -77,7 +80,7 @@ def test_sockets_and_rings_pass_the_check_and_nothing_else_does() -> None:
             with pytest.raises(BadRequestError):
                 check(wrong)
     finally:
-        for sock in (*stream, *datagram, unconnected, listener, tcp):
+        for sock in (*stream, *datagram, unconnected, listener, tcp, listener_6, tcp_6):
             sock.close()
         front.close()
         back.close()

@@ -1,6 +1,7 @@
 """One vTPM going to sleep and waking, with the real library in this process: what is kept, what is refused."""
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from test_vtpm_instance_vtpm import INDEX, Parts
 from vtpm_instance_commands import (
     SHUTDOWN_CLEAR,
     STARTUP_CLEAR,
+    authorised,
     extended,
     get_random,
     nv_content,
@@ -20,6 +22,7 @@ from vtpm_instance_commands import (
     pcr_extend,
     pcr_read,
     rc,
+    sized,
 )
 
 from frontend_backend.messages_instance import RefusalCode
@@ -140,6 +143,26 @@ def test_when_the_commit_is_refused_it_goes_on_as_if_nothing_had_been_tried(part
     assert rc(vtpm.execute(nv_write(INDEX, b"more"), 0)) == 0
     vtpm.hibernate(0)
     assert nv_content(woken(parts).execute(nv_read(INDEX, 4), 0)) == b"more"
+
+
+def test_when_what_libtpms_stores_by_itself_is_refused_it_is_known_to_have_failed(parts: Parts) -> None:
+    """It stores its clock, or that a failed try is forgotten, with any command, also one that only looks."""
+    vtpm = running(parts)
+    limits = b"".join(number.to_bytes(4) for number in (10, 1, 1))  # tries, seconds until one is forgotten
+    assert rc(vtpm.execute(authorised(0x13A, (0x4000000A).to_bytes(4), limits), 0)) == 0
+    index, own = INDEX + 1, sized(b"x")  # with a password, and subject to the limits
+    public = index.to_bytes(4) + bytes.fromhex("000b 00040004 0000 0008")
+    assert rc(vtpm.execute(authorised(0x12A, (0x40000001).to_bytes(4), own + sized(public)), 0)) == 0
+    wrong = authorised(0x137, index.to_bytes(4) * 2, sized(b"\1" * 8) + bytes(2))
+    assert 0x98E in {rc(vtpm.execute(wrong, 0)) for _ in range(2)}
+    time.sleep(2.5)
+    parts.manager.refuse = RefusalCode.STORE_FAILED
+    with pytest.raises(CommitRefusedError):
+        vtpm.hibernate(0)
+    assert vtpm.condition is Condition.FAILED
+    parts.manager.refuse = None
+    vtpm.reset()
+    assert nv_content(vtpm.execute(nv_read(INDEX, 4), 0)) == b"kept"
 
 
 def test_when_nobody_answers_it_does_not_know_and_fails(parts: Parts) -> None:

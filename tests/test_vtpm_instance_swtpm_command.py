@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -16,6 +17,9 @@ import pytest
 import swtpm_rig as rig
 import vtpm_instance_rig as tpm
 from swtpm_rig import OURS, STARTED, SWTPM, get_secret, put_secret, refused, running
+
+from storage import swtpm_blob
+from storage.swtpm_crypto import SwtpmKey256
 
 SECRET = b"kept in NV"
 GET_CAPABILITY, INIT, SHUTDOWN, STORE_VOLATILE, STOP = ((n).to_bytes(4) for n in (1, 2, 3, 0x0A, 0x0E))
@@ -103,13 +107,24 @@ def test_what_is_acknowledged_survives_kill_9(state: Path) -> None:
             assert get_secret(other, len(SECRET)) == SECRET
 
 
-@pytest.mark.parametrize(("more", "flushed"), [("", True), (",fsync=false", False)])
+@pytest.mark.parametrize(
+    ("more", "saved"),
+    [
+        ("", ["fsync", "renameat TMP2-00.permall", "fsync"]),
+        (",fsync=false", ["renameat TMP2-00.permall"]),
+        (  # the permanent state is never taken away, only replaced
+            ",backup",
+            ["fsync", "unlinkat tpm2-00.permall.bak", "linkat tpm2-00.permall", "renameat TMP2-00.permall", "fsync"],
+        ),
+    ],
+)
 def test_a_save_is_flushed_before_its_answer_unless_told_otherwise(
-    tmp_path: Path, state: Path, more: str, flushed: bool
+    tmp_path: Path, state: Path, more: str, saved: list[str]
 ) -> None:
     trace = tmp_path / "trace"
     with running(OURS, "--tpm2", "--tpmstate", f"dir={state}{more}", "--seccomp", "action=none") as one:
-        words = ["strace", "-e", "trace=fsync,renameat,sendto", "-o", str(trace), "-p", str(one.process.pid)]
+        calls = "trace=fsync,/unlink,/link,/rename,sendto"
+        words = ["strace", "-e", calls, "-o", str(trace), "-p", str(one.process.pid)]
         with tpm.connect(one.data) as sock:
             assert tpm.rc(tpm.transact(sock, tpm.nv_define(rig.INDEX, 8))) == 0
             with subprocess.Popen(words, stderr=subprocess.PIPE) as tracer:
@@ -117,9 +132,9 @@ def test_a_save_is_flushed_before_its_answer_unless_told_otherwise(
                 assert b"attached" in tracer.stderr.readline()
                 assert tpm.rc(tpm.transact(sock, tpm.nv_write(rig.INDEX, b"a save!!"))) == 0
                 tracer.terminate()
-    calls = [line.split("(")[0] for line in trace.read_text().splitlines() if "(" in line]
-    saved = ["fsync", "renameat", "fsync"] if flushed else ["renameat"]
-    assert calls == [*saved, "sendto"]
+    traced = [line.split("(") for line in trace.read_text().splitlines() if "(" in line]
+    seen = [f"{call} {rest.split(chr(34))[1]}" if call.endswith("at") else call for call, rest in traced]
+    assert seen == [*saved, "sendto"]
 
 
 def test_a_state_that_does_not_load_is_never_replaced(tmp_path: Path, state: Path) -> None:
@@ -183,6 +198,44 @@ def test_a_backup_steps_in_for_a_state_that_is_refused(state: Path) -> None:
     assert len(list(state.glob("tpm2-00.permall.refused-*"))) == 2
 
 
+def test_no_backup_steps_in_where_the_newest_state_is_sound(tmp_path: Path, state: Path) -> None:
+    words = ["--tpm2", "--tpmstate", f"dir={state},backup"]
+    start_now = ["--server", "port=0", "--flags", "not-need-init"]
+    with running(OURS, *words, *keyed(tmp_path, "key")) as one:
+        put_secret(one, SECRET)
+        assert one.control(STORE_VOLATILE) == OK
+        assert one.stop() == 0
+    before = {path.name: path.read_bytes() for path in state.iterdir()}
+    assert "tpm2-00.permall.bak" in before
+    (tmp_path / "wrong").write_text("cd" * 32)
+    wrong = ["--key", f"file={tmp_path}/wrong,mode=aes-256-cbc"]
+    for given in (wrong, []):
+        assert refused([*OURS, "socket"], *words, *given, *start_now)[0] == 1
+        assert {path.name: path.read_bytes() for path in state.iterdir()} == before
+    key = SwtpmKey256(bytes.fromhex("ab" * 32))
+    volatile = state / "tpm2-00.volatilestate"
+    blob = swtpm_blob.unpack_stored(volatile.read_bytes(), key)
+    for bad in (b"no blob at all", swtpm_blob.pack_stored(blob[:20] + bytes(len(blob) - 20), key)):
+        volatile.write_bytes(bad)
+        assert refused([*OURS, "socket"], *words, *keyed(tmp_path, "key"), *start_now)[0] == 1
+        volatile.write_bytes(before[volatile.name])
+        assert {path.name: path.read_bytes() for path in state.iterdir()} == before
+
+
+def test_messages_never_go_into_a_state_or_a_socket(tmp_path: Path, state: Path) -> None:
+    process = start("socket", *of(state), "--ctrl", f"type=unixio,path={state}/c", "--flags", STARTED,
+                    preexec_fn=lambda: os.closerange(0, 3))  # fmt: skip
+    deadline = time.monotonic() + rig.READY_SECONDS
+    while not (state / "tpm2-00.permall").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    places = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+    process.terminate()
+    assert ended(process) == 0
+    assert places == ["/dev/null"] * 3
+
+
 def test_two_cannot_have_one_state(state: Path) -> None:
     for first, second in ((SWTPM, OURS), (OURS, SWTPM), (OURS, OURS)):
         with running(first, *of(state)) as one:
@@ -191,6 +244,36 @@ def test_two_cannot_have_one_state(state: Path) -> None:
             assert code == 1
             assert "Could not lock access to lockfile" in text
             assert one.stop() == 0
+
+
+def test_nor_where_the_lock_file_was_deleted(state: Path) -> None:
+    with running(OURS, *of(state)) as one:
+        put_secret(one, SECRET)
+        (state / ".lock").unlink()
+        assert tpm.rc(one.tpm(tpm.nv_write(rig.INDEX, SECRET[::-1]))[0]) == 0  # it has made a new one
+        assert refused([*OURS, "socket"], *of(state), "--server", "port=0", "--flags", "not-need-init")[0] == 1
+        (state / ".lock").unlink()
+        with running(SWTPM, *of(state)) as other:
+            content = (state / "tpm2-00.permall").read_bytes()
+            assert one.tpm(tpm.nv_write(rig.INDEX, SECRET))[0][6:10] != OK
+            assert one.control(STOP) == OK
+            assert (state / "tpm2-00.permall").read_bytes() == content
+            assert other.stop() == 0
+        assert one.control(INIT_NOW) == OK
+        assert get_secret_after_startup(one) == SECRET[::-1]
+
+
+def test_a_disk_that_is_full_keeps_the_last_state(state: Path) -> None:
+    with running(OURS, *of(state, "--seccomp", "action=none")) as one:
+        put_secret(one, SECRET)
+        content = (state / "tpm2-00.permall").read_bytes()
+        resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        assert one.tpm(tpm.nv_write(rig.INDEX, SECRET[::-1]))[0][6:10] != OK
+        assert (state / "tpm2-00.permall").read_bytes() == content
+        resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert one.control(INIT_NOW) == OK
+        assert get_secret_after_startup(one) == SECRET
+        assert one.stop() == 0
 
 
 # --- control channel --------------------------------------------------------------------------------
@@ -225,6 +308,8 @@ def test_a_running_tpm_moves_between_swtpm_and_us_by_its_blobs(tmp_path: Path) -
         for place in places:
             place.mkdir()
         more = ["--migration-key", f"file={key}"]
+        if number == 2:  # keys of two sizes: swtpm cannot do that
+            more += keyed(tmp_path, "key")
         with running(first, *of(places[0]), *more) as one, running(second, *of(places[1]), *more, flags=None) as other:
             put_secret(one, SECRET)
             assert tpm.rc(one.tpm(tpm.pcr_extend(16))[0]) == 0
@@ -296,6 +381,55 @@ def test_a_state_that_is_put_in_is_not_mixed_with_what_was_stored(tmp_path: Path
         assert other.control(INIT_NOW) == OK
         assert get_secret_after_startup(other) == SECRET
         assert other.tpm(tpm.pcr_read(16))[0][-32:] == bytes(32)
+
+
+def test_a_volatile_state_that_is_put_in_alone_goes_with_the_stored_one(state: Path) -> None:
+    with running(OURS, *of(state)) as one:
+        assert tpm.rc(one.tpm(tpm.pcr_extend(16))[0]) == 0
+        volatile = taken_out(one, 2)[1]
+        one.process.kill()
+        one.process.wait()
+    content = (state / "tpm2-00.permall").read_bytes()
+    for command in (SWTPM, OURS):
+        (state / "tpm2-00.permall").write_bytes(content)
+        with running(command, *of(state), flags=None) as one:
+            assert put_in(one, 2, volatile) == 0
+            assert one.control(INIT_DELETING) == OK
+            assert one.tpm(tpm.pcr_read(16))[0][-32:] == tpm.extended(b"\x11" * 32)
+            assert one.stop() == 0
+    (state / "tpm2-00.permall").unlink()
+    with running(OURS, *of(state), flags=None) as one:
+        assert put_in(one, 2, volatile) != 0
+    assert not (state / "tpm2-00.permall").exists()
+
+
+def test_random_numbers_never_come_twice(state: Path) -> None:
+    drawn: dict[tuple[str, ...], list[bytes]] = {}
+    for command in (SWTPM, OURS):
+        with running(command, *of(state)) as one:
+            assert one.control(STORE_VOLATILE) == OK
+            blobs = [(kind, taken_out(one, kind)[1]) for kind in (1, 2)]
+            assert one.stop() == 0
+        drawn[command] = []
+        for _ in range(2):
+            with running(command, *of(state), flags=None) as one:
+                assert [put_in(one, *blob) for blob in blobs] == [0, 0]
+                assert one.control(INIT_NOW) == OK
+                drawn[command].append(one.tpm(tpm.get_random())[0])
+                assert one.control(STORE_VOLATILE) == OK
+                one.process.kill()
+                one.process.wait()
+        for _ in range(2):
+            with running(command, *of(state), flags=None) as one:
+                assert one.control(INIT_NOW) == OK
+                drawn[command].append(one.tpm(tpm.get_random())[0])
+                one.process.kill()
+                one.process.wait()
+        for path in state.iterdir():
+            path.unlink()
+    assert drawn[SWTPM][0] == drawn[SWTPM][1]
+    assert drawn[SWTPM][2] == drawn[SWTPM][3]
+    assert len(set(drawn[OURS])) == 4
 
 
 def test_the_lock_is_released_for_a_migration_only_with_the_option(state: Path) -> None:
@@ -412,6 +546,34 @@ def ended(process: subprocess.Popen[bytes]) -> int:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_several_data_connections_are_served_at_once(state: Path) -> None:
+    with running(OURS, *of(state)) as one, tpm.connect(one.data) as first, tpm.connect(one.data) as second:
+        for sock in (first, second, first):
+            assert tpm.rc(tpm.transact(sock, tpm.get_random())) == 0
+
+
+def test_what_a_successor_put_in_our_place_is_left_to_it(state: Path, short: Path) -> None:
+    other = short / "other"
+    other.mkdir()
+    words = ["--ctrl", f"type=unixio,path={short}/s.ctrl", "--pid", f"file={short}/pid"]
+    first = rig.Running(start("socket", *of(state), *words), short)
+    rig.await_ready(first)
+    (short / "pid").unlink()
+    second = rig.Running(start("socket", *of(other), *words), short)
+    deadline = time.monotonic() + rig.READY_SECONDS
+    while not (short / "pid").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.process.terminate()
+    assert ended(first.process) == 0
+    kept = (short / "pid").exists(), second.ctrl.exists()
+    second.process.terminate()
+    assert ended(second.process) == 0
+    assert kept == (True, True)
+    assert not (short / "pid").exists()
+    assert not second.ctrl.exists()
 
 
 def test_tcp_ports(state: Path) -> None:

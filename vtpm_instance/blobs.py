@@ -111,15 +111,16 @@ class ManagedBlobs:
 
     def _export(self) -> _TakenOut:
         """Encrypt the state as it is now: the permanent part as committed, the volatile one of the running TPM."""
-        contents = {Part.PERMANENT: self._keeper.blobs[PERMANENT]}
         flags = dict.fromkeys(Part, PartFlags.NONE)
+        # First: with any command libtpms may store its clock, or fewer failed tries, which is a commit of its own.
+        if self._family is TpmFamily.TPM_2_0 and code_of(self._tpm.process(read_clock())) == RC_INITIALIZE:
+            flags[Part.VOLATILE] = PartFlags.UNSTARTED
+        contents = {Part.PERMANENT: self._keeper.blobs[PERMANENT]}
         if self._has_saved:
             contents[Part.SAVED] = self._keeper.blobs[SAVED]
 
         def look_at_tpm() -> None:
             contents[Part.VOLATILE] = self._tpm.volatile()
-            if self._family is TpmFamily.TPM_2_0 and code_of(self._tpm.process(read_clock())) == RC_INITIALIZE:
-                flags[Part.VOLATILE] = PartFlags.UNSTARTED
 
         generation, parts = self._keeper.generation, tuple(map(int, (*contents, Part.VOLATILE)))
         try:
@@ -138,10 +139,12 @@ class ManagedBlobs:
     def used(self) -> None:
         """Make what was taken out, or put in, history: a new generation, unless there is one since.
 
+        Without anything that was taken out, something was put in: perhaps before a power on that dropped it.
+
         Raises what a commit raises.
         """
         out = self._taken_out
-        if self._keeper.restoring or (out is not None and out.generation == self._keeper.generation):
+        if self._keeper.restoring or out is None or out.generation == self._keeper.generation:
             self._keeper.commit()
         self._forget_taken_out()
 

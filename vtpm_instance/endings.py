@@ -7,7 +7,7 @@ from frontend_backend.tpmhdr import TpmFamily
 from storage.errors import StorageError
 from vtpm_instance import tpm_commands as tpm
 from vtpm_instance.condition import Change, Condition
-from vtpm_instance.errors import CommitRefusedError, InstanceError, NotNowError, StateNotWrittenError
+from vtpm_instance.errors import CommitRefusedError, InstanceError, NotNowError, SaveError, StateNotWrittenError
 from vtpm_instance.power import Power
 from vtpm_instance.slumber import Slumber
 from vtpm_instance.tpm_commands import Startup
@@ -46,7 +46,12 @@ class Endings(Power):
             raise NotNowError("it answers failure until a platform reset, so there is nothing to hibernate")
         if self._taken_out:
             raise NotNowError("its state was taken out, and its guest has not gone on since")
-        if self.family is TpmFamily.TPM_2_0 and tpm.code_of(self._tpm.process(tpm.read_clock())):
+        try:
+            refused = self.family is TpmFamily.TPM_2_0 and tpm.code_of(self._tpm.process(tpm.read_clock()))
+        except (SaveError, StorageError) as error:  # libtpms stores its clock with any command
+            self._fail(error)
+            raise
+        if refused:
             raise NotNowError("its TPM has not been started up by its guest, or is in failure mode")
 
     def stop(self) -> bool:

@@ -32,7 +32,7 @@ class StateRefusedError(LibtpmsError):
             "MainInit",
             code,
             f"the TPM {family} emulator refuses the stored state ({why}, 0x{code:x}); nothing was changed and no "
-            "fresh TPM was made; restore a good state image, or clear this vTPM with vtpm-reset",
+            "fresh TPM was made; restore a good state image, or have the manager clear its vTPM with vtpm-reset",
         )
         self.family, self.why = family, why
 

@@ -128,7 +128,7 @@ def _is_connection(descriptor: int) -> bool:
         return False
     with socket.socket(fileno=os.dup(descriptor)) as sock:
         sock.getpeername()
-        return sock.family in (socket.AF_UNIX, socket.AF_INET) and sock.type == socket.SOCK_STREAM
+        return sock.family in _FAMILIES and sock.type == socket.SOCK_STREAM
 
 
 def _is_ring(page: int, heard: int, rung: int) -> bool:

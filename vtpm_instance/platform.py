@@ -70,9 +70,9 @@ class Platform:
         return result
 
     def reset(self) -> int:
-        """Reset the platform for the manager; one that is switched off stays off."""
+        """Reset the platform for the manager; one that is switched off stays off, with what was put in."""
         if self._rules.powered and not self.running:
-            return self.power_off()
+            return Result.SUCCESS if self._vtpm.condition is Condition.OFF else self.power_off()
         return self.power_on(InitFlags.DELETE_VOLATILE)
 
     def power_off(self) -> int:

@@ -91,6 +91,7 @@ class Power:
         """See to it that what was taken out is history before anything more is done. Raises what a commit raises."""
         if self._taken_out and self.state_blobs is not None:
             self.state_blobs.used()
+            self._loaded = True
         self._taken_out, self._serving = False, self.running
 
     # starting
@@ -197,7 +198,7 @@ class Power:
         One that is the `newest` as it is becomes history before its first command, as after it was taken out: until
         then it can be put in once more.
         """
-        self._loaded = self._guest_shut_down = self._stirred = self._taken_out = False
+        self._loaded = self._guest_shut_down = self._stirred = False
         self._keeper.blobs = dict(staged)
         volatile = self._keeper.blobs.get(VOLATILE)
         with self._keeper.gather():
@@ -205,11 +206,10 @@ class Power:
             self._keeper.blobs.pop(VOLATILE, None)
             if volatile is not None:
                 self._stir()
-        if newest:
-            self._taken_out = True
-        else:
+        if not newest:
             self._keeper.commit()
-        self._loaded, self._fresh = True, False
+        # What the start changed of the newest one is not saved before it is used, so a power on loads it again.
+        self._taken_out, self._loaded, self._fresh = newest, not newest, False
 
     def _stir(self) -> None:
         if self.family is TpmFamily.TPM_2_0:
@@ -277,7 +277,8 @@ class Power:
             try:
                 with self._keeper.gather():
                     self._shut_down_unasked()
-                self._keeper.commit_gathered()
+                if not self._taken_out:
+                    self._keeper.commit_gathered()
             except (InstanceError, StorageError) as error:
                 self._fail(error)
                 raise

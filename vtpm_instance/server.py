@@ -57,12 +57,17 @@ class Link(Protocol):
         """Tell whether the manager has asked for a report since the last call."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _PlatformGone:
+    """The end of a machine, dealt with in the main thread and not within a command; once."""
+
     platform: Platform
+    done: bool = False
 
     def step(self) -> None:
-        self.platform.platform_gone()
+        if not self.done:
+            self.done = True
+            self.platform.platform_gone()
 
 
 def _nothing(*_arguments: object) -> None:
@@ -109,6 +114,7 @@ class Server(Poller):
         self._stand_in = StandIn(self, vtpm.cancel)
         vtpm.beside_long = self._stand_in.on_duty
         self._proxy_ports: list[ProxyPort] = []
+        self._platform_gone: _PlatformGone | None = None
         self.passed_port = Port(None, self._data_session, self)
         self._ports.append(self.passed_port)
         self._watch(wakeup, self._on_wakeup)
@@ -132,8 +138,18 @@ class Server(Poller):
         if self.passed_port.connections:
             sock.close()
             return False
+        self._see_off()
         self.take_on(self.passed_port, self.passed_port.adopt(sock, PASSED))
         return True
+
+    def _see_off(self) -> None:
+        """Deal with the end of the machine before, which would be taken for that of the new one later."""
+        for port in self.control_ports:
+            for connection in port.connections:
+                if isinstance(connection.session, ControlPortSession):
+                    connection.session.is_platform = False
+        if self._platform_gone is not None:
+            self._platform_gone.step()
 
     def let_data_socket_go(self) -> None:
         """Close the data connection that was passed: its machine is gone, whoever else may have a copy of its end."""
@@ -203,7 +219,8 @@ class Server(Poller):
             if self.rules.ends_with_control:
                 self.end()
             if isinstance(connection.session, ControlPortSession) and connection.session.is_platform:
-                self._busy.append(_PlatformGone(self.platform))  # in the main thread, and not within a command
+                self._platform_gone = _PlatformGone(self.platform)
+                self._busy.append(self._platform_gone)
         elif self.rules.ends_with_data:
             self.end()
 

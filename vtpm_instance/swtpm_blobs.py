@@ -8,7 +8,7 @@ from typing import Final
 from frontend_backend.tpmhdr import TpmFamily
 from storage import swtpm_blob
 from storage.swtpm_crypto import SwtpmKey
-from storage.swtpm_errors import SwtpmStateError
+from storage.swtpm_errors import SwtpmPartMissing, SwtpmStateError
 from vtpm_instance.control_machine import BlobFlags, BlobKind, Result
 from vtpm_instance.journal import note
 from vtpm_instance.libtpms import PERMANENT, SAVED, VOLATILE, Tpm
@@ -36,8 +36,8 @@ class SwtpmBlobs:
 
     @property
     def staged(self) -> bool:
-        """Whether the next power on starts from what was put in: not without its permanent part."""
-        return PERMANENT in self._staged
+        """Whether the next power on starts from what was put in, with the stored permanent part if need be."""
+        return bool(self._staged)
 
     @property
     def history(self) -> bool:
@@ -89,19 +89,25 @@ class SwtpmBlobs:
             self._staged.pop(name, None)
             return Result.SUCCESS
         staged = self._staged | {name: blob}
-        code = self._judge(staged)
+        try:
+            code = self._judge(staged)
+        except SwtpmStateError as error:
+            note(f"{name} blob refused: what is stored does not go with it: {error}")
+            code = error.result
         self._staged = {} if code else staged
         return code
 
     def _judge(self, staged: dict[str, bytes]) -> int:
         if SAVED in staged and self._family is TpmFamily.TPM_2_0:
             return Result.BAD_TYPE
-        return self._tpm.judge(self._family, {**self._stored_permanent(), **staged})
+        return self._tpm.judge(self._family, self._completed(staged))
 
-    def _stored_permanent(self) -> dict[str, bytes]:
-        """Return the stored permanent part: a volatile one is judged by it where no other was put in."""
-        blob = self._keeper.blobs.get(PERMANENT)
-        return {} if blob is None else {PERMANENT: blob}
+    def _completed(self, staged: dict[str, bytes]) -> dict[str, bytes]:
+        """Return what was put in, beside the stored permanent part where no other was. Raises SwtpmStateError."""
+        if PERMANENT in staged:
+            return staged
+        stored = self._keeper.stored()
+        return staged if stored is None else {PERMANENT: stored, **staged}
 
     def used(self) -> None:
         """Take the lock back before the TPM goes on. Raises SwtpmStateError: another process has it now."""
@@ -116,6 +122,14 @@ class SwtpmBlobs:
         return False
 
     def take_staged(self) -> dict[str, bytes]:
-        """Return what was put in by libtpms' names, and forget it."""
+        """Return what was put in by libtpms' names, and forget it.
+
+        Raises:
+            SwtpmStateError: no permanent part was put in, and the stored one is missing or cannot be used.
+
+        """
         staged, self._staged = self._staged, {}
-        return staged
+        completed = self._completed(staged)
+        if PERMANENT not in completed:
+            raise SwtpmPartMissing("what was put in", " and ".join(sorted(completed)))
+        return completed

@@ -6,6 +6,7 @@ is 0, or 1 for everything else, as swtpm has it.
 Python takes most of the time that a start takes: what is not needed to serve is not imported (tests/bench measures it).
 """
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -15,12 +16,14 @@ from frontend_backend.swtpm_options import Interface, SwtpmOptions, parse
 from frontend_backend.swtpm_suboptions import OptionError
 
 _FAILURE: Final = 1
+_STANDARD_ERROR: Final = 2
 _MANAGED: Final = "vtpm-swtpm-managed"
 _PREFIX: Final = "swtpm: "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    _occupy_standard_descriptors()
     words = list(sys.argv[1:] if argv is None else argv)
     program = os.path.basename(sys.argv[0])
     if not words:
@@ -49,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             _complain(usage(program, interface).rstrip())
         return _FAILURE
+
+
+def _occupy_standard_descriptors() -> None:
+    """Have no socket or state file in the place of a standard error that is closed: messages would go there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= _STANDARD_ERROR:
+        pass
+    os.close(descriptor)
 
 
 def _complain(text: str) -> int:
@@ -130,6 +140,7 @@ def _prepare(options: SwtpmOptions) -> bool:
 
 
 def _serve(options: SwtpmOptions) -> NoReturn:
+    gc.disable()  # what is loaded now stays: looking for garbage in it would only take time
     # All that is needed is loaded before the root directory changes: there is nothing to load it from afterwards.
     from vtpm_instance import journal, swtpm_process, swtpm_serve  # noqa: PLC0415
     from vtpm_instance.libtpms import the_tpm  # noqa: PLC0415
@@ -145,6 +156,8 @@ def _serve(options: SwtpmOptions) -> NoReturn:
     tpm = _library(the_tpm)
     logs = _prepare(options)
     swtpm_serve.speak_up(tpm, options.log.level, options.log.prefix)
+    gc.freeze()
+    gc.enable()
     code = swtpm_serve.serve(options, tpm, os.environ, program, daemon, logs=logs)
     # Not by the interpreter's own end: the second thread's would load a library, which the filter does not allow.
     os._exit(code)

@@ -13,7 +13,7 @@ from typing import Final
 from frontend_backend.tpmhdr import TpmFamily
 from storage import swtpm_blob
 from storage.swtpm_crypto import SwtpmKey
-from storage.swtpm_errors import SwtpmDamaged, SwtpmLocked, SwtpmPartMissing, SwtpmStateError
+from storage.swtpm_errors import SwtpmBadHeader, SwtpmDamaged, SwtpmLocked, SwtpmPartMissing, SwtpmStateError
 from storage.swtpm_files import NAMES, PERMANENT, SwtpmFiles
 from vtpm_instance.control_machine import Result
 from vtpm_instance.journal import note
@@ -66,7 +66,7 @@ class SwtpmKeeper:
         try:
             self._read()
         except SwtpmStateError:
-            if not self.recover():
+            if not self._permanent_is_damaged() or self.backup() is None or not self.recover():
                 raise
             self._read()
         self.roomy = self._files.locked
@@ -80,8 +80,35 @@ class SwtpmKeeper:
         self._images = {} if self._files.locked else images
         self._stored, self.blobs = blobs, dict(blobs)
 
+    def _permanent_is_damaged(self) -> bool:
+        """Tell damage from what the caller can mend: a wrong key is no reason to go back to an older state."""
+        try:
+            self.stored()
+        except (SwtpmBadHeader, SwtpmDamaged):
+            return True
+        except SwtpmStateError:
+            return False
+        return False
+
+    def stored(self) -> bytes | None:
+        """Return the permanent state that is in the files now. Raises SwtpmStateError."""
+        image = self._files.load(PERMANENT)
+        return None if image is None else swtpm_blob.unpack_stored(image, self.key)
+
+    def backup(self) -> bytes | None:
+        """Return the kept backup of the permanent state; None where there is none that opens."""
+        try:
+            image = self._files.backup()
+            return None if image is None else swtpm_blob.unpack_stored(image, self.key)
+        except SwtpmStateError as error:
+            note(f"the backup cannot be used either: {error}")
+            return None
+
     def recover(self) -> bool:
-        """Put a kept backup in place of a permanent state that was refused; see `SwtpmFiles.recover`."""
+        """Put a kept backup in place of a permanent state that was refused; see `SwtpmFiles.recover`.
+
+        It is the caller's to know that the permanent state itself is at fault, and that the backup is not.
+        """
         recovered = self._files.locked and self._files.recover()
         if recovered:
             note("the permanent state was refused: its backup is in place now, and the refused one is kept beside it")

@@ -127,12 +127,28 @@ def _checked_log(descriptor: int) -> int:
     return descriptor
 
 
+FileIdentity = tuple[int, int]  # device and inode
+
+
+def identity_of(status: os.stat_result) -> FileIdentity:
+    """Return what tells a file from the one that takes its path later."""
+    return status.st_dev, status.st_ino
+
+
+def remove_own(path: str, identity: FileIdentity) -> None:
+    """Take a path away unless another process has put something of its own there; where we may not it stays."""
+    with suppress(OSError):
+        if identity_of(os.lstat(path)) == identity:
+            os.unlink(path)
+
+
 class PidFile:
     """Where the process's number is."""
 
     def __init__(self, target: PidTarget) -> None:
         """Check what --pid names; nothing is written yet. Raises OptionError."""
         self._path, self._descriptor = target.file, target.descriptor
+        self._identity: FileIdentity | None = None
         if self._path is None and self._descriptor is not None:
             try:
                 if stat.S_ISREG(os.fstat(self._descriptor).st_mode):
@@ -154,6 +170,7 @@ class PidFile:
                 descriptor, self._descriptor = self._descriptor, None
             try:
                 os.write(descriptor, content)
+                self._identity = identity_of(os.fstat(descriptor))
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -161,9 +178,8 @@ class PidFile:
 
     def remove(self) -> None:
         """Take a named one away; where we may not any more (--chroot, --runas) it stays."""
-        if self._path is not None:
-            with suppress(OSError):
-                os.unlink(self._path)
+        if self._path is not None and self._identity is not None:
+            remove_own(self._path, self._identity)
 
 
 def wakeup_pipe() -> int:

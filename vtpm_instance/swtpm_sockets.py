@@ -12,6 +12,7 @@ from typing import Final
 
 from frontend_backend.swtpm_records import Endpoint, Kind
 from frontend_backend.swtpm_suboptions import OptionError
+from vtpm_instance.swtpm_process import FileIdentity, identity_of, remove_own
 
 _BACKLOG: Final = 16  # swtpm has 1; a client that connects anew for each command must not find it full
 _LONGEST_PATH: Final = 107  # bytes of a Unix socket's (unix(7)), without the zero at its end
@@ -25,12 +26,12 @@ class Opened:
     sock: socket.socket
     connected: bool
     path: str | None = None
+    identity: FileIdentity | None = None  # of the socket at `path`
 
     def remove_path(self) -> None:
         """Take the socket's path away. Where we may not any more (--chroot, --runas) it stays, as with swtpm."""
-        if self.path is not None:
-            with suppress(OSError):
-                os.unlink(self.path)
+        if self.path is not None and self.identity is not None:
+            remove_own(self.path, self.identity)
 
 
 def open_endpoint(endpoint: Endpoint, what: str) -> Opened:
@@ -45,7 +46,8 @@ def open_endpoint(endpoint: Endpoint, what: str) -> Opened:
     if endpoint.descriptor is not None:
         return Opened(_adopted(endpoint.descriptor, f"{_kind(endpoint)} {what}"), connected=False)
     if endpoint.path is not None:
-        return Opened(_unix(endpoint, endpoint.path), connected=False, path=endpoint.path)
+        sock, identity = _unix(endpoint, endpoint.path)
+        return Opened(sock, connected=False, path=endpoint.path, identity=identity)
     assert endpoint.port is not None, "an endpoint is one of four"
     return Opened(_tcp(endpoint, endpoint.port), connected=False)
 
@@ -69,7 +71,7 @@ def _adopted(descriptor: int, what: str) -> socket.socket:
     raise OptionError(f"Bad filedescriptor {descriptor} for {what}")
 
 
-def _unix(endpoint: Endpoint, path: str) -> socket.socket:
+def _unix(endpoint: Endpoint, path: str) -> tuple[socket.socket, FileIdentity]:
     """Return a listening socket at `path`, which appears there when it can be connected to, with mode and owner."""
     with suppress(FileNotFoundError):
         _refuse_other_files(path)
@@ -87,6 +89,7 @@ def _unix(endpoint: Endpoint, path: str) -> socket.socket:
             os.chown(place, uid, gid)
         os.chmod(place, endpoint.mode)
         sock.listen(_BACKLOG)
+        identity = identity_of(os.lstat(place))
         os.rename(place, path)
     except BaseException as error:
         sock.close()
@@ -98,7 +101,7 @@ def _unix(endpoint: Endpoint, path: str) -> socket.socket:
         raise
     finally:
         os.umask(previous)
-    return sock
+    return sock, identity
 
 
 def _refuse_other_files(path: str) -> None:

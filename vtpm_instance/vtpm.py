@@ -16,7 +16,7 @@ from vtpm_instance import tpm_commands as tpm
 from vtpm_instance.condition import Condition
 from vtpm_instance.control_machine import Result
 from vtpm_instance.endings import Endings
-from vtpm_instance.errors import InstanceError, QuoteRefusedError
+from vtpm_instance.errors import InstanceError, QuoteRefusedError, SaveError
 from vtpm_instance.evidence import gather
 from vtpm_instance.keeping import Keeper
 from vtpm_instance.libtpms import VOLATILE, Tpm
@@ -160,7 +160,11 @@ class Vtpm(Endings):
         """Take a state blob out of the running TPM: see `StateBlobs.take_out`, whose the result is."""
         if self.state_blobs is None:
             return Result.BAD_ORDINAL, 0, b""
-        found = self.state_blobs.take_out(kind, flags)
+        try:
+            found = self.state_blobs.take_out(kind, flags)
+        except (SaveError, StorageError) as error:  # of what libtpms had to store first
+            self._fail(error)
+            raise
         if not found[0]:
             self._taken_out, self._serving = True, False
         return found

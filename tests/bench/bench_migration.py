@@ -56,12 +56,13 @@ class Traveller:
         uri = f"unix:{self._bench.directory}/{self._name}-move"
         self._here = self._following()
         self._qemu = self._start(uri)
-        begun = len(before.ticks.seen)
+        begun = before.ticks.count
         before.monitor.execute("cont")
         _settle(before, begun)
         shown = before.migrate(uri)
         self._qemu.arrived()
         _settle(self._qemu, 0)
+        self._qemu.ticks.follow(before.ticks)
         self._qemu.monitor.execute("stop")
         ticks = before.ticks.seen[begun:] + self._qemu.ticks.seen
         values = [value for _, value in ticks]
@@ -75,7 +76,7 @@ class Traveller:
 
 
 def _settle(qemu: Qemu, begun: int) -> None:
-    wait_for(lambda: len(qemu.ticks.seen) > begun + SETTLED, "increments")
+    wait_for(lambda: qemu.ticks.count > begun + SETTLED, "increments")
 
 
 def run(options: Options) -> Section:

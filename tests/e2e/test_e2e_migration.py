@@ -10,7 +10,7 @@ import trio
 import vtpm_instance_rig as tpm
 from blob_client import Machine, RefusedError
 from e2e_rig import wait_for
-from migration_rig import INDEX, Guest, Host, hosts
+from migration_rig import INDEX, Guest, Host, Wire, hosts
 
 from frontend_backend import messages_migration as m
 from frontend_backend.state_blob import BlobHeader
@@ -212,17 +212,47 @@ def test_a_claim_is_answered_to_its_claimer_alone(pair: list[Host]) -> None:
     assert north.show(guest.uuid)["migrated_to"] == winner.name
 
 
-def test_a_manager_that_was_said_to_be_gone_stops_what_was_taken_back(pair: list[Host]) -> None:
+def test_a_late_word_of_an_earlier_claimer_makes_neither_two_nor_none(pair: list[Host]) -> None:
+    north, _ = pair
+    guest, first, second = Guest(north), Stranger(north, "gone"), Stranger(north, "third")
+    vtpm, saved = UUID(guest.uuid).bytes, guest.saved()
+    first.authorise("--leave", guest.name)
+    assert isinstance(first.claim(guest, saved[1][1], b"1" * 16), m.ClaimReply)
+    north.command("vtpm-migrate-reclaim", guest.name, "--yes", "--destination-is-gone")
+    second.authorise("--leave", guest.name)
+    machine = Machine(north.attach(guest.name, "again", "--frontend", "qemu")["control"])
+    machine.boot()
+    header = machine.save()[1][1]
+    assert isinstance(second.claim(guest, header, b"2" * 16), m.ClaimReply)
+    confirmation = m.Confirm(vtpm, BlobHeader.unpack(header).export, b"2" * 16)
+    assert isinstance(second.ask(confirmation), m.ConfirmReply)
+    late = m.Confirm(vtpm, BlobHeader.unpack(saved[1][1]).export, b"1" * 16)
+    assert code(first.ask(late)) is m.MigrationRefusal.RECLAIMED, "third has it: the one that was gone has to stop"
+    second.authorise("--come", guest.uuid)
+    north.command("vtpm-migrate-expect", "third", guest.uuid, "--name", guest.name)
+    assert isinstance(second.ask(confirmation), m.ConfirmReply), "its answer was lost: the only one there is goes on"
+    north.command("vtpm-remove", guest.name, "--yes")  # the tombstone went when it was expected
+    assert code(first.ask(m.Renounce(vtpm, bytes(16)))) is m.MigrationRefusal.HAS_IT, "it passed it on: no promise"
+    assert isinstance(second.ask(m.Renounce(vtpm, bytes(16))), m.RenounceReply), "but to the one that it passed it to"
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_a_manager_that_was_said_to_be_gone_stops_what_was_taken_back(pair: list[Host], asleep: bool) -> None:
     north, south = pair
-    guest = Guest(north)
-    guest.allow(south)
+    guest, wire = Guest(north), Wire(f"{south.base}/gone-{asleep}.sock", f"{north.base}/migrate.sock")
+    guest.allow(south, wire)
     saved, machine = guest.saved(), guest.incoming(south)
     for kind, (flags, blob) in sorted(saved.items()):
         if blob:
             machine.put(kind, flags, blob)
     north.command("vtpm-migrate-reclaim", guest.name, "--yes", "--destination-is-gone")
     assert north.show(guest.name)["state"] == "detached"
+    wire.cut = asleep
     machine.call(2, (1).to_bytes(4))  # it was not gone at all
+    if asleep:
+        guest.check(machine)
+        south.command("vtpm-hibernate", guest.name)
+    wire.let_through()
     wait_for(lambda: south.state_of(guest.name) == "frozen", "it stops")
     with pytest.raises(OSError):
         machine.good(tpm.nv_read(INDEX, 8))

@@ -69,12 +69,13 @@ def test_a_guest_that_writes_all_the_time_moves_and_nothing_is_lost_or_done_twic
     first = counter(source.guest) + 1
     start_counting(source.guest)
     destination = bench.qemu(there, "destination", incoming=f"unix:{bench.directory}/move")
-    wait_for(lambda: len(source.ticks.seen) > BEFORE, "increments at the source")
+    wait_for(lambda: source.ticks.count > BEFORE, "increments at the source")
 
     source.migrate(f"unix:{bench.directory}/move")
     destination.arrived()
-    wait_for(lambda: len(destination.ticks.seen) > AFTER, "increments at the destination")
+    wait_for(lambda: destination.ticks.count > AFTER, "increments at the destination")
     said = stop_counting(destination.guest)
+    destination.ticks.follow(source.ticks)
 
     values = [value for _, value in source.ticks.seen + destination.ticks.seen]
     assert values == list(range(first, first + len(values)))

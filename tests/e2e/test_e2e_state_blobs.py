@@ -1,19 +1,37 @@
 """QEMU's save, restore and snapshots of a managed vTPM, spoken by hand: what comes back, and what does not."""
 
+import array
 import itertools
 import os
 import re
+import signal
+import socket
+import struct
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import vtpm_instance_commands as more
 import vtpm_instance_rig as tpm
-from blob_client import PERMANENT, SAVED, VOLATILE, Machine, RefusedError, Saved
+from blob_client import (
+    GET_CAPABILITY,
+    INIT,
+    PERMANENT,
+    SAVED,
+    SET_DATAFD,
+    STOP,
+    VOLATILE,
+    Machine,
+    RefusedError,
+    Saved,
+)
 from e2e_rig import Installation, installation, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 DIGEST = b"\x44" * 32
 INDEX = 0x01500010
+HASH_START, HASH_END = 6, 8
 BAD_PARAMETER, FAIL, DECRYPT_ERROR, BAD_VERSION = 0x03, 0x09, 0x21, 0x2E
 _numbers = itertools.count(1)
 
@@ -465,3 +483,125 @@ def test_no_bytes_of_the_state_are_in_clear_in_what_qemu_keeps(vtpms: Installati
     assert len(kept) > 5000
     assert not any(secret[start : start + 6] in kept for start in range(0, 18, 3))
     world.end()
+
+
+# --- what happens between a save and its use ------------------------------------------------------
+
+
+def _start_12(machine: Machine) -> None:
+    machine.good(tpm.command12(0x99, b"\x00\x01"))  # TPM_Startup(ST_CLEAR), which stores nothing
+
+
+def test_a_restored_state_is_used_by_whatever_comes_first_also_after_a_reset(vtpms: Installation) -> None:
+    world = World(vtpms)
+    saved, _ = world.saved_at()
+    world.end()
+    machine = world.start(saved)
+    generation = world.shown["generation"]
+    machine.reset()  # drops what was restored
+    machine.call(HASH_START)
+    machine.call(HASH_END)
+    assert world.shown["generation"] == generation + 1
+    world.end()
+    world.refuses(saved, BAD_VERSION)
+
+
+def test_a_tpm_1_2_that_booted_makes_what_was_saved_old_though_booting_stores_nothing(vtpms: Installation) -> None:
+    world = World(vtpms, "--tpm", "1.2")
+    machine = world.machine = Machine(world.control)
+    machine.reset()
+    _start_12(machine)
+    older = machine.save()
+    assert machine.code(tpm.command12(0x15, (10).to_bytes(4))) == 0  # the guest goes on
+    newest = machine.save()
+    vtpms.command("vtpm-allow-restore", world.name)
+    machine.call(STOP)
+    for kind in (PERMANENT, VOLATILE):
+        machine.put(kind, *older[kind])
+    vtpms.command("vtpm-allow-restore", world.name, "--never")
+    with pytest.raises(RefusedError):
+        machine.call(INIT, bytes(4))
+    world.end()
+    machine = world.machine = Machine(world.control)
+    machine.reset()
+    _start_12(machine)
+    saved = machine.save()
+    world.end()
+    world.refuses(newest, BAD_VERSION)
+    machine = world.start(saved)
+    machine.reset()
+    _start_12(machine)
+    world.end()
+    world.refuses(saved, BAD_VERSION)
+
+
+def test_what_a_tpm_stores_by_itself_disturbs_no_save_and_uses_no_restored_state(vtpms: Installation) -> None:
+    """With any command libtpms may store its clock, every 70 minutes, or that a try at a password is forgotten."""
+    world = World(vtpms)
+    machine = world.start()
+    limits = struct.pack(">III", 10, 1, 1)  # tries, seconds until one is forgotten, until the lockout is
+    machine.good(more.authorised(0x13A, (0x4000000A).to_bytes(4), limits))  # DictionaryAttackParameters
+    public = struct.pack(">IHIHH", INDEX, 0x000B, 0x00040004, 0, 8)
+    machine.good(more.authorised(0x12A, (0x40000001).to_bytes(4), more.sized(b"x") + more.sized(public)))
+
+    def fail() -> None:
+        wrong = more.authorised(0x137, INDEX.to_bytes(4) * 2, more.sized(b"\1" * 8) + bytes(2))
+        assert {machine.code(wrong), machine.code(wrong)} <= {0x98E, 0x922}
+
+    fail()
+    generation = world.shown["generation"]
+    time.sleep(2.5)
+    machine.save()
+    assert world.shown["generation"] == generation + 1, "this is what the test is about"
+    fail()
+    saved = machine.save()
+    generation = world.shown["generation"]
+    world.end()
+    time.sleep(2.5)
+    for _ in range(2):
+        machine = world.start(saved)
+        world.end(politely=False)
+    assert world.shown["generation"] == generation
+    world.start(saved)
+    world.end()
+
+
+def test_a_platform_reset_by_the_manager_drops_nothing_that_was_put_in(vtpms: Installation) -> None:
+    world = World(vtpms)
+    saved, value = world.saved_at()
+    world.end()
+    machine = world.machine = Machine(world.control)
+    machine.reset(incoming=True)
+    for kind, (flags, blob) in saved.items():
+        if blob:
+            machine.put(kind, flags, blob)
+    vtpms.command("vtpm-reset-platform", world.name)
+    machine.call(INIT, bytes(4))
+    assert machine.pcr(10) == value
+    world.end()
+
+
+def test_the_end_of_one_qemu_is_not_that_of_the_next(vtpms: Installation) -> None:
+    world = World(vtpms)
+    world.start()
+    ours, theirs = socket.socketpair()
+    with socket.socket(socket.AF_UNIX) as control, ours:
+        for each in (control, ours):
+            each.settimeout(60)
+        control.connect(world.control)
+        control.sendall(struct.pack(">I", GET_CAPABILITY))
+        assert control.recv(8)[:4] == bytes(4)
+        pid = world.shown["pid"]
+        os.kill(pid, signal.SIGSTOP)  # so that it hears of both at once
+        try:
+            world.end(politely=False)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [theirs.fileno()]))]
+            with theirs:
+                control.sendmsg([struct.pack(">I", SET_DATAFD)], rights)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert control.recv(4) == bytes(4)
+        control.sendall(struct.pack(">II", INIT, 0))
+        assert control.recv(4) == bytes(4)
+        ours.sendall(tpm.STARTUP_CLEAR)
+        assert tpm.rc(ours.recv(100)) == 0

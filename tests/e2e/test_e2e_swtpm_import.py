@@ -1,10 +1,12 @@
 """A TPM moves from swtpm into the manager and out again, by the commands."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import swtpm_rig as rig
-from e2e_rig import Answer, Guest, Installation
+from e2e_rig import Answer, Guest, Installation, wait_for
 from swtpm_rig import OURS, SWTPM, get_secret, put_secret, running
 from vtpm_instance_commands import command12, rc
 
@@ -71,13 +73,52 @@ def test_what_cannot_be_adopted_is_refused_and_nothing_is_made(vtpms: Installati
     assert permanent.read_bytes() == good[:-1]
     assert vtpms.command("vtpm-list", "--json").json == []
     assert vtpms.images() == [vtpms.state / "store.img"]
+    permanent.write_bytes(good[:16] + bytes(len(good) - 16))  # not even its first bytes are a TPM 2.0's
+    assert imported("--from-swtpm", str(source)) == 6
     permanent.write_bytes(good[:16] + good[16:22] + bytes(len(good) - 22))  # only libtpms can tell
     assert imported("--from-swtpm", str(source)) == 0
     assert vtpms.command("vtpm-attach", "x", "guest", check=False).code == 6
     assert vtpms.show("x")["state"] == "quarantined"
+    vtpms.command("vtpm-group-update", "default", "--allow-export", "yes")
+    out = ["--to-swtpm", str(tmp_path / "out"), "--yes"]
+    assert vtpms.command("vtpm-export", "x", *out, check=False).code in (4, 6)
+    assert list((tmp_path / "out").glob("tpm*")) == []
     assert imported("--from-swtpm", str(source)) == 4  # the name is taken
     assert imported("--from-swtpm", str(source), "--group", "nosuch") == 3
     assert len(vtpms.images()) == 2
+
+
+def test_an_import_that_is_cut_short_loses_nothing_and_is_found(vtpms: Installation, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    before = swtpm_state(source)
+    words = ["vtpm-import", "--from-swtpm", str(source), "--name"]
+    seen = vtpms.images()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(vtpms.command, *words, "cut", check=False)
+        wait_for(lambda: vtpms.images() != seen, "the image")
+        vtpms.kill()
+        assert answer.result().code in (0, 8)
+    assert files_in(source) == before
+    vtpms.start()
+    listed = [each["name"] for each in vtpms.command("vtpm-list", "--json").json]
+    found = vtpms.command("vtpm-verify", "--all", check=False)
+    assert listed == ["cut"] or "without a record" in found.out or "no name in the catalogue" in found.out
+    vtpms.command(*words, "again")
+    guest = Guest(vtpms.attach("again")["endpoint"])
+    assert guest.read(rig.INDEX, len(SECRET)) == SECRET
+    guest.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root reads other users' states")
+def test_a_lock_file_that_an_import_makes_is_its_directory_s_owner_s(vtpms: Installation, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    before = swtpm_state(source)
+    (source / ".lock").unlink()
+    os.chown(source, 65534, 65534)
+    vtpms.command("vtpm-import", "--from-swtpm", str(source), "--name", "adopted")
+    assert files_in(source) == before
+    status = (source / ".lock").stat()
+    assert (status.st_uid, status.st_gid) == (65534, 65534)
 
 
 def test_a_tpm_1_2_is_adopted_with_its_saved_state(vtpms: Installation, tmp_path: Path) -> None:
@@ -111,6 +152,8 @@ def test_the_way_out_is_closed_unless_the_group_opens_it(vtpms: Installation, tm
     vtpms.command("vtpm-group-update", "default", "--allow-export", "yes")
     assert vtpms.command("vtpm-group-show", "default", "--json").json["export"] is True
     assert exported("--yes").code == 4  # attached
+    vtpms.command("vtpm-hibernate", "web")
+    assert exported("--yes").code == 4
     vtpms.command("vtpm-detach", "web")
     assert exported().code == 2
     assert list(target.glob("tpm2*")) == []
@@ -130,5 +173,9 @@ def test_the_way_out_is_closed_unless_the_group_opens_it(vtpms: Installation, tm
     assert any(event["kind"] == "exported" for event in vtpms.command("vtpm-events", "web", "--json").json)
     vtpms.command("vtpm-group-update", "default", "--allow-export", "no")
     target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "tpm2-00.permall.bak").write_bytes(b"of another TPM")
+    assert exported("--yes").code == 4
+    (target / "tpm2-00.permall.bak").unlink()
     assert exported("--yes").code == 5
     assert files_in(target).keys() == {".lock"}

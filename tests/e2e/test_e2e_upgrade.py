@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import vtpm_instance_rig as tpm
 from e2e_rig import BIN, DEADLINE, Guest, Installation, installation, wait_for
+from qemu_client import qemu, say
 
 from frontend_backend.release import RELEASE
 
@@ -155,9 +156,11 @@ def test_the_installed_code_takes_over_and_no_command_is_lost(made: Upgradable, 
     for name in ("web", "db"):
         made.add(name)
     shown = [made.attach(name) for name in ("web", "db")]
+    made.add("vm")
+    control = str(made.attach("vm", "guest", "--frontend", "qemu")["control"])
     assert made.manager is not None
     pid, keeper = made.manager.pid, made.status()["keeper_pid"]
-    with counting(*(one["endpoint"] for one in shown)) as counters:
+    with counting(*(one["endpoint"] for one in shown)) as counters, qemu(control) as machine:
         for counter in counters:
             counter.goes_on()
         made.install("second", release(NEXT))
@@ -165,10 +168,11 @@ def test_the_installed_code_takes_over_and_no_command_is_lost(made: Upgradable, 
         assert (done["state"], done["release"], done["from_release"], done["pid"]) == ("upgraded", NEXT, RELEASE, pid)
         for counter in counters:
             counter.goes_on()
+        assert tpm.rc(say(machine.data, tpm.nv_define(INDEX, 8))) == 0
     assert [systemd.next(), systemd.next()] == ["RELOADING=1", "READY=1"]
     status = made.status()
     assert (status["pid"], status["keeper_pid"], status["release"]) == (pid, keeper, NEXT)
-    assert f"2 vTPMs, of release {RELEASE}: ends with the last of them" in str(status["keepers_hold"])
+    assert f"3 vTPMs, of release {RELEASE}: ends with the last of them" in str(status["keepers_hold"])
     for name, before in zip(("web", "db"), shown, strict=True):
         now = made.show(name)
         assert (now["pid"], now["release"], now["outdated"], now["state"]) == (before["pid"], RELEASE, True, "running")
@@ -176,7 +180,11 @@ def test_the_installed_code_takes_over_and_no_command_is_lost(made: Upgradable, 
     made.command("vtpm-reset-platform", "web")
     web = made.show("web")
     assert (web["release"], web["outdated"]) == (NEXT, False)
-    assert made.status()["keepers"] == 2
+    assert (made.show("vm")["release"], made.status()["keepers"]) == (RELEASE, 2)
+    made.command("vtpm-reset-platform", "vm")
+    with qemu(control) as machine:
+        assert tpm.rc(say(machine.data, tpm.nv_write(INDEX, bytes(8)))) == 0
+    assert made.show("vm")["release"] == NEXT
     made.command("vtpm-detach", "db")
     assert made.attach("db")["release"] == NEXT
     wait_for(lambda: made.status()["keepers"] == 1, "the old keeper to go")

@@ -1,14 +1,14 @@
-# A host whose kernel has the vTPM proxy: devices for programs and containers, whatever happens to those that serve them.
+# A host whose kernel has the vTPM proxy: a device for programs and containers, whatever happens to those that serve it.
 # The machine's own TPM is the manager's, by its registers; Linux's driver for it was never loaded.
+# With "more" on the kernel's command line: a TPM 1.2, whose device a sleeper has while the manager is killed, and vsock.
+case " $(cat /proc/cmdline) " in *" more "*) more=yes ;; *) more= ;; esac
 run vtpm-manager init --state-dir $state --tcti tis:locality=2 --pcrs none --no-recovery
 run start_manager
 run vtpm-add --name web
-run vtpm-add --name old --tpm 1.2
 run vtpm-attach web host --frontend proxy
 run insmod /modules/tpm_vtpm_proxy.ko
 run vtpm-attach web host --frontend proxy --owner nobody --mode 0640 --json
 run stat -c '%U %a' /dev/tpm0 /dev/tpmrm0
-run vtpm-attach old host --frontend proxy --json
 numbers() { sed -n 's/.*"resource_manager_numbers": "\([0-9]*\):\([0-9]*\)".*/\1 \2/p'; }
 # as a container gets it: a node of its own with these numbers, under another name
 set -- $(vtpm-show web --json | numbers)
@@ -20,10 +20,6 @@ cp /data/secret /tmp/secret
 run tpm2 nvwrite 0x1500016 -C o -i /tmp/secret
 run tpm2 pcrextend 16:sha256=5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a
 secret() { tpm2 nvread 0x1500016 -C o -s 16 && tpm2 pcrread sha256:16; }
-run secret at-first
-run cat /sys/class/tpm/tpm1/tpm_version_major /sys/class/tpm/tpm1/pcrs
-run ls /dev/tpm1 /dev/tpmrm1
-pid_of() { vtpm-show "$1" --json | sed -n 's/.*"pid": \([0-9]*\),.*/\1/p'; }
 ends() { for _ in $(seq 100); do kill -0 "$1" 2>/dev/null || return 0; sleep 0.1; done; return 1; }
 state_is() {
     for _ in $(seq 100); do
@@ -33,13 +29,29 @@ state_is() {
     vtpm-show "$1" --json
     return 1
 }
+if [ $more ]; then
+    run vtpm-add --name old --tpm 1.2
+    run vtpm-attach old host --frontend proxy --json
+    run cat /sys/class/tpm/tpm1/tpm_version_major /sys/class/tpm/tpm1/pcrs
+    run ls /dev/tpm1 /dev/tpmrm1
+    run vtpm-hibernate old --quiet
+fi
 
 # asleep: no process; the next command wakes it
 run vtpm-hibernate web --quiet
 run state_is web hibernated
 run secret after-hibernation
 
-# the instance is killed with a command under way, which is answered with failure; then until the platform is reset
+# the manager is killed; the device's vTPM goes on without it, and with the next one
+kill -9 $manager
+ends $manager
+run secret without-a-manager
+rm -f $runtime/admin.sock
+run start_manager
+[ $more ] && run cat /sys/class/tpm/tpm1/pcrs
+
+# the instance is killed with a command under way, which is answered with failure; then until the platform is reset.
+# That the device stays without an instance also says that the new manager has it.
 (
     # a key may be found at once: one after the other, until it is killed under one of them
     for _ in $(seq 50); do
@@ -49,10 +61,11 @@ run secret after-hibernation
     done
     echo "ended $code" >/tmp/in-flight
 ) 2>/tmp/in-flight.log &
-sleep 1
-first=$(pid_of web)
-run kill -9 "$first"
-run ends "$first"
+vtpm-show web --json >/tmp/shown
+run cat /tmp/shown
+instance=$(sed -n 's/.*"pid": \([0-9]*\),.*/\1/p' /tmp/shown)
+run kill -9 "$instance"
+run ends "$instance"
 wait $!
 run cat /tmp/in-flight /tmp/in-flight.log
 run state_is web needs-reset
@@ -60,48 +73,31 @@ run secret of-a-crashed-one
 run vtpm-reset-platform web --quiet
 run tpm2 nvread 0x1500016 -C o -s 16
 
-# the manager is killed; one device's vTPM runs meanwhile, the other one's sleeps, and both go on
-run vtpm-hibernate old --quiet
-kill -9 $manager
-ends $manager
-run secret without-a-manager
-rm -f $runtime/admin.sock
-run start_manager
-run vtpm-show web --json
-run cat /sys/class/tpm/tpm1/pcrs
-# the new manager has the devices as well: also without the instance they stay
-second=$(pid_of web)
-run kill -9 "$second"
-run ends "$second"
-run state_is web needs-reset
-run vtpm-reset-platform web --quiet
-run secret after-everything
-
 # a program that goes on using the device does not keep it
 tpm2 createprimary -C o -G rsa3072 -c /tmp/primary >/tmp/last 2>&1 &
 run vtpm-detach web --quiet
 wait $!
-run cat /tmp/last
 run ls /dev/tpm0
 run ls /dev/tpmrm0
-run vtpm-detach old --quiet
-run ls /dev/tpm1
 
-# a relay over vsock, within this machine
-for module in vsock vmw_vsock_virtio_transport_common vsock_loopback; do insmod /modules/$module.ko; done
-run vtpm-attach web guest --frontend socket --quiet
-mkdir /tmp/id /tmp/near
-run vtpm-relay key /tmp/id --name both
-printf '[[client]]\nname = "here"\ncertificate = "/tmp/id/relay.crt"\nvtpms = ["web"]\n' >/tmp/clients.toml
-vtpm-relay serve --listen vsock:any:9443 --clients /tmp/clients.toml --identity /tmp/id 2>/tmp/serve.log &
-serve=$!
-vtpm-relay connect --to vsock:1:9443 --identity /tmp/id --far-certificate /tmp/id/relay.crt --directory /tmp/near 2>/tmp/connect.log &
-connect=$!
-for _ in $(seq 200); do [ -S /tmp/near/web/swtpm.sock ] && break; sleep 0.1; done
-TPM2TOOLS_TCTI=swtpm:path=/tmp/near/web/swtpm.sock run tpm2 nvread 0x1500016 -C o -s 16
-run cat /tmp/serve.log /tmp/connect.log
-kill $serve $connect
-wait $serve $connect
+if [ $more ]; then
+    run vtpm-detach old --quiet
+    run ls /dev/tpm1
+    # a relay over vsock, within this machine
+    for module in vsock vmw_vsock_virtio_transport_common vsock_loopback; do insmod /modules/$module.ko; done
+    run vtpm-attach web guest --frontend socket --quiet
+    mkdir /tmp/id /tmp/near
+    run vtpm-relay key /tmp/id --name both
+    printf '[[client]]\nname = "here"\ncertificate = "/tmp/id/relay.crt"\nvtpms = ["web"]\n' >/tmp/clients.toml
+    vtpm-relay serve --listen vsock:any:9443 --clients /tmp/clients.toml --identity /tmp/id 2>/tmp/serve.log &
+    serve=$!
+    vtpm-relay connect --to vsock:1:9443 --identity /tmp/id --far-certificate /tmp/id/relay.crt --directory /tmp/near 2>/tmp/connect.log &
+    connect=$!
+    for _ in $(seq 200); do [ -S /tmp/near/web/swtpm.sock ] && break; sleep 0.1; done
+    TPM2TOOLS_TCTI=swtpm:path=/tmp/near/web/swtpm.sock run tpm2 nvread 0x1500016 -C o -s 16
+    run cat /tmp/serve.log
+    kill $serve $connect
+    wait $serve $connect
+fi
 run stop_manager
-run ls /dev/tpm0
 run grep -i -E 'bug|traceback|exception' /data/manager.log
