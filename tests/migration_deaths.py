@@ -51,10 +51,10 @@ class World:
         threading.Thread(target=restore, daemon=True).start()
         return done
 
-    def kill(self, host: Host) -> None:
+    def kill(self, host: Host, *, cut: bool = False) -> None:
         """The manager dies, with its hardware TPM's reset; the wire forgets what was on it; the next manager starts."""
         host.kill()
-        self.wire.let_through()
+        self.wire.let_through(cut=cut)
         host.start()
 
     def finish(self, guest: Guest, saved: Saved) -> None:

@@ -136,9 +136,9 @@ class Wire:
         self._listener.listen(8)
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def let_through(self) -> None:
-        """Everything that comes from now on passes; what is held is dropped, as by the death of a host."""
-        self.request_held = self.answer_held = self.cut = False
+    def let_through(self, *, cut: bool = False) -> None:
+        """Everything that comes from now on passes, or nothing; what is held is dropped, as by the death of a host."""
+        self.cut, self.request_held, self.answer_held = cut, False, False
         self.seen.clear()
         with self._lock:
             for sock in self._open:

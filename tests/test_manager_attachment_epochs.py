@@ -293,7 +293,7 @@ async def as_before_epochs(model: ModelTpm, place: Any) -> None:
             catalogue.renew(replace(row, epoch=0))
     statements = ["alter table about drop column store", "drop table labels", "drop table alembic_version"]
     statements += [f"alter table groups drop column {name}" for name in ("pcrs", "locality", "created")]
-    younger = ("epoch", "hibernate_after", "commands_per_second", "saves_per_second", "nv_bytes", "hw_pcrs")
+    younger = ("epoch", "tcp_port", "hibernate_after", "commands_per_second", "saves_per_second", "nv_bytes", "hw_pcrs")
     statements += [f"alter table attachments drop column {name}" for name in younger] + ["drop index ix_events_time"]
     with closing(sqlite3.connect(layout.catalogue)) as database, database:
         for statement in [*statements, "update about set schema = 1"]:

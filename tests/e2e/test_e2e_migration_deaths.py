@@ -31,12 +31,14 @@ def world() -> Iterator[World]:
 def test_before_the_freeze_nothing_has_left(world: World, victim: str) -> None:
     guest, saved = world.guest()
     world.wire.request_held = True
-    world.restores(guest, saved)
+    qemu = world.restores(guest, saved)
     assert world.wire.seen.wait(30)
     assert world.north.state_of(guest.name) == "running"
-    world.wire.cut = True  # what is repeated of the claim does not come through either
-    world.kill(getattr(world, victim))
+    world.kill(getattr(world, victim), cut=True)  # what is repeated of the claim does not come through either
     guest.check(guest.machine)  # the source's guest goes on
+    world.wire.let_through()  # the state that was saved is not the newest any more
+    assert qemu.wait(90)
+    assert world.failed is not None
     assert world.north.state_of(guest.name) == "running"
     assert world.south.state_of(guest.name) != "running" or world.south.show(guest.name)["generation"] == 0
 
