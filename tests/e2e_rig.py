@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ import vtpm_instance_rig as tpm
 
 BIN = Path(sys.executable).parent
 DEADLINE = 30.0
+
+
+@cache
+def may_enter(uid: int) -> bool:
+    """Tell whether a user can run the Python of this clone: below /root, say, only root can."""
+    try:
+        return subprocess.run([sys.executable, "-c", ""], user=uid, check=False).returncode == 0
+    except PermissionError:
+        return False
 
 
 def wait_for(condition: Any, what: str, seconds: float = DEADLINE) -> Any:

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 import vtpm_instance_commands as tpm
-from e2e_rig import BIN, Installation, alive, installation, wait_for
+from e2e_rig import BIN, Installation, alive, installation, may_enter, wait_for
 from libvirt_rig import BOOT_SECONDS, HAS_LIBVIRT, QEMU_USER, SWTPM_USER, Libvirt, libvirt
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +110,7 @@ def test_a_domain_does_not_get_a_tpm_that_is_another_users(host: Installation, v
     assert "Permission denied" in refused.stderr
 
 
+@pytest.mark.skipif(not may_enter(SWTPM_USER[1]), reason="other users may not enter the directory of this clone")
 def test_a_domain_whose_swtpm_is_our_command_has_the_vtpm_of_its_uuid(host: Installation, virt: Libvirt) -> None:
     vtpm = str(uuid4())
     virt.define("managed", vtpm, EMULATOR, FILES | {"extend": tpm.pcr_extend(16)})
