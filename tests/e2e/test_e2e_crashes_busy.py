@@ -18,6 +18,8 @@ GUESTS = 4
 KILLS = 5
 SMALLEST = 55 * 4096  # of the log's 192 units each save takes one
 
+UNNAMED = "the store has a record that no name in the catalogue leads to"  # docs/commands.md; it holds nothing
+
 
 class Saver(threading.Thread):
     """One guest that counts upwards in its TPM's NV as fast as it can; every answer is a promise."""
@@ -90,7 +92,9 @@ def test_kills_during_checkpoints_and_growth_lose_nothing_that_was_answered(smal
     assert checkpoints(made) > KILLS + sum(saver.answered for saver in savers) // 192 // GUESTS
     assert made.state.joinpath("store.img").stat().st_size > SMALLEST
     made.start()
-    assert {row["verdict"] for row in made.command("vtpm", "verify", "--all", "--json").json} == {"ok"}
+    found = made.command("vtpm", "verify", "--all", "--json", check=False).json
+    wrong = {row["text"] for row in found if row["verdict"] != "ok"}
+    assert wrong <= {UNNAMED}, "an add that was killed between the store's commit and the catalogue's leaves no more"
     for number, saver in enumerate(savers):
         name = f"web-{number}"
         wait_for(lambda name=name: made.show(name)["state"] == "needs-reset", name)
