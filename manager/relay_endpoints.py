@@ -9,7 +9,6 @@ import json
 import os
 import socket
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -17,9 +16,8 @@ from typing import Final, Self
 from manager.durable import sync_directory
 from manager.errors import ConfigurationError, UsageError
 from manager.relay_vtpms import check_name
-from manager.sockets import Owner
+from manager.sockets import BACKLOG, LOOPBACK, Owner, listen_on_path
 
-BACKLOG: Final = 64  # tpm2-tss connects anew for every command
 MAX_PLACES: Final = 4096
 _LAST_PORT: Final = (1 << 16) - 1
 _LOWEST_STEP: Final = 2  # two ports a vTPM
@@ -153,8 +151,8 @@ class Endpoint:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.chown(self.folder, os.geteuid(), os.getegid(), follow_symlinks=False)
             self.folder.chmod(0o700)
-            made.append((_listen_unix(self.control, owner, mode), True))
-            made.append((_listen_unix(self.data, owner, mode), False))
+            made.append((listen_on_path(self.control, owner, mode), True))
+            made.append((listen_on_path(self.data, owner, mode), False))
             if self.port is not None:
                 made.append((_listen_port(self.port), False))
                 made.append((_listen_port(self.port + 1), True))
@@ -167,26 +165,11 @@ class Endpoint:
         return made
 
 
-def _listen_unix(path: Path, owner: Owner, mode: int) -> socket.socket:
-    with suppress(FileNotFoundError):
-        path.unlink()
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.bind(str(path))
-        os.chown(path, owner.uid, owner.gid)
-        path.chmod(mode)
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
 def _listen_port(port: int) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", port))
+        sock.bind((LOOPBACK, port))
         sock.listen(BACKLOG)
     except OSError:
         sock.close()

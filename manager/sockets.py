@@ -123,6 +123,24 @@ def listen_on_ports(port: int) -> list[socket.socket]:
     return made
 
 
+def listen_on_path(path: Path, owner: Owner, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+    """Return a listening socket at `path`, `owner`'s; whatever was there is gone. Raises OSError."""
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:  # its owner's doing
+        remove_tree(path)
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
+        sock.bind(str(path))
+        os.chown(path, owner.uid, owner.gid)
+        path.chmod(mode)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
 def parse_mode(text: str) -> int:
     """Return the permissions written in octal.
 
@@ -173,8 +191,8 @@ class SocketFolder:
             self.path.chmod(0o700)
             # directory and sockets get their last owner and mode before anybody can connect
             for name in self.names:
-                sock = self._listen_one(self.socket_path(name), name, owner, mode)
-                made.append(sock)
+                kind = socket.SOCK_SEQPACKET if name == "ring" else socket.SOCK_STREAM
+                made.append(listen_on_path(self.socket_path(name), owner, mode, kind))
             os.chown(self.path, owner.uid, owner.gid)
             self.path.chmod(0o700 | (0o050 if mode & 0o070 else 0) | (0o005 if mode & 0o007 else 0))
         except OSError as error:
@@ -190,24 +208,6 @@ class SocketFolder:
         remove_tree(self.path)  # one that is left of another front end was its owner's: there may be links of his in it
         self.path.mkdir(mode=0o700)
         self.path.chmod(0o755)
-
-    @staticmethod
-    def _listen_one(path: Path, name: str, owner: Owner, mode: int) -> socket.socket:
-        try:
-            path.unlink(missing_ok=True)
-        except IsADirectoryError:  # its owner's doing
-            remove_tree(path)
-        kind = socket.SOCK_SEQPACKET if name == "ring" else socket.SOCK_STREAM
-        sock = socket.socket(socket.AF_UNIX, kind)
-        try:
-            sock.bind(str(path))
-            os.chown(path, owner.uid, owner.gid)
-            path.chmod(mode)
-            sock.listen(BACKLOG)
-        except OSError:
-            sock.close()
-            raise
-        return sock
 
     def remove(self) -> None:
         """Remove the folder and what is in it, which is its owner's: it may take seconds. What fails is logged."""

@@ -71,6 +71,14 @@ async def test_an_endpoint_that_cannot_be_made_costs_no_other_one(tmp_path: Path
             nursery.cancel_scope.cancel()
 
 
+def test_a_directory_in_a_sockets_place_keeps_nobody_from_it(tmp_path: Path) -> None:
+    endpoint, owner = Endpoint("web", tmp_path / "web", None), Owner(os.geteuid(), os.getegid())
+    (endpoint.data / "deep" / "deeper").mkdir(parents=True)  # the folder is its owner's
+    for sock, _ in endpoint.listen(owner, 0o600):
+        sock.close()
+    assert endpoint.data.is_socket()
+
+
 def test_a_place_that_is_free_again_is_the_next_ones(tmp_path: Path) -> None:
     path = tmp_path / "assignments.json"
     Assignments(path).add(["b", "a", "c"])
