@@ -6,6 +6,7 @@ that does; an instance, which has one ring, uses `mmap` and is spared the import
 """
 
 import ctypes
+import functools
 import mmap
 import os
 from typing import Final
@@ -27,25 +28,26 @@ _libc.mmap.argtypes = (
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
-class _Page(ctypes.Array[ctypes.c_ubyte]):
-    """Unmapped with its last view, so that no view of it can ever dangle."""
+@functools.cache
+def _mapping(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+    """Return the type of a mapping: unmapped with its last view, so that no view of it can ever dangle."""
 
-    _type_ = ctypes.c_ubyte
-    _length_ = PAGE_SIZE
+    def unmap(mapped: ctypes.Array[ctypes.c_ubyte]) -> None:
+        _libc.munmap(ctypes.addressof(mapped), size)
 
-    def __del__(self) -> None:
-        _libc.munmap(ctypes.addressof(self), PAGE_SIZE)
+    base = ctypes.c_ubyte * size
+    return type(f"Mapping{size}", (base,), {"_type_": ctypes.c_ubyte, "_length_": size, "__del__": unmap})
 
 
-def map_without_descriptor(memfd: int) -> memoryview:
+def map_without_descriptor(memfd: int, size: int = PAGE_SIZE) -> memoryview:
     """Map a ring's page, shared and writable; the descriptor stays the caller's and may be closed.
 
     Raises:
         OSError: what mmap(2) says.
 
     """
-    address = _libc.mmap(None, PAGE_SIZE, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, memfd, 0)
+    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, memfd, 0)
     if address == _FAILED:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    return memoryview(_Page.from_address(address)).cast("B")
+    return memoryview(_mapping(size).from_address(address)).cast("B")

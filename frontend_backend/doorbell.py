@@ -4,8 +4,9 @@ Two kinds, alike to use. A socket is one descriptor, for who holds thousands of 
 two, and takes a third of the time: a ring and its hearing cost 0.7 us there and 2.4 us on a socket.
 
 Both ends of a ring distrust each other, so nothing here may block because of what a peer does. O_NONBLOCK belongs to
-the open file description. Of a pipe, the peer holds another description than we do. Of a socket that was handed over,
-somebody may have kept a copy and clear the flag: there each call says MSG_DONTWAIT. An eventfd, a little quicker still,
+the open file description. Of a pipe, the peer holds another description than we do, unless it made both ends: who
+serves others too is wary, and opens each end anew. Of a socket that was handed over, somebody may have kept a copy and
+clear the flag: there each call says MSG_DONTWAIT. An eventfd, a little quicker still,
 has one description for both sides and no such call: a peer could make our next ring wait for ever.
 """
 
@@ -154,8 +155,10 @@ class PipeDoorbell:
         return cls(first[0], second[1], patient=False), cls(second[0], first[1], patient=False)
 
     @classmethod
-    def adopt(cls, heard: int, rung: int, *, patient: bool = True) -> Self:
+    def adopt(cls, heard: int, rung: int, *, patient: bool = True, wary: bool = False) -> Self:
         """Take the ends of two pipes over, as the end that waits unless it is not `patient`.
+
+        `wary`: whoever made them may have kept copies of these very ends; needs /proc.
 
         Raises:
             NotARingError: they are not that; they stay the caller's.
@@ -165,6 +168,8 @@ class PipeDoorbell:
             flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
             if not stat.S_ISFIFO(os.fstat(descriptor).st_mode) or flags & os.O_ACCMODE != access:
                 raise NotARingError("the doorbell is not the reading end of one pipe and the writing end of another")
+        if wary:
+            heard, rung = _anew((heard, os.O_RDONLY), (rung, os.O_WRONLY))
         return cls(heard, rung, patient=patient)
 
     def ring(self) -> None:
@@ -208,6 +213,21 @@ class PipeDoorbell:
             if descriptor >= 0:
                 os.close(descriptor)
         self._heard = self._rung = -1
+
+
+def _anew(*ends: tuple[int, int]) -> list[int]:
+    """Open pipes' ends (descriptor, access mode) again, so that nobody else has their flags; closes what came."""
+    mine: list[int] = []
+    try:
+        for descriptor, access in ends:
+            mine.append(os.open(f"/proc/self/fd/{descriptor}", access | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        for descriptor in mine:
+            os.close(descriptor)
+        raise
+    for descriptor, _ in ends:
+        os.close(descriptor)
+    return mine
 
 
 def _readable(descriptor: int, milliseconds: int | None = 0) -> bool:

@@ -8,7 +8,8 @@ from typing import Self
 from frontend_backend.descriptors import close_all, receive_message
 from frontend_backend.errors import NotARingError, RingClosedError, RingTimeoutError
 from frontend_backend.local import DESCRIPTORS, LocalRing
-from frontend_backend.ring import FrontRing
+from frontend_backend.ring_extent import MAX_EXTRA_PAGES
+from frontend_backend.ring_front import FrontRing
 
 _CANCEL_GRACE = 1.0  # seconds a cancelled command may take to be given back before the ring counts as lost
 
@@ -25,7 +26,7 @@ class RingFrontEnd:
 
     @classmethod
     def connect(cls, path: str) -> Self:
-        """Get a ring from a vTPM attached with `--frontend ring`, whose endpoint is `path`.
+        """Get a ring from a vTPM attached with `--frontend ring`, whose endpoint is `path`; it may have extra pages.
 
         Raises:
             OSError: nobody listens there.
@@ -39,11 +40,17 @@ class RingFrontEnd:
         if len(descriptors) < DESCRIPTORS - 1:
             close_all(descriptors)
             raise NotARingError(f"{len(descriptors)} descriptors came, a ring has {DESCRIPTORS - 1} or {DESCRIPTORS}")
-        return cls(LocalRing.adopt(*descriptors))
+        return cls(LocalRing.adopt(*descriptors, most_pages=1 + MAX_EXTRA_PAGES))
 
-    def begin(self, packet: bytes, locality: int = 0) -> None:
-        """Submit and ring, without waiting. Raises what FrontRing.submit raises."""
-        self._front.submit(packet, locality)
+    def begin(self, packet: bytes, locality: int = 0, extra_pages: int = 0) -> None:
+        """Submit and ring, without waiting. Raises what FrontRing.submit raises.
+
+        With `extra_pages` there is room for a longer answer, too.
+        """
+        if extra_pages:
+            self._front.submit_long(packet, locality, extra_pages)
+        else:
+            self._front.submit(packet, locality)
         self.ring.ring()
 
     def finish(self) -> bytes | None:

@@ -12,179 +12,52 @@ Source: xen/include/public/io/tpmif.h version 2; reference implementation notes 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final, overload
 
-from frontend_backend.errors import PageError, RingCancelledError
-from frontend_backend.ring_table import MAY_FINISH, MAY_SUBMIT, RingEvent, advance
+from frontend_backend.errors import PageError
+from frontend_backend.ring_extent import MAX_EXTRA_PAGES, Extent, MapExtraPages, read_references
+from frontend_backend.ring_front import FrontRing
+from frontend_backend.ring_page import FINISHED, HEAD, NOTHING, SUBMIT, Answered, Request, RingPage, as_head, check_span
+from frontend_backend.ring_table import MAY_FINISH
 from frontend_backend.tpmif import (
     BYTE_MASK,
     EXTRA_PAGES_SHIFT,
     LENGTH_MASK,
     LOCALITY_SHIFT,
     MAX_PACKET,
-    PAGE_SIZE,
     STATE_SHIFT,
     RingState,
     SharedPage,
 )
 
-_HEAD: Final = SharedPage.SIZE
-_NOTHING: Final = memoryview(bytes(MAX_PACKET))
+__all__ = ["Answered", "BackRing", "FrontRing", "Request"]
+
 _NO_LENGTH: Final = bytes(SharedPage.STATE_OFFSET)
-_MAX_LOCALITY: Final = 255  # a byte (tpmif.h); what a locality may do is the back end's business
-_SUBMIT: Final = int(RingState.SUBMIT)  # plain numbers: a comparison with an IntEnum's member costs three times as much
-_FINISH: Final = int(RingState.FINISH)
-_SUBMITTED: Final = _SUBMIT << STATE_SHIFT
-_FINISHED: Final = _FINISH << STATE_SHIFT
 
 
-@dataclass(slots=True)
-class Request:
-    """One command the back end copied out: `packet` is private to it, `locality` is what the front end claims.
+class BackRing(RingPage):
+    """The answering end. `refuse` makes the answer to a malformed request from its reason.
 
-    Not frozen: that would make it twice as dear, and one is made for each command.
+    `map_extra` maps the extra pages of a request by their references, at most `extra_pages` of them, where they do not
+    follow the page in memory. `most`: bytes of the longest packet with extra pages that is taken, others are refused.
     """
 
-    packet: bytes
-    locality: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """The back end dealt with the page by itself (a malformed request, or a cancel); the caller only rings."""
-
-    reason: str
-
-
-def _as_head(word: int) -> SharedPage:
-    return SharedPage.unpack(word.to_bytes(_HEAD, "little"))
-
-
-class _Page:
-    """A writable page of exactly PAGE_SIZE bytes and the few ways both ends touch it.
-
-    `_used` counts the bytes behind the head that may hold something of this conversation, to be wiped: all of them
-    on a page that was found. What a hostile peer writes beyond the packets that were announced is its own affair.
-    """
-
-    def __init__(self, page: memoryview) -> None:
-        if len(page) != PAGE_SIZE or page.readonly:
-            raise PageError(f"a ring needs a writable page of {PAGE_SIZE} bytes, not {len(page)}")
-        self._page = page
-        self._words = page.cast("Q")  # the first is the head, in one load or store
-        self._used = MAX_PACKET
-
-    def head(self) -> SharedPage:
-        """Copy the head out once and check the copy."""
-        return _as_head(self._words[0])
-
-    def release(self) -> None:
-        """Give the view of the page up, after which the end is of no use: a page is unmapped with its last view."""
-        self._words.release()
-
-    def _set_state(self, state: RingState) -> None:
-        self._page[SharedPage.STATE_OFFSET] = state
-
-    def _wipe(self) -> None:
-        self._page[_HEAD:] = _NOTHING
-        self._used = 0
-
-
-def _check_span(head: SharedPage) -> None:
-    """Check the packet that a head announces against the room left on the page."""
-    if head.nr_extra_pages:
-        raise PageError(f"{head.nr_extra_pages} extra pages announced; this transport has none")
-    room = PAGE_SIZE - head.packet_offset
-    if head.length > room:
-        raise PageError(f"a packet of {head.length} bytes announced, the page has room for {room}")
-
-
-class FrontRing(_Page):
-    """The submitting end."""
-
-    def __init__(self, page: memoryview) -> None:
-        super().__init__(page)
-        self._asked = 0  # bytes of the request in flight, which the answer need not have covered
-
-    def submit(self, packet: bytes, locality: int = 0) -> None:
-        """Put one command on the page (at most MAX_PACKET bytes); the caller then rings.
-
-        The packet replaces all that was on the page. Then comes the head, which is what the peer looks at, in one
-        aligned store of 8 bytes: whoever dies here leaves length and state that belong together.
-
-        Raises:
-            IllegalTransitionError: a command is still in flight.
-            PageError: the back end left a state that does not exist.
-            ValueError: the packet does not fit a page, or the locality is not 0..255.
-
-        """
-        size = len(packet)
-        if not 0 < size <= MAX_PACKET:
-            raise ValueError(f"a packet has 1 to {MAX_PACKET} bytes, not {size}")
-        if not 0 <= locality <= _MAX_LOCALITY:
-            raise ValueError(f"a locality is 0 to {_MAX_LOCALITY}, not {locality}")
-        words, page, used = self._words, self._page, self._used
-        if not MAY_SUBMIT[words[0] >> STATE_SHIFT & BYTE_MASK]:
-            self._advance(RingEvent.FRONT_SUBMITS)
-        end = _HEAD + size
-        page[_HEAD:end] = packet
-        if used > size:
-            page[end : _HEAD + used] = _NOTHING[size:used]
-        self._asked = size
-        self._used = MAX_PACKET  # until the answer is read it is not known how much of the page that takes
-        words[0] = size | _SUBMITTED | locality << LOCALITY_SHIFT
-
-    def _advance(self, event: RingEvent) -> RingState:
-        return advance(self.head().state, event)
-
-    def poll(self) -> bytes | None:
-        """Return the answer and wipe it from the page, or None while the back end still works.
-
-        Raises:
-            RingCancelledError: the back end set IDLE.
-            PageError: the back end's head is malformed.
-
-        """
-        word = self._words[0]
-        state = word >> STATE_SHIFT & BYTE_MASK
-        if state == _SUBMIT:
-            return None
-        if state != _FINISH:
-            if _as_head(word).state is RingState.IDLE:
-                raise RingCancelledError
-            return None
-        size = word & LENGTH_MASK
-        if size > MAX_PACKET or word >> EXTRA_PAGES_SHIFT:
-            _check_span(_as_head(word))
-        page = self._page
-        answer = page[_HEAD : _HEAD + size].tobytes()
-        used = max(size, self._asked)
-        page[_HEAD : _HEAD + used] = _NOTHING[:used]
-        self._used = self._asked = 0
-        return answer
-
-    def cancel(self) -> None:
-        """Ask the back end to give the command up; the caller then rings and keeps polling."""
-        self._set_state(self._advance(RingEvent.FRONT_CANCELS))
-
-    def discard(self) -> None:
-        """Wipe an answer that nobody waits for any more; does nothing while a command is in flight."""
-        if not self.in_flight:
-            self._wipe()
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether a submitted or cancelled command still awaits the back end."""
-        return self.head().state in (RingState.SUBMIT, RingState.CANCEL)
-
-
-class BackRing(_Page):
-    """The answering end. `refuse` makes the answer to a malformed request from its reason."""
-
-    def __init__(self, page: memoryview, refuse: Callable[[str], bytes]) -> None:
+    def __init__(
+        self,
+        page: memoryview,
+        refuse: Callable[[str], bytes],
+        *,
+        map_extra: MapExtraPages | None = None,
+        extra_pages: int = 0,
+        most: int | None = None,
+    ) -> None:
         super().__init__(page)
         self._refuse = refuse
+        self._map_extra, self._most = map_extra, most
+        if map_extra:
+            self.extra_pages = min(extra_pages, MAX_EXTRA_PAGES)
+        self._extent: Extent | None = None  # of a request in hand with extra pages
+        self._room = MAX_PACKET  # for an answer on one page; none while the request in hand has extra pages
         self._in_hand = False
         self.locality = 0  # what the front end claims for the request that was taken last
 
@@ -197,8 +70,8 @@ class BackRing(_Page):
     def take(self, room: Any = None) -> Request | int | Answered | None:
         """Copy the pending request out, if there is one.
 
-        With `room`, writable memory of at least MAX_PACKET bytes that takes slices (memoryview, cffi's buffer), the
-        packet is copied there: its size is returned, and `locality` tells the rest.
+        With `room`, writable memory of at least MAX_PACKET bytes (`most`, if there are extra pages) that takes slices
+        (memoryview, cffi's buffer), the packet is copied there: its size is returned, and `locality` tells the rest.
 
         The request's bytes stay on the page until it is answered, so that a back end that replaces a dead one
         finds it again. Returns Answered when the page held a malformed request (now answered with an error), or
@@ -209,15 +82,15 @@ class BackRing(_Page):
         if self._in_hand:
             return None
         word = self._words[0]
-        if word >> STATE_SHIFT & BYTE_MASK != _SUBMIT:
+        if word >> STATE_SHIFT & BYTE_MASK != SUBMIT:
             return self._look_at_unsubmitted(word)
         size = word & LENGTH_MASK
         if not 0 < size <= MAX_PACKET or word >> EXTRA_PAGES_SHIFT:
-            return self._look_at_malformed(word)
+            return self._look_at_long(as_head(word), room)
         self._used = max(size, self._used)
         self.locality = word >> LOCALITY_SHIFT & BYTE_MASK
         self._in_hand = True
-        packet = self._page[_HEAD : _HEAD + size]
+        packet = self._page[HEAD : HEAD + size]
         if room is None:
             return Request(packet.tobytes(), self.locality)
         room[0:size] = packet
@@ -225,23 +98,39 @@ class BackRing(_Page):
 
     def _look_at_unsubmitted(self, word: int) -> Answered | None:
         try:
-            state = _as_head(word).state
+            state = as_head(word).state
         except PageError as error:
             return self._give_back(str(error))
         return self._give_back("cancelled by the front end") if state is RingState.CANCEL else None
 
-    def _look_at_malformed(self, word: int) -> Answered:
-        head = _as_head(word)
+    def _look_at_long(self, head: SharedPage, room: Any) -> Request | int | Answered:
+        """Take a request with extra pages, or refuse a malformed one."""
         if not head.length:
             # FrontRing never submits this: a back end died while it answered, and the request is lost
             return self._give_back("a request without a packet")
         try:
-            _check_span(head)
+            packet = self._take_long(head)
         except PageError as error:
-            self._used = MAX_PACKET  # whatever was there
+            self._used = len(self._page) - HEAD  # whatever was there
             self.finish(self._refuse(str(error)))
             return Answered(str(error))
-        raise AssertionError(f"nothing is wrong with {head}")
+        self.locality = head.locality
+        self._in_hand = True
+        if room is None:
+            return Request(packet, head.locality, head.nr_extra_pages)
+        room[0 : head.length] = packet
+        return head.length
+
+    def _take_long(self, head: SharedPage) -> bytes:
+        check_span(head, self.extra_pages)
+        assert head.nr_extra_pages, f"nothing is long about {head}"
+        if self._most is not None and head.length > self._most:
+            raise PageError(f"a packet of {head.length} bytes announced, at most {self._most} are taken")
+        extra = self._map_extra(read_references(self._page, head.nr_extra_pages)) if self._map_extra else None
+        extent = Extent(self._page, extra, head.nr_extra_pages)
+        self._extent, self._room = extent, -1
+        self._used = max(extent.used_of_page, self._used)
+        return extent.read(head.length)
 
     def _give_back(self, reason: str) -> Answered:
         self.abort()
@@ -272,8 +161,8 @@ class BackRing(_Page):
 
         """
         size = len(packet)
-        if size > MAX_PACKET:
-            raise ValueError(f"an answer has at most {MAX_PACKET} bytes, not {size}")
+        if size > self._room:
+            return self._finish_long(packet)
         self._in_hand = False
         words, page, used = self._words, self._page, self._used
         if not MAY_FINISH[words[0] >> STATE_SHIFT & BYTE_MASK]:
@@ -281,16 +170,48 @@ class BackRing(_Page):
             return False
         # from here the request's bytes go: without a length nobody who finds the page takes the rest for a request
         page[: SharedPage.STATE_OFFSET] = _NO_LENGTH
-        end = _HEAD + size
-        page[_HEAD:end] = packet
+        end = HEAD + size
+        page[HEAD:end] = packet
         if used > size:
-            page[end : _HEAD + used] = _NOTHING[size:used]
+            page[end : HEAD + used] = NOTHING[size:used]
         self._used = size
-        words[0] = size | _FINISHED
+        words[0] = size | FINISHED
         return True
+
+    @property
+    def answer_room(self) -> int:
+        """The most bytes that `finish` takes now."""
+        return self._extent.room if self._extent else MAX_PACKET
+
+    def _finish_long(self, packet: bytes) -> bool:
+        size, extent = len(packet), self._extent
+        if size > self.answer_room or extent is None:
+            raise ValueError(f"an answer has at most {self.answer_room} bytes, not {size}")
+        self._in_hand = False
+        if not MAY_FINISH[self._words[0] >> STATE_SHIFT & BYTE_MASK]:
+            self.abort()
+            return False
+        self._page[: SharedPage.STATE_OFFSET] = _NO_LENGTH
+        extent.write(packet, extent.room)
+        self._let_extent_go()
+        self._words[0] = size | FINISHED | extent.extra_pages << EXTRA_PAGES_SHIFT
+        return True
+
+    def _let_extent_go(self) -> None:
+        if self._extent:
+            self._extent.release()
+        self._extent, self._room = None, MAX_PACKET
+
+    def release(self) -> None:
+        """Give the views up, of extra pages too."""
+        self._let_extent_go()
+        super().release()
 
     def abort(self) -> None:
         """Give the request in flight back without an answer (the front end sees it as cancelled)."""
         self._in_hand = False
+        if self._extent:
+            self._extent.write(b"", self._extent.room)
+            self._let_extent_go()
         self._wipe()
         self._set_state(RingState.IDLE)

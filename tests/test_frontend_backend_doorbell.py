@@ -108,6 +108,25 @@ def test_a_copy_of_an_end_cannot_make_the_other_end_block_nor_spin(kind: MakePai
     assert came_back
 
 
+def test_who_made_the_pipes_cannot_make_a_wary_end_block() -> None:
+    """As an instance that was taken over could hold vtpm-xen up, and with it all other guests."""
+    front, back = LocalRing.pair(doorbells=PipeDoorbell.pair)
+    kept = front.descriptors()
+    with back, LocalRing.adopt(*map(os.dup, kept), patient=False, wary=True) as ring:
+        for descriptor in kept[1:]:
+            os.set_blocking(descriptor, True)
+        assert not any(os.get_blocking(descriptor) for descriptor in ring.doorbell.descriptors())
+        assert ring.drain(), "nothing is there: it must not wait"
+        for _ in range(70_000):  # more than a pipe holds
+            ring.ring()
+        back.ring()
+        assert select.select([ring.fileno()], [], [], DEADLINE)[0]
+        assert ring.drain()
+        front.close()
+        back.close()
+        assert not ring.drain()
+
+
 def test_a_reader_that_finds_its_pipe_emptied_waits_for_the_next_ring() -> None:
     front, back = handed_over(PipeDoorbell.pair)
     with front, back:

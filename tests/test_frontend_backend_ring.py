@@ -184,7 +184,15 @@ def test_a_cancel_of_a_request_in_hand_waits_for_its_answer_so_that_no_later_req
     assert front.poll() == b"answer to the first"
 
 
-@pytest.mark.parametrize("page", [memoryview(bytearray(4095)), memoryview(bytearray(8192)), memoryview(bytes(4096))])
+@pytest.mark.parametrize(
+    "page",
+    [
+        memoryview(bytearray(4095)),
+        memoryview(bytearray(8191)),
+        memoryview(bytearray(5 * 4096)),
+        memoryview(bytes(4096)),
+    ],
+)
 def test_a_page_of_another_size_or_read_only_is_refused(page: memoryview) -> None:
     with pytest.raises(PageError, match="writable page of 4096 bytes"):
         FrontRing(page)
