@@ -61,8 +61,10 @@ class Load:
 class LoadReply:
     """Answer to Load. `key` and `digest` have 32 bytes, or none when `fresh` (never started: manufacture it).
 
-    `startup` is "clear", "state", "none", or "failed" (answer TPM_RC_FAILURE until a platform reset).
-    `commit_timeout` is in seconds.
+    `startup` is "clear", "state", "none", "deactivated" (TPM 1.2's ST_DEACTIVATED), or "failed" (answer TPM_RC_FAILURE
+    until a platform reset). `commit_timeout` is in seconds. `measured` is extended, in order, after each
+    Startup(CLEAR). What follows is for an instance that the manager did not start: as in Spawn, and what a Xen back end
+    in its domain needs to know.
     """
 
     vtpm: bytes
@@ -75,6 +77,13 @@ class LoadReply:
     startup: str
     commit_timeout: float
     hw_pcrs: int = later(0)  # hardware PCRs to put into the vTPM after each Startup(CLEAR), bit 0 for PCR 0
+    measured: tuple[bytes, ...] = later(())  # frontend_backend.measurements
+    after_reset: str = later("")  # the startup after each platform reset, where `startup` does not say it
+    localities: int = later(1)
+    maintenance: bool = later(False)
+    trace: bool = later(False)
+    compat: bool = later(False)  # whether the driver's TPM 1.2 probes are answered for a TPM 2.0
+    store: bytes = later(b"")  # the store's UUID, for an instance that makes its state image itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +145,18 @@ class PcrReadReply:
     """Answer to PcrRead: one digest per index asked for, in order."""
 
     values: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """Ask what this boot of the guest is measured by: at each Startup(CLEAR) but that of a Load's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasurementsReply:
+    """Answer to Measurements: as LoadReply's `measured`."""
+
+    measured: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +224,26 @@ class Refusal:
     text: str
 
 
-Request = Load | Commit | Hibernate | Random | PcrRead | Quote | QuoteTask | QuoteMade | Export | Import | Report
+Request = (
+    Load
+    | Commit
+    | Hibernate
+    | Random
+    | PcrRead
+    | Measurements
+    | Quote
+    | QuoteTask
+    | QuoteMade
+    | Export
+    | Import
+    | Report
+)
 Reply = (
     LoadReply
     | CommitReply
     | RandomReply
     | PcrReadReply
+    | MeasurementsReply
     | QuoteReply
     | QuoteTaskReply
     | ExportReply
@@ -221,7 +256,21 @@ _NO_ORDERS: Final = ~int(Orders.STOP | Orders.RESET | Orders.HIBERNATE | Orders.
 _HEADER: Final = CommandHeader.CODEC
 
 _REQUESTS = Protocol(
-    VERSION, (Load, Commit, Hibernate, Random, PcrRead, Quote, QuoteTask, QuoteMade, Export, Import, Report)
+    VERSION,
+    (
+        Load,
+        Commit,
+        Hibernate,
+        Random,
+        PcrRead,
+        Measurements,
+        Quote,
+        QuoteTask,
+        QuoteMade,
+        Export,
+        Import,
+        Report,
+    ),
 )
 _REPLIES = Protocol(
     VERSION,
@@ -230,6 +279,7 @@ _REPLIES = Protocol(
         CommitReply,
         RandomReply,
         PcrReadReply,
+        MeasurementsReply,
         QuoteReply,
         QuoteTaskReply,
         ExportReply,

@@ -7,7 +7,7 @@ ring's ends pass through its hands, what is in them does not.
 from dataclasses import dataclass
 from typing import Final
 
-from frontend_backend.messages import Protocol
+from frontend_backend.messages import Protocol, later
 
 VERSION: Final = 1
 # what shuts an instance in; the names that reports, `instance.require` and `check` use (docs/threat-model.md)
@@ -45,6 +45,9 @@ class HelloReply:
 class Spawn:
     """Start an instance. `vtpm` is the UUID's 16 bytes; `uid` 0 keeps the keeper's user; a quota of 0 is none.
 
+    Of a guest of Xen: `localities` that it may claim, bit 0 for locality 0, and whether it may use TPM 1.2's
+    `maintenance` commands.
+
     Descriptors, in this order: ring page, doorbell for the instance, doorbell for the manager, state image (locked),
     then one listening socket for each name in `listeners` ("data", "control", "ring").
     """
@@ -61,6 +64,9 @@ class Spawn:
     commands_per_second: int = 0
     saves_per_second: int = 0
     nv_bytes: int = 0
+    localities: int = later(1)
+    maintenance: bool = later(False)
+    trace: bool = later(False)  # note each of the guest's commands, without its parameters
 
 
 @dataclass(frozen=True, slots=True)

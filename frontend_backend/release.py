@@ -2,4 +2,4 @@
 
 from typing import Final
 
-RELEASE: Final = "0.2.0"  # as in pyproject.toml, which a running process cannot read
+RELEASE: Final = "0.3.0"  # as in pyproject.toml, which a running process cannot read

@@ -4,8 +4,10 @@ Targets: frontend_backend (parsers and pages), instance (hostile commands in rea
 control (hostile control and data channels of `qemu` and of vtpm-swtpm), kill (kill -9 under load),
 anchors (power cuts and TPM resets between any two TPM commands), quotes (bundles and enrolment documents),
 hibernation (kill -9 at each step of going to sleep and waking), migration (kill -9 of either manager at each step),
-blobs (kill -9 at each step of a save, the first use after it, and a restore).
-All take --seconds N and --seed S; instance, kill, hibernation, migration and blobs --minutes M; instance --replay FILE.
+blobs (kill -9 at each step of a save, the first use after it, and a restore),
+xen (lives of Xen devices with mishaps between any two steps, and hostile guests).
+All take --seconds N and --seed S; instance, kill, hibernation, migration and blobs --minutes M; instance --replay FILE;
+xen --replay SEED.
 """
 
 import argparse
