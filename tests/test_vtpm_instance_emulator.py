@@ -414,7 +414,7 @@ def wake(bench: Bench) -> SmallManager:
     front, back = LocalRing.pair()
     (page, doorbell), (_, own_doorbell) = front.descriptors(), back.descriptors()
     image = os.open(bench.image, os.O_RDWR | os.O_CLOEXEC)
-    spawn = Spawn(record.vtpm.bytes, record.lease, record.family, 0, 0, "qemu", 0, os.geteuid(), ())
+    spawn = Spawn(record.vtpm.bytes, record.lease, record.family, 0, 0, "qemu", 0, os.geteuid(), (), **bench.terms)
     reply, received = bench.keeper.client.call(Wake(spawn), [page, doorbell, own_doorbell, image])
     os.close(image)
     front.close()

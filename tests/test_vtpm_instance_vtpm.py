@@ -21,12 +21,14 @@ from vtpm_instance_commands import (
 from vtpm_instance_manager import Record, SmallManager
 
 from frontend_backend.local import LocalRing
+from frontend_backend.measurements import Measurement
 from frontend_backend.messages_instance import RefusalCode
 from frontend_backend.tpmhdr import TpmFamily
 from storage.state_image import Emulator, Family, StateImage
 from vtpm_instance.condition import TRANSITIONS, Change, Condition
 from vtpm_instance.control import FrontEnd
 from vtpm_instance.errors import (
+    BootNotMeasuredError,
     CommitRefusedError,
     CrashedBeforeError,
     HardwarePcrsError,
@@ -112,17 +114,67 @@ def test_hardware_pcrs_come_after_each_startup_clear_and_not_after_a_resume(part
     assert again.execute(pcr_read(7), 0)[-32:] == extended(b"\xcc" * 32)
 
 
+KERNEL, CMDLINE = (Measurement.of(what, [what.encode()]) for what in ("kernel", "cmdline"))
+
+
+def measured_by(*measurements: Measurement) -> bytes:
+    return extended(*(measurement.digests["sha256"] for measurement in measurements))
+
+
+def test_each_boot_has_its_measurements_before_the_first_command_and_a_resume_none(parts: Parts) -> None:
+    parts.record.measured = (KERNEL.pack(), CMDLINE.pack())
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert (parts.record.commits, parts.record.measurements) == (1, 0), "they came with the state"
+    assert vtpm.execute(pcr_read(4), 0)[-32:] == measured_by(KERNEL)
+    assert vtpm.execute(pcr_read(5), 0)[-32:] == measured_by(CMDLINE)
+    vtpm.execute(pcr_extend(5), 0)
+    parts.record.measured = (CMDLINE.pack(), CMDLINE.pack())
+    vtpm.reset()
+    assert parts.record.measurements == 1
+    assert vtpm.execute(pcr_read(4), 0)[-32:] == bytes(32)
+    assert vtpm.execute(pcr_read(5), 0)[-32:] == measured_by(CMDLINE, CMDLINE)
+    assert vtpm.stop()
+    parts.record.startup, parts.record.measured = "state", (KERNEL.pack(),)
+    again = parts.vtpm()
+    again.start()
+    assert again.execute(pcr_read(4), 0)[-32:] == bytes(32)
+    assert again.execute(pcr_read(5), 0)[-32:] == measured_by(CMDLINE, CMDLINE)
+    again.reset()  # what it loaded with says nothing of this boot
+    assert again.execute(pcr_read(4), 0)[-32:] == measured_by(KERNEL)
+
+
+def test_measurements_that_cannot_be_had_or_read_leave_a_vtpm_that_answers_failure(parts: Parts) -> None:
+    parts.record.measured = (KERNEL.pack()[:-1],)
+    vtpm = parts.vtpm()
+    vtpm.start()
+    assert parts.announced == [(Condition.FAILED, BootNotMeasuredError)]
+    parts.record.measured = (bytes([4]) + (1).to_bytes(4) + b"\0\x0b" + bytes(32),)  # SHA-256 alone, of four banks
+    with pytest.raises(BootNotMeasuredError):
+        vtpm.reset()
+    parts.manager.refuse_measurements = RefusalCode.DENIED
+    with pytest.raises(BootNotMeasuredError):
+        vtpm.reset()
+    assert rc(vtpm.execute(pcr_read(4), 0)) == 0x101
+    assert (parts.record.fresh, parts.record.commits) == (True, 0)
+    parts.manager.refuse_measurements, parts.record.measured = None, (KERNEL.pack(),)
+    vtpm.reset()
+    assert vtpm.execute(pcr_read(4), 0)[-32:] == measured_by(KERNEL)
+
+
 def test_without_the_hardware_pcrs_it_asked_for_a_vtpm_answers_failure_until_a_reset(parts: Parts) -> None:
-    parts.record.hw_pcrs = {0: b"\xaa" * 32}
+    parts.record.hw_pcrs, parts.record.measured = {0: b"\xaa" * 32}, (KERNEL.pack(),)
     parts.manager.refuse = RefusalCode.UNAVAILABLE
     vtpm = parts.vtpm()
     vtpm.start()
     assert parts.announced == [(Condition.FAILED, HardwarePcrsError)]
     assert rc(vtpm.execute(pcr_read(0), 0)) == 0x101
     assert (parts.record.fresh, parts.record.commits) == (True, 0), "nothing was kept of the half-made TPM"
-    parts.manager.refuse = None
+    parts.manager.refuse, parts.record.measured = None, (CMDLINE.pack(),)
     vtpm.reset()
     assert vtpm.execute(pcr_read(0), 0)[-32:] == extended(b"\xaa" * 32)
+    assert vtpm.execute(pcr_read(4), 0)[-32:] == bytes(32), "another boot, by what the manager says now"
+    assert vtpm.execute(pcr_read(5), 0)[-32:] == measured_by(CMDLINE)
 
 
 def test_a_stop_shuts_down_for_the_guest_and_commits_once(parts: Parts) -> None:

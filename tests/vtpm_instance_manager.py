@@ -20,6 +20,8 @@ from frontend_backend.messages_instance import (
     InstanceState,
     Load,
     LoadReply,
+    Measurements,
+    MeasurementsReply,
     PcrRead,
     PcrReadReply,
     Quote,
@@ -70,6 +72,9 @@ class Record:
     reports: list[Report] = field(default_factory=list)
     hw_pcrs: dict[int, bytes] = field(default_factory=dict)  # what its attachment asks for, and the hardware has
     pcr_reads: int = 0
+    after_reset: str = ""
+    measured: tuple[bytes, ...] = ()  # what the next boot is measured by
+    measurements: int = 0  # how often an instance asked
     quotes: list[Quote] = field(default_factory=list)
     made: list[QuoteMade] = field(default_factory=list)
 
@@ -90,6 +95,7 @@ class SmallManager:
         self.refused = 0
         self.garbage = b""
         self.refuse: RefusalCode | None = None
+        self.refuse_measurements: RefusalCode | None = None
         self.quote_answer: Reply = Refusal(RefusalCode.DENIED, "no quotes here")
         self.task = QuoteTaskReply(0)
         self.closed = False
@@ -155,6 +161,8 @@ class SmallManager:
                     record.startup,
                     record.commit_timeout,
                     sum(1 << pcr for pcr in record.hw_pcrs),
+                    record.measured,
+                    after_reset=record.after_reset,
                 )
             case Commit() as commit:
                 return self._commit(commit)
@@ -168,6 +176,11 @@ class SmallManager:
             case PcrRead(_, pcrs) if self.refuse is None:
                 record.pcr_reads += 1
                 return PcrReadReply(tuple(record.hw_pcrs[pcr] for pcr in pcrs))
+            case Measurements():
+                record.measurements += 1
+                if self.refuse_measurements is not None:
+                    return Refusal(self.refuse_measurements, "as the test wants")
+                return MeasurementsReply(record.measured)
             case Quote() as quote:
                 record.quotes.append(quote)
                 return self.quote_answer

@@ -127,6 +127,16 @@ class HardwarePcrsError(InstanceError):
         )
 
 
+class BootNotMeasuredError(InstanceError):
+    """What the guest is started with could not be put into the vTPM's PCRs; nobody may take them for a boot's."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"the guest's boot was not measured into this vTPM: {problem}; its state is kept, and it answers failure "
+            "until a platform reset, which tries again"
+        )
+
+
 class ManagerError(InstanceError):
     """The manager's side of the ring is not usable."""
 

@@ -18,6 +18,7 @@ from enum import IntEnum
 from typing import ClassVar, Final
 
 from frontend_backend.local import SEALS
+from frontend_backend.ring_extent import MAX_EXTRA_PAGES
 from frontend_backend.tpmif import PAGE_SIZE
 from vtpm_instance.errors import BadRequestError
 
@@ -36,6 +37,7 @@ class Kind(IntEnum):
     RING = 2
 
 
+_RING_SIZES: Final = range(PAGE_SIZE, (1 + MAX_EXTRA_PAGES) * PAGE_SIZE + 1, PAGE_SIZE)
 _FAMILIES: Final = frozenset({socket.AF_UNIX, socket.AF_INET, socket.AF_INET6})
 _DESCRIPTORS: Final = {Kind.DATA: 1, Kind.CONTROL: 1, Kind.RING: 3}
 _MOST: Final = MAX_HANDED // min(_DESCRIPTORS.values())
@@ -132,8 +134,8 @@ def _is_connection(descriptor: int) -> bool:
 
 
 def _is_ring(page: int, heard: int, rung: int) -> bool:
-    """Tell whether it is a sealed page, the reading end of a pipe and the writing end of one."""
-    if fcntl.fcntl(page, fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(page).st_size != PAGE_SIZE:
+    """Tell whether it is a sealed page or a few, the reading end of a pipe and the writing end of one."""
+    if fcntl.fcntl(page, fcntl.F_GET_SEALS) & SEALS != SEALS or os.fstat(page).st_size not in _RING_SIZES:
         return False
     return all(
         stat.S_ISFIFO(os.fstat(descriptor).st_mode) and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == access

@@ -1,4 +1,4 @@
-"""Puts the hardware TPM's PCR values into a vTPM's, after its Startup(CLEAR): what Xen calls hwinitpcr.
+"""Puts values into a vTPM's PCRs after its Startup(CLEAR): the hardware TPM's (Xen's hwinitpcr), boot measurements.
 
 libtpms has no command that sets a PCR, so they are extended, once. V is the hardware's SHA-256 value, 32 bytes:
 
@@ -6,25 +6,29 @@ libtpms has no command that sets a PCR, so they are extended, once. V is the har
     other bank H    PCR = H(start || H(V))        as TPM2_PCR_Event does with V
     TPM 1.2         PCR = SHA-1(start || SHA-1(V))
 
-`start` is the PCR's value after Startup(CLEAR): zeros, ones for PCR 17 to 22. Source: TPM 2.0 Part 3, 22.2
-(TPM2_PCR_Extend); TPM 1.2 Part 3, 16.1 (TPM_Extend).
+`start` is the PCR's value after Startup(CLEAR): zeros, ones for PCR 17 to 22. A boot measurement has a digest of its
+own for each bank (frontend_backend.measurements). Source: TPM 2.0 Part 3, 22.2 (TPM2_PCR_Extend); TPM 1.2 Part 3, 16.1
+(TPM_Extend).
 """
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
+from frontend_backend.errors import MessageError
+from frontend_backend.measurements import unpack
 from frontend_backend.tpmhdr import HEADER_SIZE, Tag, TpmFamily, command
-from vtpm_instance.errors import HardwarePcrsError
+from vtpm_instance.errors import BootNotMeasuredError, HardwarePcrsError
 from vtpm_instance.tpm_commands import code_of
 
 LOCALITY: Final = 2  # from which every PCR can be extended (PC Client profile, table of PCR attributes)
 _EXTEND, _GET_CAPABILITY, _EXTEND_12 = 0x182, 0x17A, 0x14  # Part 2, 6.5.2; TPM 1.2 Part 2, 17
 _CAP_PCRS: Final = 5  # Part 2, 6.12
+_SHA1: Final = 0x0004
 _PASSWORD: Final = struct.pack(">IIHBH", 9, 0x4000_0009, 0, 0, 0)  # size, TPM_RS_PW, no nonce, flags, no password
 _SHA256: Final = 0x000B
-_HASHES: Final = {0x0004: "sha1", _SHA256: "sha256", 0x000C: "sha384", 0x000D: "sha512"}  # Part 2, 6.3 TPM_ALG_ID
+_HASHES: Final = {_SHA1: "sha1", _SHA256: "sha256", 0x000C: "sha384", 0x000D: "sha512"}  # Part 2, 6.3 TPM_ALG_ID
 
 Process = Callable[[bytes, int], bytes]
 """Executes one command at a locality."""
@@ -37,15 +41,40 @@ def put_in(process: Process, family: TpmFamily, values: Mapping[int, bytes]) -> 
         HardwarePcrsError: the vTPM refused; some PCRs may be extended.
 
     """
-    banks = () if family is TpmFamily.TPM_1_2 else tuple(_banks(process))
+    banks = _banks_of(process, family)
     for pcr, value in sorted(values.items()):
-        if family is TpmFamily.TPM_1_2:
-            packet = command(_EXTEND_12, pcr.to_bytes(4) + hashlib.sha1(value).digest(), Tag.TPM12_REQUEST)  # noqa: S324
-        else:
-            digests = b"".join(bank.to_bytes(2) + _digest(bank, value) for bank in banks)
-            body = pcr.to_bytes(4) + _PASSWORD + len(banks).to_bytes(4) + digests
-            packet = command(_EXTEND, body, Tag.TPM2_SESSIONS)
-        _run(process, packet, f"extend PCR {pcr}")
+        _extend(process, family, pcr, {bank: _digest(bank, value) for bank in banks})
+
+
+def measure(process: Process, family: TpmFamily, measured: Sequence[bytes]) -> None:
+    """Extend what the manager says that the guest is started with, in its order, in every bank that the vTPM has.
+
+    Raises:
+        BootNotMeasuredError: it is no measurement, has no digest for a bank, or the vTPM refused; some may be extended.
+
+    """
+    banks = _banks_of(process, family) if measured else ()
+    for packed in measured:
+        try:
+            pcr, digests = unpack(packed)
+            _extend(process, family, pcr, {bank: digests[bank] for bank in banks})
+        except (MessageError, KeyError, HardwarePcrsError) as error:
+            raise BootNotMeasuredError(f"what the manager told cannot be used ({error!r})") from error
+
+
+def _extend(process: Process, family: TpmFamily, pcr: int, digests: Mapping[int, bytes]) -> None:
+    """Extend a PCR in the banks of `digests`, by TPM_ALG_ID; a TPM 1.2 has SHA-1's alone."""
+    if family is TpmFamily.TPM_1_2:
+        packet = command(_EXTEND_12, pcr.to_bytes(4) + digests[_SHA1], Tag.TPM12_REQUEST)
+    else:
+        values = b"".join(bank.to_bytes(2) + digest for bank, digest in digests.items())
+        body = pcr.to_bytes(4) + _PASSWORD + len(digests).to_bytes(4) + values
+        packet = command(_EXTEND, body, Tag.TPM2_SESSIONS)
+    _run(process, packet, f"extend PCR {pcr}")
+
+
+def _banks_of(process: Process, family: TpmFamily) -> tuple[int, ...]:
+    return (_SHA1,) if family is TpmFamily.TPM_1_2 else tuple(_banks(process))
 
 
 def _digest(bank: int, value: bytes) -> bytes:

@@ -26,6 +26,7 @@ from vtpm_instance.errors import (
     ManagerSilentError,
 )
 from vtpm_instance.front_ends import RULES, FrontEnd
+from vtpm_instance.guest_ring import GuestTerms
 from vtpm_instance.handover import Handed, pack
 from vtpm_instance.journal import note, speak_as
 from vtpm_instance.libtpms import the_tpm
@@ -182,8 +183,11 @@ def _open_ports(server: Server, order: InstanceOrder) -> None:
     for name, descriptor in order.listeners.items():
         if name == "proxy":
             server.add_proxy_port(descriptor)
-            continue
-        add[name](socket.socket(fileno=descriptor))
+        elif name == "ring" and order.front_end is FrontEnd.XEN:
+            terms = GuestTerms(order.localities, order.maintenance, order.trace)
+            server.add_ring_port(socket.socket(fileno=descriptor), terms)
+        else:
+            add[name](socket.socket(fileno=descriptor))
 
 
 def _sleep(link: ManagerLink, connections: list[Handed]) -> int:

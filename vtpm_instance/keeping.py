@@ -25,6 +25,14 @@ class Loaded(Protocol):
     def hw_pcrs(self) -> int:
         """Hardware PCRs to put in after each Startup(CLEAR), bit 0 for PCR 0."""
 
+    @property
+    def after_reset(self) -> str:
+        """How it comes up after each platform reset, where that is another way than `startup` and than CLEAR."""
+
+    @property
+    def measured(self) -> tuple[bytes, ...]:
+        """What this boot of the guest is measured by (frontend_backend.measurements), should it be a Startup(CLEAR)."""
+
 
 class Keeper(Protocol):
     """Keeps one vTPM's blobs durable. `blobs` is the dict that libtpms fills; `changed` is its store hook."""
@@ -63,6 +71,9 @@ class Keeper(Protocol):
 
     def hardware_pcrs(self, selection: int) -> dict[int, bytes]:
         """Return the hardware TPM's SHA-256 PCRs in a bit map."""
+
+    def measurements(self) -> tuple[bytes, ...]:
+        """Return what the guest's next boot is measured by, as `Loaded.measured`."""
 
     def make_room(self) -> bool:
         """See to it that the next command's state fits for certain; returns False when the disk is full."""

@@ -25,6 +25,7 @@ _FRONT_ENDS: Final = tuple(FrontEnd)
 _BEFORE_LISTENERS: Final = 3  # ring page, instance's doorbell, state image
 _NO_ID: Final = (1 << 32) - 1  # "leave it as it is" to setresuid(2): never a user
 _UUID_BYTES: Final = 16
+ALL_LOCALITIES: Final = 0b11111  # bit 0 for locality 0
 
 
 @dataclass(slots=True)
@@ -52,8 +53,11 @@ class InstanceOrder:
     commands_per_second: int = 0
     saves_per_second: int = 0
     nv_bytes: int = 0
+    localities: int = 1
+    maintenance: bool = False
+    trace: bool = False
 
-    CODEC: ClassVar[struct.Struct] = struct.Struct("=16sQIIIIBBBIII")  # then the connections (vtpm_instance.handover)
+    CODEC: ClassVar[struct.Struct] = struct.Struct("=16sQIIIIBBBIIIB??")  # then the connections (handover)
 
     def pack(self) -> bytes:
         """Return what the spawner is sent, beside `descriptors`. Keeper and spawner are always of one version."""
@@ -72,6 +76,9 @@ class InstanceOrder:
                 self.commands_per_second,
                 self.saves_per_second,
                 self.nv_bytes,
+                self.localities,
+                self.maintenance,
+                self.trace,
             )
             + handover.pack(self.connections)[0]
         )
@@ -84,7 +91,7 @@ class InstanceOrder:
             struct.error, ValueError, BadRequestError: it is none.
 
         """
-        vtpm, lease, owner_uid, manager_uid, uid, gid, family, front_end, mask, *quotas = cls.CODEC.unpack_from(data)
+        vtpm, lease, owner_uid, manager_uid, uid, gid, family, front_end, mask, *rest = cls.CODEC.unpack_from(data)
         page, doorbell, image, *handed = descriptors
         names = [name for bit, name in enumerate(LISTENERS) if mask >> bit & 1]
         connections = handover.unpack(data[cls.CODEC.size :], handed[len(names) :])
@@ -102,7 +109,7 @@ class InstanceOrder:
             uid,
             gid,
             connections,
-            *quotas,
+            *rest,
         )
 
     @property
@@ -155,6 +162,8 @@ def order_of(request: Spawn, descriptors: list[int]) -> InstanceOrder:
     quotas = (request.commands_per_second, request.saves_per_second, request.nv_bytes)
     if not all(0 <= quota < _NO_ID for quota in quotas):
         raise BadRequestError(f"{quotas} are no quotas")
+    if not 0 < request.localities <= ALL_LOCALITIES:
+        raise BadRequestError(f"{request.localities:#x} is no map of localities 0 to 4")
     try:
         family, front_end = TpmFamily(request.family), FrontEnd(request.frontend)
     except ValueError as error:
@@ -175,4 +184,7 @@ def order_of(request: Spawn, descriptors: list[int]) -> InstanceOrder:
         commands_per_second=request.commands_per_second,
         saves_per_second=request.saves_per_second,
         nv_bytes=request.nv_bytes,
+        localities=request.localities,
+        maintenance=request.maintenance,
+        trace=request.trace,
     )

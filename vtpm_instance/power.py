@@ -14,6 +14,7 @@ from vtpm_instance import tpm_commands as tpm
 from vtpm_instance.condition import TRANSITIONS, Change, Condition, without_frames
 from vtpm_instance.control_machine import StateBlobs
 from vtpm_instance.errors import (
+    BootNotMeasuredError,
     CrashedBeforeError,
     HardwarePcrsError,
     InstanceError,
@@ -24,12 +25,14 @@ from vtpm_instance.errors import (
     StateRefusedError,
     WrongFamilyError,
 )
-from vtpm_instance.hardware_pcrs import put_in
+from vtpm_instance.hardware_pcrs import measure, put_in
 from vtpm_instance.keeping import Keeper, Loaded
 from vtpm_instance.libtpms import VOLATILE, Tpm
 from vtpm_instance.slumber import Slumber
 from vtpm_instance.tpm_commands import Startup
 
+# Who starts it up himself the first time does so every time; and what is to be deactivated is so after each reset.
+_LASTING: Final = frozenset({Startup.NONE, Startup.DEACTIVATED})
 ENTROPY: Final = 32  # bytes stirred in after each start: forked or resumed TPMs never draw alike (performance.md 2c)
 
 
@@ -54,6 +57,7 @@ class Power:
         self._taken_out = False  # a state blob was taken out, and nothing has been done with the TPM since
         self._loaded = self._fresh = False  # whether the keeper's blobs are the state that counts; that there is none
         self._hw_pcrs = 0
+        self._measured: tuple[bytes, ...] | None = None  # of the boot that begins; None: the keeper is asked
         self._cause: Exception | None = None
         self._guest_shut_down = False
         self._stirred = False
@@ -85,6 +89,7 @@ class Power:
     def _fail(self, cause: Exception) -> None:
         self._tpm.terminate()
         self._loaded = False
+        self._measured = None  # the next boot is another one
         self._change(Change.FAILED, cause)
 
     def _use(self) -> None:
@@ -112,8 +117,13 @@ class Power:
             kind = Startup(reply.startup)
         except ValueError as error:
             raise ManagerConfusedError("Load", str(error)) from error
-        if kind is Startup.NONE:
-            self._after_reset = Startup.NONE  # who starts it the first time does it every time
+        if kind is Startup.DEACTIVATED and self.family is not TpmFamily.TPM_1_2:
+            raise ManagerConfusedError("Load", "only a TPM 1.2 can be started up deactivated")
+        if kind in _LASTING:
+            self._after_reset = kind
+        elif reply.after_reset == Startup.DEACTIVATED.value:
+            self._after_reset = Startup.DEACTIVATED
+        self._measured = reply.measured if kind is Startup.CLEAR and power else None
         try:
             slumber = self._keeper.take_slumber() if kind is Startup.STATE else None
             if slumber is not None:
@@ -123,7 +133,7 @@ class Power:
                 return
             else:
                 self._power_on(kind)
-        except (StartupRefusedError, ResumeRefusedError, SaveError, HardwarePcrsError) as error:
+        except (StartupRefusedError, ResumeRefusedError, SaveError, HardwarePcrsError, BootNotMeasuredError) as error:
             self._fail(error)
             return
         self._change(Change.STARTED)
@@ -186,11 +196,23 @@ class Power:
                 code = tpm.code_of(self._tpm.process(tpm.startup(self.family, kind)))
                 if code:
                     raise StartupRefusedError(kind.value, code)
-                if kind is Startup.CLEAR and self._hw_pcrs:
-                    put_in(self._tpm.process, self.family, self._keeper.hardware_pcrs(self._hw_pcrs))
+                if kind is Startup.CLEAR:
+                    self._fill_pcrs()
                 self._stir()
         self._keeper.commit_gathered()
         self._fresh = False
+
+    def _fill_pcrs(self) -> None:
+        """Extend what the attachment asks for, before the guest can send a command.
+
+        Raises:
+            HardwarePcrsError, BootNotMeasuredError: some PCRs may be extended.
+
+        """
+        if self._hw_pcrs:
+            put_in(self._tpm.process, self.family, self._keeper.hardware_pcrs(self._hw_pcrs))
+        measured, self._measured = self._measured, None
+        measure(self._tpm.process, self.family, self._keeper.measurements() if measured is None else measured)
 
     def _start_on_staged(self, staged: dict[str, bytes], *, newest: bool) -> None:
         """Start on a state that was put in instead of the stored one, and make it the one that counts.

@@ -15,7 +15,7 @@ from frontend_backend.descriptors import send_message
 from frontend_backend.doorbell import PipeDoorbell
 from frontend_backend.local import LocalRing
 from frontend_backend.ring import BackRing
-from frontend_backend.tpmhdr import HEADER_SIZE, TpmFamily, error_response
+from frontend_backend.tpmhdr import HEADER_SIZE, MAX_COMMAND, TpmFamily, error_response
 from frontend_backend.tpmif import MAX_PACKET
 from vtpm_instance.framing import announced
 from vtpm_instance.vtpm import Vtpm, wrong_size_response
@@ -26,7 +26,7 @@ _GREETING: Final = b"ring"  # the datagram that carries the descriptors; its con
 # TPM_RC_LOCALITY (TPM 2.0 Part 2, 6.6.3) and TPM_BAD_LOCALITY (TPM 1.2 Part 2, 16)
 _BAD_LOCALITY: Final = {TpmFamily.TPM_2_0: 0x107, TpmFamily.TPM_1_2: 0x3D}
 # An answer of up to 4096 bytes that does not fit a page (TPM_NV_ReadValue can ask for one): TPM_RC_SIZE and TPM_SIZE.
-_TOO_LONG: Final = {TpmFamily.TPM_2_0: 0x95, TpmFamily.TPM_1_2: 0x17}
+TOO_LONG: Final = {TpmFamily.TPM_2_0: 0x95, TpmFamily.TPM_1_2: 0x17}
 
 
 @functools.cache
@@ -55,7 +55,7 @@ class ServedRing:
     def __init__(self, ring: LocalRing, vtpm: Vtpm, gone: Callable[["ServedRing"], None]) -> None:
         """Answer what comes over `ring`, which becomes ours; `gone` is told once when the peer has left."""
         self._ring, self._vtpm = ring, vtpm
-        self._back = BackRing(ring.page, lambda _why: wrong_size_response(vtpm.family))
+        self._back = BackRing(ring.page, lambda _why: wrong_size_response(vtpm.family), most=MAX_COMMAND)
         self._commands, self._execute = vtpm.commands, vtpm.execute_placed
         self._take, self._finish, self._wake = self._back.take, self._back.finish, ring.ring
         self._gone = gone
@@ -79,7 +79,7 @@ class ServedRing:
                 if taken >= HEADER_SIZE and announced(commands)[0] == taken and not self._back.locality:
                     answer = self._execute(taken, 0, self._back)
                     if len(answer) > MAX_PACKET:
-                        answer = error_response(self._vtpm.family, _TOO_LONG[self._vtpm.family])
+                        answer = error_response(self._vtpm.family, TOO_LONG[self._vtpm.family])
                 else:
                     answer = self._refusal(taken)
                 self._finish(answer)
@@ -107,12 +107,15 @@ class ServedRing:
         self._ring.close()
 
 
+Serve = Callable[[LocalRing, Callable[[ServedRing], None]], ServedRing]
+
+
 class RingPort:
     """A SEQPACKET listener that hands a new ring to each program that connects."""
 
-    def __init__(self, listener: socket.socket, vtpm: Vtpm) -> None:
-        """Take `listener` over."""
-        self._listener, self._vtpm = listener, vtpm
+    def __init__(self, listener: socket.socket, serve: Serve, pages: int = 1) -> None:
+        """Take `listener` over; `serve` makes the back end of a ring of `pages` pages."""
+        self._listener, self._serve_ring, self._pages = listener, serve, pages
         self._listener.setblocking(False)
         self.rings: dict[int, ServedRing] = {}
 
@@ -139,7 +142,7 @@ class RingPort:
         with sock:
             sock.setblocking(False)
             try:
-                front, back = LocalRing.pair(doorbells=PipeDoorbell.pair)
+                front, back = LocalRing.pair(doorbells=PipeDoorbell.pair, pages=self._pages)
             except OSError:
                 return None  # out of descriptors or memory: the program sees its connection end, and may ask again
             with front:
@@ -159,10 +162,10 @@ class RingPort:
 
         """
         page, heard, rung = descriptors
-        return self._serve(LocalRing.adopt(page, heard, rung, patient=False), gone)
+        return self._serve(LocalRing.adopt(page, heard, rung, patient=False, most_pages=self._pages), gone)
 
     def _serve(self, ring: LocalRing, gone: Callable[[ServedRing], None]) -> ServedRing:
-        served = ServedRing(ring, self._vtpm, gone)
+        served = self._serve_ring(ring, gone)
         self.rings[served.fileno()] = served
         return served
 

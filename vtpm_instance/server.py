@@ -24,6 +24,7 @@ from vtpm_instance.errors import (
     StateNotWrittenError,
 )
 from vtpm_instance.front_ends import RULES, FrontEnd, Role, Rules
+from vtpm_instance.guest_ring import PAGES, GuestRing, GuestTerms
 from vtpm_instance.handover import Handed
 from vtpm_instance.journal import note
 from vtpm_instance.mssim import COMMAND_PORT, PLATFORM_PORT, MssimSession
@@ -31,7 +32,7 @@ from vtpm_instance.platform import Platform
 from vtpm_instance.polling import DEAF_SECONDS, Poller
 from vtpm_instance.proxy import ProxyPort
 from vtpm_instance.rest import Activity, connections
-from vtpm_instance.ring_port import RingPort
+from vtpm_instance.ring_port import RingPort, ServedRing
 from vtpm_instance.sessions import PASSED, ControlPortSession, DataSession, SwtpmDataSession
 from vtpm_instance.stand_in import StandIn
 from vtpm_instance.vtpm import Vtpm
@@ -196,9 +197,12 @@ class Server(Poller):
         self.add_control_port(None)
         self.take_on(self.control_ports[-1], self.control_ports[-1].adopt(sock))
 
-    def add_ring_port(self, listener: socket.socket) -> None:
-        """Hand rings out on `listener`."""
-        port = RingPort(listener, self.vtpm)
+    def add_ring_port(self, listener: socket.socket, terms: GuestTerms | None = None) -> None:
+        """Hand rings out on `listener`; with `terms` to what passes a Xen guest's commands on."""
+        if terms is None:
+            port = RingPort(listener, lambda ring, gone: ServedRing(ring, self.vtpm, gone))
+        else:
+            port = RingPort(listener, lambda ring, gone: GuestRing(ring, self.vtpm, gone, terms), PAGES)
         self.ring_ports.append(port)
         self._watch(port.fileno(), partial(self._on_ring_listener, port))
 

@@ -14,11 +14,22 @@ from typing import Final
 from uuid import UUID
 
 from frontend_backend.deep_quote import bits
-from frontend_backend.messages_instance import Commit, CommitReply, Hibernate, Load, LoadReply, PcrRead, PcrReadReply
+from frontend_backend.messages_instance import (
+    Commit,
+    CommitReply,
+    Hibernate,
+    Load,
+    LoadReply,
+    Measurements,
+    MeasurementsReply,
+    PcrRead,
+    PcrReadReply,
+)
 from storage.errors import StorageError, StorageFull
 from storage.secrets import StateKey
 from storage.state_image import Blobs, Emulator, Saved, StateImage
 from vtpm_instance.errors import (
+    BootNotMeasuredError,
     CommitRefusedError,
     CommitUnansweredError,
     HardwarePcrsError,
@@ -111,6 +122,21 @@ class StateKeeper:
         if not isinstance(reply, PcrReadReply) or [len(value) for value in reply.values] != [32] * len(pcrs):
             raise ManagerConfusedError("PcrRead", type(reply).__name__)
         return dict(zip(pcrs, reply.values, strict=True))
+
+    def measurements(self) -> tuple[bytes, ...]:
+        """Ask the manager what this boot of the guest is measured by.
+
+        Raises:
+            BootNotMeasuredError: it does not say, or not in time. ManagerGoneError, ManagerConfusedError.
+
+        """
+        try:
+            reply = self._link.ask(Measurements(), self._timeout)
+        except (ManagerRefusedError, ManagerSilentError) as error:
+            raise BootNotMeasuredError(str(error)) from error
+        if not isinstance(reply, MeasurementsReply):
+            raise ManagerConfusedError("Measurements", type(reply).__name__)
+        return reply.measured
 
     @property
     def config(self) -> int:

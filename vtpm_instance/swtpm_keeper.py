@@ -30,6 +30,8 @@ class LoadedFiles:
     fresh: bool
     startup: str = "none"
     hw_pcrs: int = 0
+    measured: tuple[bytes, ...] = ()
+    after_reset: str = ""
 
 
 class SwtpmKeeper:
@@ -234,6 +236,11 @@ class SwtpmKeeper:
     def hardware_pcrs(_selection: int) -> dict[int, bytes]:
         """There is no manager, so no hardware TPM's either."""
         return {}
+
+    @staticmethod
+    def measurements() -> tuple[bytes, ...]:
+        """There is no manager who would know of any."""
+        return ()
 
     def close(self) -> None:
         """Let lock and files go."""

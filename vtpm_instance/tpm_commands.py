@@ -58,7 +58,21 @@ class Startup(Enum):
     CLEAR = "clear"
     STATE = "state"
     NONE = "none"  # the guest's firmware sends Startup itself
+    DEACTIVATED = "deactivated"  # TPM 1.2 only: it comes up deactivated, and stays so until the next platform reset
     FAILED = "failed"  # an earlier instance crashed: answer failure until a platform reset
+
+
+_TYPES_20: Final = {Startup.CLEAR: 0, Startup.STATE: 1}  # TPM_SU_*
+_TYPES_12: Final = {Startup.CLEAR: 1, Startup.STATE: 2, Startup.DEACTIVATED: 3}  # TPM_ST_*
+
+# CreateMaintenanceArchive, LoadMaintenanceArchive, KillMaintenanceFeature, LoadManuMaintPub, ReadManuMaintPub: what
+# Xen's instance refuses without `maintcmds=1`. libtpms 0.9.2 has none of them; a later one may.
+_MAINTENANCE_12: Final = (0x2C, 0x2D, 0x2E, 0x2F, 0x30)
+
+
+def maintenance_commands(family: TpmFamily) -> frozenset[bytes]:
+    """Return the codes, as they stand in a packet, of TPM 1.2's maintenance commands (Part 3, 12); 2.0 has none."""
+    return frozenset(code.to_bytes(4) for code in _MAINTENANCE_12 if family is TpmFamily.TPM_1_2)
 
 
 def code_of(packet: bytes) -> int:
@@ -67,11 +81,15 @@ def code_of(packet: bytes) -> int:
 
 
 def startup(family: TpmFamily, kind: Startup) -> bytes:
-    """Return TPM2_Startup or TPM_Startup for CLEAR or STATE (TPM 2.0 Part 3, 9.3; TPM 1.2 Part 3, 3.2)."""
-    state = kind is Startup.STATE
+    """Return TPM2_Startup or TPM_Startup of a kind (TPM 2.0 Part 3, 9.3; TPM 1.2 Part 3, 3.2).
+
+    Raises:
+        KeyError: NONE or FAILED, or DEACTIVATED of a TPM 2.0, which does not know it.
+
+    """
     if family is TpmFamily.TPM_2_0:
-        return command(TPM2_STARTUP, struct.pack(">H", 1 if state else 0))  # TPM_SU_STATE, TPM_SU_CLEAR
-    return command(TPM12_STARTUP, struct.pack(">H", 2 if state else 1), Tag.TPM12_REQUEST)  # TPM_ST_*
+        return command(TPM2_STARTUP, struct.pack(">H", _TYPES_20[kind]))
+    return command(TPM12_STARTUP, struct.pack(">H", _TYPES_12[kind]), Tag.TPM12_REQUEST)
 
 
 def shutdowns(family: TpmFamily) -> tuple[bytes, ...]:
