@@ -31,6 +31,13 @@ class AttachmentRow:
     `hibernate_after`: seconds without a command, 0 for never, None for what the configuration says.
     `tcp_port`: the first of two ports on the loopback interface in place of Unix sockets, 0 for none.
     Quotas (commands and saves a second, bytes of NV) of 0 are none.
+
+    Of the front end xen: `domain` names who may have it (a name, a UUID, or "any"), `xsm_label` the label it must have,
+    `instance_domain` the domain that its instance lives in (empty: this one); `localities` that the guest may claim,
+    bit 0 for locality 0; `trace`: its commands are noted; `bound_...` which domain had it last (None: none yet),
+    `bound_since` in UTC, ISO 8601, `bound_boot` in which boot of our kernel; `ran_before`: whether that guest ran
+    before it had this vTPM, None for not known. `measure` and `measured`: what the guest's boots are
+    measured by, and what the present one was.
     """
 
     vtpm: UUID
@@ -48,6 +55,20 @@ class AttachmentRow:
     commands_per_second: int = 0
     saves_per_second: int = 0
     nv_bytes: int = 0
+    domain: str = ""
+    xsm_label: str = ""
+    instance_domain: str = ""
+    localities: int = 1
+    compat: bool = False
+    maintenance: bool = False
+    trace: bool = False
+    bound_domain: int | None = None
+    bound_uuid: str = ""
+    bound_boot: str = ""
+    bound_since: str = ""
+    ran_before: bool | None = None
+    measure: str = ""
+    measured: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +130,7 @@ class Listed:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-_YOUNGER: Final[dict[str, int | str | None]] = {
+_YOUNGER: Final[dict[str, int | str | bool | None]] = {
     "epoch": 0,
     "hibernate_after": None,
     "commands_per_second": 0,
@@ -117,14 +138,28 @@ _YOUNGER: Final[dict[str, int | str | None]] = {
     "nv_bytes": 0,
     "hw_pcrs": "",
     "tcp_port": 0,
+    "domain": "",
+    "xsm_label": "",
+    "instance_domain": "",
+    "localities": 1,
+    "compat": False,
+    "maintenance": False,
+    "trace": False,
+    "bound_domain": None,
+    "bound_uuid": "",
+    "bound_boot": "",
+    "bound_since": "",
+    "ran_before": None,
+    "measure": "",
+    "measured": "",
 }  # what rows without them stand for
 
 
 def canonical(table: str, values: Mapping[str, Any]) -> bytes:
     """Return what a row's MAC is over: table and row as JSON, keys sorted, UUIDs as text, no white space.
 
-    An `epoch` of 0, a `hibernate_after` of None, quotas and a `tcp_port` of 0 and empty `hw_pcrs` are left out: rows of
-    older schemas have none, and their MACs go on to hold.
+    An `epoch` of 0, a `hibernate_after` of None, quotas of 0 and what else `_YOUNGER` names are left out: rows of older
+    schemas have none of it, and their MACs go on to hold.
     """
     parts = [
         f'"{name}":{_json(value)}'

@@ -5,7 +5,7 @@ from typing import Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
-SCHEMA: Final = 5  # grows with every migration; `about.schema` tells a database's own
+SCHEMA: Final = 6  # grows with every migration; `about.schema` tells a database's own
 
 metadata = sa.MetaData()
 
@@ -58,7 +58,7 @@ attachments = sa.Table(
     sa.Column("frontend", sa.String(16), nullable=False),
     sa.Column("owner", sa.String(32), nullable=False),
     sa.Column("mode", sa.String(8), nullable=False),
-    sa.Column("startup", sa.String(8), nullable=False),
+    sa.Column("startup", sa.String(16), nullable=False),
     sa.Column("lease", sa.BigInteger, nullable=False),
     sa.Column("created", sa.String(32), nullable=False),
     sa.Column("mac", sa.LargeBinary(32), nullable=False),
@@ -69,6 +69,20 @@ attachments = sa.Table(
     sa.Column("nv_bytes", sa.Integer, nullable=False, server_default="0"),
     sa.Column("hw_pcrs", sa.String(64), nullable=False, server_default=""),
     sa.Column("tcp_port", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("domain", sa.String(64), nullable=False, server_default=""),
+    sa.Column("xsm_label", sa.String(256), nullable=False, server_default=""),
+    sa.Column("instance_domain", sa.String(64), nullable=False, server_default=""),
+    sa.Column("localities", sa.Integer, nullable=False, server_default="1"),
+    sa.Column("compat", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("maintenance", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("trace", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("bound_domain", sa.Integer, nullable=True),
+    sa.Column("bound_uuid", sa.String(36), nullable=False, server_default=""),
+    sa.Column("bound_boot", sa.String(36), nullable=False, server_default=""),
+    sa.Column("bound_since", sa.String(32), nullable=False, server_default=""),
+    sa.Column("ran_before", sa.Boolean, nullable=True),
+    sa.Column("measure", sa.Text, nullable=False, server_default=""),
+    sa.Column("measured", sa.Text, nullable=False, server_default=""),
 )
 events = sa.Table(
     "events",

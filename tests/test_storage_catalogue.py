@@ -248,8 +248,20 @@ def test_every_edited_column_of_a_vtpm_is_refused(catalogue: Catalogue, site: Si
 def test_every_edited_column_of_an_attachment_is_refused(catalogue: Catalogue, site: Site, column: str) -> None:
     catalogue.attach(AT_ONE)
     catalogue.close()
-    value: object = {"vtpm": site.uuid(TWO.uuid)}.get(column, 99 if column in NUMBERS else "other")
+    value: object = {"vtpm": site.uuid(TWO.uuid)}.get(column, 99 if column in NUMBERS else column in TRUTHS or "other")
     site.edit(f'update attachments set "{column}" = ?', value)
+    assert_tampered(site, "attachments")
+
+
+@pytest.mark.parametrize("column", ["localities", "bound_domain", "ran_before", "domain", "xsm_label", "bound_uuid"])
+def test_what_a_row_says_of_a_domain_cannot_be_made_what_older_rows_stand_for(
+    catalogue: Catalogue, site: Site, column: str
+) -> None:
+    """Then it would be left out of the MAC, as in rows of older schemas."""
+    said = {"localities": 3, "bound_domain": 7, "ran_before": True}.get(column, "web")
+    catalogue.attach(replace(AT_ONE, **{column: said}))  # type: ignore[arg-type]
+    catalogue.close()
+    site.edit(f'update attachments set "{column}" = ?', asdict(AT_ONE)[column])
     assert_tampered(site, "attachments")
 
 
@@ -262,6 +274,8 @@ def test_an_epoch_cannot_be_taken_from_a_row_or_given_to_one(catalogue: Catalogu
 
 
 NUMBERS = ("lease", "epoch", "hibernate_after", "tcp_port", "commands_per_second", "saves_per_second", "nv_bytes")
+NUMBERS += ("localities", "bound_domain")
+TRUTHS = ("compat", "maintenance", "trace", "ran_before")
 
 
 @pytest.mark.parametrize("column", ["commands_per_second", "saves_per_second", "nv_bytes", "tcp_port"])

@@ -116,6 +116,37 @@ def test_schema_2_is_adopted_with_the_rows_and_macs_that_it_wrote(old: Path) -> 
     assert old.with_name("catalogue.sqlite.schema-2").exists()
 
 
+def test_schema_5_is_adopted_with_the_rows_and_macs_that_it_wrote(old: Path) -> None:
+    """Its attachments had quotas and ports in their MACs, and knew no domains."""
+    database = Database(old)
+    with database.define() as connection:
+        config = alembic_config(connection)
+        command.stamp(config, "0001")
+        command.upgrade(config, "0005")
+        row = dict(connection.execute(sa.text("select * from attachments")).mappings().first() or {})
+        row |= {"epoch": 77, "tcp_port": 2321, "saves_per_second": 5}
+        said = {name: value for name, value in row.items() if name != "mac" and value not in (0, None, "")}
+        said |= {"vtpm": str(UUID(row["vtpm"]))}
+        mac = hmac.digest(
+            KEY, json.dumps(["attachments", said], separators=(",", ":"), sort_keys=True).encode(), "sha256"
+        )
+        changed = sa.text("update attachments set epoch = 77, tcp_port = 2321, saves_per_second = 5, mac = :mac")
+        connection.execute(changed, {"mac": mac})
+        connection.execute(sa.text("delete from attachments where vtpm <> :vtpm"), {"vtpm": row["vtpm"]})
+    database.close()
+    with Catalogue.open(old, KEY, STORE) as catalogue:
+        found = catalogue.find_attachment(UUID(row["vtpm"]))
+        assert found is not None
+        assert (found.epoch, found.tcp_port, found.guest) == (77, 2321, row["guest"])
+        assert (found.domain, found.localities, found.bound_domain, found.ran_before) == ("", 1, None, None)
+        assert (found.compat, found.maintenance) == (False, False)
+        assert not catalogue.audit().tampered
+        assert differences(catalogue._database) == []
+        catalogue.renew(replace(found, bound_domain=3, ran_before=False, startup="deactivated"))
+        assert not catalogue.audit().tampered
+    assert old.with_name("catalogue.sqlite.schema-5").exists()
+
+
 def test_a_row_that_was_edited_before_the_migration_is_refused_after_it(old: Path) -> None:
     with closing(sqlite3.connect(old)) as database, database:
         database.execute("update attachments set guest = 'thief'")
@@ -211,7 +242,7 @@ def test_rows_of_schema_2_keep_their_macs(old: Path) -> None:
         config = alembic_config(connection)
         command.stamp(config, "0001")
         command.upgrade(config, "0002")
-    row = {
+    row: dict[str, Any] = {
         "vtpm": UUID(int=99),
         "guest": "guest",
         "frontend": "socket",
