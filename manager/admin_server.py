@@ -30,6 +30,7 @@ from frontend_backend.messages_admin import (
 from manager.config import AdminConfig
 from manager.errors import ConfigurationError, DeniedError, ManagerError, UsageError
 from manager.services import Answer, Caller, Document, Services
+from manager.verb_form import LISTS
 from manager.verb_table import BY_NAME, Role, Verb
 from manager.verbs import HANDLERS
 from storage.errors import StorageError
@@ -43,7 +44,7 @@ _KINDS: Final[Mapping[str, type]] = {
     **dict.fromkeys(("str", "path", "text", "bytes"), str),
     "int": int,
     "flag": bool,
-    "list": tuple,
+    **dict.fromkeys(LISTS, tuple),
 }
 
 
@@ -81,7 +82,7 @@ def check_arguments(verb: Verb, untrusted: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             if argument.required:
                 raise UsageError(f"{verb.name} needs {name.upper()}")
-            value = () if argument.kind == "list" else argument.default
+            value = () if argument.kind in LISTS else argument.default
         elif type(value) is not _KINDS[argument.kind]:
             raise UsageError(f"{verb.name}: {name} is not a {argument.kind}")
         elif argument.choices and value not in argument.choices:

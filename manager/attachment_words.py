@@ -6,13 +6,14 @@ from storage.catalogue_rows import AttachmentRow
 from storage.store_records import RecordFlags
 
 _NEVER = "never"
+_EVERY_TIME = frozenset({"none", "deactivated"})
 _FIRMWARE = frozenset({"qemu"})  # front ends whose guests have firmware that sends TPM2_Startup
 _MOST_SECONDS = 10 * 365 * 86_400  # a number of 32 bits in the catalogue, and longer than any host stays up
 
 
 def after_reset(attachment: AttachmentRow) -> str:
     """Return the startup after a platform reset: what the attachment asks for, but never an old state again."""
-    return "none" if attachment.startup == "none" else "clear"
+    return attachment.startup if attachment.startup in _EVERY_TIME else "clear"
 
 
 def default_startup(frontend: str) -> str:

@@ -1,53 +1,35 @@
 """Which vTPM runs for which guest: attach, detach, platform reset. What happens without being asked: supervision."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from uuid import UUID
 from weakref import WeakValueDictionary
 
 import trio
 
 from frontend_backend.release import RELEASE
+from manager.attach_options import AttachOptions, attachment_of
 from manager.attachment_epochs import stale_removed
-from manager.attachment_marks import Marks, new_lease
-from manager.attachment_words import after_reset, default_startup, parse_rest
+from manager.attachment_marks import Marks
+from manager.attachment_words import after_reset
+from manager.boot_measurements import Boots
 from manager.capacity import Capacity
 from manager.config import Config, Layout
 from manager.crash_budget import CrashBudget
-from manager.errors import (
-    ConflictError,
-    KeeperError,
-    ManagerError,
-    UsageError,
-)
-from manager.hardware_pcrs import parse_hw_pcrs
+from manager.errors import ConflictError, KeeperError, ManagerError
 from manager.instances import Instances
-from manager.quotas import asked_for
-from manager.registry import Registry, check_name
+from manager.registry import Registry
 from manager.running import Running, Stage
 from manager.sleepers import Sleepers
-from manager.sockets import Owner, check_port, default_mode, parse_mode
 from manager.starts import Starts
+from manager.xen_binding import Bindings
+from manager.xen_launch import admit_elsewhere
 from storage.catalogue import AttachmentRow, Happened, VtpmRow
-from storage.errors import CatalogueError
-from storage.store_records import next_epoch
+from storage.errors import CatalogueError, StorageError
+from storage.store_records import RecordFlags, next_epoch
 
 _log = logging.getLogger("vtpm.life")
-
-
-@dataclass(frozen=True, slots=True)
-class AttachOptions:
-    """How a vTPM is attached; the fields are vtpm-attach's options."""
-
-    guest: str
-    frontend: str = "socket"
-    owner: str | None = None
-    mode: str | None = None
-    startup: str | None = None
-    hwinitpcrs: str | None = None
-    hibernate: str | None = None
-    tcp: int | None = None
-    quota: tuple[int | None, int | None, int | None] = (None, None, None)  # as VtpmQuota's; None: as configured
 
 
 class Attachments:
@@ -69,9 +51,12 @@ class Attachments:
         self._catalogue, self._marks = registry.catalogue, Marks(registry)
         self._layout, self._config = layout, config
         self.capacity, self.sleepers = capacity, sleepers
+        self.boots = Boots(self._catalogue.find_attachment, self._catalogue.renew, instances.release_of)
         self._changing = WeakValueDictionary[UUID, trio.Lock]()  # of those that somebody holds or waits for
         self._budgets: dict[UUID, CrashBudget] = {}
-        self.start_again, self.wake = self._starts.start_again, self._starts.wake
+        self.start_again, self.wake, self.verified = self._starts.start_again, self._starts.wake, self._starts.verified
+        self.bindings = Bindings()
+        self.on_detached: Callable[[UUID], None] = lambda _vtpm: None
 
     def running(self, vtpm: UUID) -> Running | None:
         """Return the instance of a vTPM, None where there is none."""
@@ -80,11 +65,12 @@ class Attachments:
     def release(self, vtpm: UUID) -> str | None:
         """Return the release of the code that a vTPM's instance runs, None where there is none or it is not known."""
         running = self.running(vtpm)
-        return None if running is None else self._instances.release_of(running)
+        return None if running is None or running.elsewhere else self._instances.release_of(running)
 
     def is_outdated(self, vtpm: UUID) -> bool:
         """Tell whether a vTPM's instance runs other code than this manager: of before an upgrade."""
-        return self.running(vtpm) is not None and self.release(vtpm) != RELEASE
+        running = self.running(vtpm)
+        return running is not None and not running.elsewhere and self.release(vtpm) != RELEASE
 
     @property
     def count(self) -> int:
@@ -107,6 +93,10 @@ class Attachments:
         """Keep what `reason` returns while no instance runs."""
         self._starts.reasons[vtpm] = reason
 
+    def forget_reason(self, vtpm: UUID) -> None:
+        """Drop what `note_down` kept."""
+        self._starts.reasons.pop(vtpm, None)
+
     def crashed(self, vtpm: UUID) -> float | None:
         """Count a crash; return how long to wait before the next start, None when it is to be left down."""
         return self._budgets.setdefault(vtpm, CrashBudget.of(self._config.instance)).spend()
@@ -119,37 +109,14 @@ class Attachments:
             DeniedError, NotFoundError, UsageError, KeeperError, BusyError: see their messages.
 
         """
-        check_name(options.guest, "guest's name")
-        owner = Owner.parse(options.owner, caller_uid)
-        mode = default_mode(options.frontend) if options.mode is None else options.mode
-        parse_mode(mode)
-        startup = default_startup(options.frontend) if options.startup is None else options.startup
-        hw_pcrs = parse_hw_pcrs(options.hwinitpcrs)
-        if hw_pcrs and startup == "none":
-            raise UsageError("--hwinitpcrs needs a start that the host does: not --startup none. Nothing was done")
-        hibernate_after = parse_rest(options.hibernate)
-        tcp_port = check_port(options.frontend, options.tcp)
-        quota = asked_for(options.quota, self._config.quota)
+        wanted = attachment_of(row, options, caller_uid, self._config.quota)
         async with self.lock(row.uuid):
             attached = self._catalogue.find_attachment(row.uuid)
             if attached is not None:
                 self._marks.refuse_stale(attached)
                 raise ConflictError(f"vTPM {row.name} is attached to guest {attached.guest} already")
             record = self._registry.record(row.uuid)
-            attachment = AttachmentRow(
-                vtpm=row.uuid,
-                guest=options.guest,
-                frontend=options.frontend,
-                owner=f"{owner.uid}:{owner.gid}",
-                mode=mode,
-                startup=startup,
-                lease=new_lease(),
-                epoch=next_epoch(record.epoch),
-                hw_pcrs=hw_pcrs,
-                hibernate_after=hibernate_after,
-                tcp_port=tcp_port,
-                **quota._asdict(),
-            )
+            attachment = replace(wanted, epoch=next_epoch(record.epoch))
             try:
                 await self._attach(row, attachment)
             except BaseException:
@@ -160,14 +127,19 @@ class Attachments:
 
     async def _attach(self, row: VtpmRow, attachment: AttachmentRow) -> None:
         """Start the instance, whose first commit marks the record, then add the row (manager.attachment_epochs)."""
+        text = f"{row.name} to guest {attachment.guest} by {attachment.frontend}"
+        if attachment.instance_domain:
+            await admit_elsewhere(self._registry, row, attachment)
+            self._catalogue.attach(attachment, Happened("attached", f"{text}, from {attachment.instance_domain}"))
+            return
         running = await self._starts.start(row, attachment, attachment.startup)
         await self._registry.mark_attached(row.uuid, attachment.epoch)
         if self.running(row.uuid) is not running:
             raise KeeperError(
                 f"the instance of vTPM {row.name} ended as soon as it was ready; look at the manager's log"
             )
-        text = f"{row.name} to guest {attachment.guest} by {attachment.frontend}"
-        self._catalogue.attach(attachment, Happened("attached", text))
+        self._catalogue.attach(replace(attachment, measured=running.measured), Happened("attached", text))
+        running.unused = True
 
     async def _undo_attach(self, row: VtpmRow) -> None:
         """Leave no instance, row and mark behind; what cannot be unmarked is shown by vtpm-verify."""
@@ -200,11 +172,13 @@ class Attachments:
             running = self.running(row.uuid)
             if running is None and self._marks.is_stale(attachment):
                 self._catalogue.detach(row.uuid, stale_removed(attachment, row.name))
+                self.on_detached(row.uuid)
                 return
             clean = await self._starts.stop(row, attachment)
             how = "cleanly" if clean else "without a clean stop"
             text = f"{row.name} from guest {attachment.guest}, {how}"
             self._catalogue.detach(row.uuid, Happened("detached", text))
+            self.on_detached(row.uuid)
             await self.sleepers.ports.close(row.uuid, attachment.frontend)
             self._budgets.pop(row.uuid, None)
             self._starts.reasons.pop(row.uuid, None)
@@ -231,6 +205,7 @@ class Attachments:
         if attachment is not None:
             text = f"{row.name} from guest {attachment.guest}: {why}"
             self._catalogue.detach(row.uuid, Happened("detached", text))
+            self.on_detached(row.uuid)
             await self.sleepers.ports.close(row.uuid, attachment.frontend)
         self._budgets.pop(row.uuid, None)
         self._starts.reasons.pop(row.uuid, None)
@@ -246,7 +221,11 @@ class Attachments:
         async with self.lock(row.uuid):
             attachment = self._attachment(row)
             running = await self._starts.awake(row, attachment)
+            attachment = self.boots.under_a_guest(attachment)
             self._budgets.pop(row.uuid, None)
+            if attachment.instance_domain and (running is None or running.stage is Stage.WAITING):
+                await self._let_it_try(row, attachment)
+                return
             if running is None:
                 running = await self._starts.start_again(row, attachment, after_reset(attachment))
             elif self.is_outdated(row.uuid):  # of before an upgrade: this is the moment for one of the installed code
@@ -258,6 +237,30 @@ class Attachments:
                 said = running.report.text if running.report is not None else ""
                 raise ManagerError(f"vTPM {row.name} did not come back: {said}. It answers failure; its state is kept")
             self._catalogue.log("platform-reset", row.uuid, row.name)
+
+    async def power_cycle(self, row: VtpmRow, attachment: AttachmentRow) -> Running:
+        """Give a guest that boots a new instance, started up as its attachment says; the caller has the lock.
+
+        Raises:
+            BusyError, KeeperError, QuarantinedError: it did not come up, and is down now.
+
+        """
+        await self._starts.stop(row, attachment)
+        self._budgets.pop(row.uuid, None)
+        try:
+            return await self.start_again(row, attachment, attachment.startup)
+        except (ManagerError, StorageError, OSError) as error:
+            self.note_down(row.uuid, f"its guest booted, and it did not start: {error}")
+            raise
+
+    async def _let_it_try(self, row: VtpmRow, attachment: AttachmentRow) -> None:
+        """Let the instance in another domain load its state once more. Raises ConflictError: nothing is in its way."""
+        if not self._registry.record(row.uuid).flags & RecordFlags.QUARANTINED:
+            raise ConflictError(
+                f"the instance of vTPM {row.name} lives in domain {attachment.instance_domain}, which is not there: "
+                f"nothing was reset. Reset it once 'vtpm-list' does not say waiting"
+            )
+        await self._registry.flag(row.uuid, drop=RecordFlags.QUARANTINED)
 
     def _attachment(self, row: VtpmRow) -> AttachmentRow:
         attachment = self._catalogue.find_attachment(row.uuid)
@@ -275,14 +278,16 @@ class Attachments:
         return self._changing.setdefault(vtpm, trio.Lock())
 
     async def stop_all(self) -> int:
-        """Stop every instance cleanly; attachments stay. Returns how many did not stop cleanly."""
+        """Stop every instance cleanly, but those that live elsewhere; returns how many did not. Attachments stay."""
         self._starts.stopping = True
         outcomes: list[bool] = []
 
         async def stop(vtpm: UUID) -> None:
             async with self.lock(vtpm):  # one that is being started now is stopped after that
                 running = self.running(vtpm)
-                if running is not None:
+                if running is not None and running.elsewhere:
+                    await self._instances.silence(running)
+                elif running is not None:
                     outcomes.append(await self._instances.stop(running))
 
         async with trio.open_nursery() as nursery:

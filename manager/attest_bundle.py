@@ -15,7 +15,8 @@ from frontend_backend.errors import MessageError
 
 _TEXT_BYTES: Final = 64  # of a guest's name, a front end, a version
 _PCR_BYTES: Final = 32
-MAX_BUNDLE: Final = 3072  # bytes; the longest there can be has 3,054, and an answer on a ring carries 4,088
+MAX_BUNDLE: Final = 3136  # bytes; the longest there can be has 3,087, and an answer on a ring carries 4,088
+_TOLD: Final = {None: 0, False: 1, True: 2}  # what is not known, is not so, is so
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,9 @@ class Statement:
     `approval` is the sequence of the newest approval that holds for the group, 0 for none; `generation` counts the
     vTPM's saved states. `startup` says who sends TPM2_Startup: "clear" or "state" the manager, "none" the guest's
     firmware; `hw_pcrs` which hardware PCRs were put into the vTPM at its start, as "0,2,7". `for_guest`: the guest
-    asked, not an administrator. `evidence` is the SHA-256 of the evidence.
+    asked, not an administrator. `evidence` is the SHA-256 of the evidence. `late`: whether the guest ran before it got
+    the vTPM, None where that is not known; `event_log`: the SHA-256 of the log of the guest's boot (event_log), empty
+    where that was not measured. A statement that says neither has version 1, as all had before these were there.
     """
 
     nonce: bytes
@@ -41,19 +44,25 @@ class Statement:
     hw_pcrs: str
     manager: str
     evidence: bytes
+    late: bool | None = None
+    event_log: bytes = b""
 
     HEAD: ClassVar[struct.Struct] = struct.Struct(">16sH")
     NUMBERS: ClassVar[struct.Struct] = struct.Struct(">16s16s16sQQB")
     MAGIC: ClassVar[bytes] = b"vTPM deep quote\0"
-    VERSION: ClassVar[int] = 1
+    VERSIONS: ClassVar[tuple[int, int]] = (1, 2)  # without and with `late` and `event_log`
 
     def pack(self) -> bytes:
         """Return its bytes."""
+        first, second = self.VERSIONS
+        boot = self.late is not None or bool(self.event_log)
         numbers = self.NUMBERS.pack(
             self.vtpm.bytes, self.group.bytes, self.store.bytes, self.approval, self.generation, self.for_guest
         )
         texts = b"".join(sized(text.encode()) for text in self._texts())
-        return self.HEAD.pack(self.MAGIC, self.VERSION) + sized(self.nonce) + numbers + texts + self.evidence
+        head = self.HEAD.pack(self.MAGIC, second if boot else first) + sized(self.nonce)
+        told = bytes([_TOLD[self.late]]) + (self.event_log or bytes(32)) if boot else b""
+        return head + numbers + texts + self.evidence + told
 
     def _texts(self) -> tuple[str, ...]:
         return self.guest, self.frontend, self.startup, self.hw_pcrs, self.manager
@@ -72,8 +81,8 @@ class Statement:
         """
         reader = Reader(untrusted)
         magic, version = cls.HEAD.unpack(reader.take(cls.HEAD.size))
-        if magic != cls.MAGIC or version != cls.VERSION:
-            raise MessageError("no statement of version 1")
+        if magic != cls.MAGIC or version not in cls.VERSIONS:
+            raise MessageError("no statement of version 1 or 2")
         nonce = reader.sized()
         check_wish(nonce, 1)
         vtpm, group, store, approval, generation, for_guest = cls.NUMBERS.unpack(reader.take(cls.NUMBERS.size))
@@ -81,6 +90,7 @@ class Statement:
             raise MessageError("a truth value that is neither")
         guest, frontend, startup, hw_pcrs, manager = (reader.text(_TEXT_BYTES) for _ in range(5))
         evidence = reader.take(32)
+        late, event_log = _boot(reader) if version == cls.VERSIONS[1] else (None, b"")
         reader.end()
         return cls(
             nonce,
@@ -88,7 +98,19 @@ class Statement:
             *(approval, generation, bool(for_guest)),
             *(guest, frontend, startup, hw_pcrs, manager),
             evidence,
+            late,
+            event_log,
         )
+
+
+def _boot(reader: Reader) -> tuple[bool | None, bytes]:
+    """Read what a statement of version 2 says of the guest's boot. Raises MessageError: it says nothing."""
+    number, digest = reader.number(1), reader.take(32)
+    found = [late for late, wire in _TOLD.items() if wire == number]
+    event_log = digest if any(digest) else b""
+    if not found or (found == [None] and not event_log):
+        raise MessageError("a statement of version 2 that says nothing of the guest's boot")
+    return found[0], event_log
 
 
 assert Statement.HEAD.size == 18, "docs/attestation.md: the head of a statement has 18 bytes"

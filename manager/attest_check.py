@@ -34,6 +34,7 @@ from manager.attest_wire import (
     qualified_name,
     verify,
 )
+from manager.event_log import read_log, replay
 from manager.policy_digests import ALG_SHA256
 
 
@@ -65,6 +66,7 @@ class Expected:
     group: UUID | None = None
     authorities: Sequence[x509.Certificate] = ()
     policy: PcrPolicy = field(default_factory=PcrPolicy)
+    event_log: bytes | None = None  # what vtpm-event-log wrote
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ def judge(untrusted: bytes, expected: Expected) -> Judgement:
     _check_hardware(checks, expected, bundle, quote)
     _check_statement(checks, expected, bundle)
     _check_evidence(checks, expected, bundle.evidence)
+    _check_boot(checks, expected, bundle)
     return Judgement(tuple(checks.done), _says(bundle, quote))
 
 
@@ -240,6 +243,44 @@ def _check_policy(
     checks.that(name, not wrong, f"holds for PCRs {', '.join(map(str, sorted(allowed)))}", told)
 
 
+def _check_boot(checks: _Checks, expected: Expected, bundle: Bundle) -> None:
+    """Look at how far the vTPM's PCRs tell what its guest was started with."""
+    statement, log = bundle.statement, expected.event_log
+    if statement.late is not None:
+        # no failure: PCRs that software of the running guest extends still mean what it says of them
+        text = "the guest ran before it had this vTPM: its PCRs say nothing of how it was started"
+        verdict = Verdict.NOT_CHECKED if statement.late else Verdict.OK
+        checks.done.append(Check("attach", verdict, text if statement.late else "before the guest ran"))
+    elif statement.event_log:
+        checks.skipped("attach", "whether the guest ran before it had this vTPM is not known")
+    if log is None:
+        if statement.event_log:
+            checks.skipped("boot", "was measured; no event log was given (vtpm-event-log -o FILE)")
+        return
+    same = hmac.compare_digest(hashlib.sha256(log).digest(), statement.event_log or bytes(32))
+    other = "is another" if statement.event_log else "the boot was not measured"
+    checks.that("event log", same, "is the one that the statement names", other)
+    if same:
+        _check_replay(checks, bundle.evidence, log)
+
+
+def _check_replay(checks: _Checks, evidence: Evidence, log: bytes) -> None:
+    """Compare the quoted PCRs with what comes of an event log."""
+    present = dict(zip(bits(evidence.selection), evidence.values, strict=True))
+    try:
+        wanted = replay(read_log(log), "sha1" if evidence.family is TpmFamily.TPM_1_2 else "sha256")
+    except MessageError as error:
+        checks.that("boot", False, "", str(error))
+        return
+    absent = [str(pcr) for pcr in sorted(wanted) if pcr not in present]
+    if absent:
+        checks.skipped("boot", f"PCR {' and '.join(absent)} was not quoted, so the event log cannot be compared")
+        return
+    wrong = [str(pcr) for pcr in sorted(wanted) if present[pcr] != wanted[pcr]]
+    told = f"PCR {' and '.join(wrong)} is not what comes of the event log: something else extended it, too"
+    checks.that("boot", not wrong, f"PCR {' and '.join(map(str, sorted(wanted)))} is what the event log says", told)
+
+
 def _says(bundle: Bundle, quote: QuoteAttest) -> dict[str, Any]:
     """Return what a bundle says, for showing."""
     statement, evidence = bundle.statement, bundle.evidence
@@ -252,6 +293,8 @@ def _says(bundle: Bundle, quote: QuoteAttest) -> dict[str, Any]:
         "frontend": statement.frontend,
         "startup": statement.startup,
         "hwinitpcrs": statement.hw_pcrs or None,
+        "late_attach": statement.late,
+        "boot_measured": bool(statement.event_log),
         "for_guest": statement.for_guest,
         "approval": statement.approval,
         "generation": statement.generation,

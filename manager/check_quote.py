@@ -63,6 +63,7 @@ def _judge(options: argparse.Namespace) -> int:
         group=options.group,
         authorities=_authorities(options.ca),
         policy=policy,
+        event_log=read_file(options.event_log) if options.event_log else None,
     )
     judgement = judge(read_file(options.bundle), expected)
     _print_judgement(judgement, as_json=options.json)
@@ -218,6 +219,7 @@ def _judge_parser() -> argparse.ArgumentParser:
         "--ca", metavar="PEM", help="the authorities that may have issued the attestation key's certificate"
     )
     parser.add_argument("--pcr-policy", metavar="JSON", help="values that PCRs may have")
+    parser.add_argument("--event-log", metavar="FILE", help="what the guest's boot was measured by (vtpm-event-log -o)")
     _add_moment(parser)
     return parser
 

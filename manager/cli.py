@@ -14,6 +14,7 @@ from manager.cli_output import print_answer, saved
 from manager.client import RemoteError, content_for_verb, open_for_verb, socket_path, stream
 from manager.errors import ManagerError, NotFoundError, UsageError
 from manager.named_path import place_of
+from manager.verb_form import LISTS
 from manager.verb_table import BY_NAME, REMOVED_COLUMNS, VERBS, Argument, Verb, command_of
 from storage.errors import StorageError
 
@@ -47,7 +48,7 @@ def add_verb_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
         if argument.positional:
             count = "*" if argument.kind == "list" else None if argument.required else "?"
             parser.add_argument(argument.name, nargs=count, metavar=argument.name.upper(), help=argument.help)
-        elif argument.kind == "list":
+        elif argument.kind in LISTS:
             parser.add_argument(argument.option, dest=argument.name, action="append", default=[], help=argument.help)
         elif argument.kind == "flag":
             parser.add_argument(argument.option, dest=argument.name, action="store_true", help=argument.help)
@@ -83,15 +84,13 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
         for argument in verb.arguments:
             if argument.local:
                 continue
-            value = getattr(options, argument.name)
-            if argument.kind in ("text", "bytes") and value is not None:
-                value = content_for_verb(value, argument.kind)
+            value = _read(argument, getattr(options, argument.name))
             if argument.kind == "path" and value is not None:
                 descriptors.append(open_for_verb(value))
                 value = place_of(value)
             if value is None or (value is False and argument.default is False) or value == []:
                 continue  # nothing was said: so a manager of before an upgrade takes the command, too
-            arguments[argument.name] = tuple(value) if argument.kind == "list" else value
+            arguments[argument.name] = tuple(value) if argument.kind in LISTS else value
         finished = opened.enter_context(_prepared(verb, options, arguments, descriptors))
         answer = stream(
             socket_path(options.socket),
@@ -120,6 +119,17 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
         opened.close()
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _read(argument: Argument, value: Any) -> Any:
+    """Return what an argument is sent as: of files that it names the content, or digests. Raises ManagerError."""
+    if argument.kind in ("text", "bytes") and value is not None:
+        return content_for_verb(value, argument.kind)
+    if argument.kind != "measurements" or not value:
+        return value
+    from manager.measure_option import from_option  # noqa: PLC0415 - two verbs need it
+
+    return [from_option(word) for word in value]
 
 
 def _prepared(

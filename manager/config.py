@@ -198,6 +198,11 @@ class Layout:
         return self.state_dir / "state"
 
     @property
+    def xen_socket(self) -> Path:
+        """Where vtpm-xen asks which domain may have which vTPM."""
+        return self.runtime_dir / "xen.sock"
+
+    @property
     def admin_socket(self) -> Path:
         """The administrators' socket."""
         return self.runtime_dir / "admin.sock"

@@ -18,7 +18,7 @@ import trio
 
 from frontend_backend import messages_keeper as k
 from frontend_backend.release import RELEASE
-from manager import admin_server, confinement, migration_wire
+from manager import admin_server, confinement, migration_wire, xen_server
 from manager.admin_server import AdminServer
 from manager.anchor import Standing
 from manager.anchoring import Anchoring
@@ -60,6 +60,9 @@ from manager.tombstones import Tombstones
 from manager.upgrade import Command, ask_installed
 from manager.verb_table import SCHEMA_VERSION
 from manager.verbs import timestamp, uptime
+from manager.xen_events import XenEvents
+from manager.xen_remote import Elsewhere
+from manager.xen_server import XenServer
 from storage.catalogue import Catalogue
 
 _log = logging.getLogger("vtpm.manager")
@@ -163,6 +166,7 @@ class Daemon:
         self._attachments = Attachments(
             self._registry, instances, self._layout, config, self._opened.store.uuid, capacity, sleepers
         )
+        rings.on_boot = self._attachments.boots.begin
         self._supervision = Supervision(self._registry, self._attachments, instances, nursery, config.instance)
         hibernation = self._hibernation = Hibernation(
             self._registry, self._attachments, instances, keepers, nursery, self._supervision.later
@@ -183,6 +187,7 @@ class Daemon:
         nursery.start_soon(hibernation.run_idle)
         nursery.start_soon(hibernation.events.run)
         nursery.start_soon(blob_events.run)
+        xen = self._xen(instances, nursery, hibernation)
         services = Services(
             self._registry,
             self._attachments,
@@ -204,6 +209,7 @@ class Daemon:
         )
         await self._approvals.raise_used()  # from here on the platform has come up: what is older is revoked
         nursery.start_soon(migration.arrivals.run)
+        nursery.start_soon(xen.run, self._listen_for_xen())
         if managers is not None:
             nursery.start_soon(MigrationServer(migration.server_context, migration.handle).run, managers)
             _log.info("other managers are answered at %s", config.migration.listen)
@@ -222,6 +228,18 @@ class Daemon:
         store, events = self._opened.store, BlobEvents(notes)
         self._exports = Exports(store, state_blob_key(self._opened.secret.store_key, store.uuid), events)
         return Imports(self._registry, self._exports, self._restores, events)
+
+    def _xen(self, instances: Instances, nursery: trio.Nursery, hibernation: Hibernation) -> XenServer:
+        elsewhere = Elsewhere(self._registry, self._attachments, instances, nursery)
+        events = XenEvents(hibernation.events)
+        return XenServer(self._registry, self._attachments, elsewhere, events, self._layout.sockets)
+
+    def _listen_for_xen(self) -> socket.socket:
+        """Return where vtpm-xen asks. Raises OSError."""
+        listener = xen_server.listen(self._layout.xen_socket)
+        self._closing.callback(listener.close)
+        self._closing.callback(self._layout.xen_socket.unlink, missing_ok=True)
+        return listener
 
     def _migration(self, instances: Instances) -> Migration:
         opened = self._opened

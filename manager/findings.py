@@ -22,10 +22,11 @@ class Verdict(StrEnum):
     MISSING = "missing"
     FOREIGN = "foreign"
     DISAGREES = "disagrees"
+    ELSEWHERE = "elsewhere"  # it lies on the disk of a domain of Xen: its instance checks it there at each load
     UNCHECKED = "unchecked"  # its group is closed, or it changes faster than it can be read
 
 
-_CODES: Final = {Verdict.OK: ExitCode.OK, Verdict.UNCHECKED: ExitCode.DENIED}
+_CODES: Final = {Verdict.OK: ExitCode.OK, Verdict.ELSEWHERE: ExitCode.OK, Verdict.UNCHECKED: ExitCode.DENIED}
 
 
 @dataclass(frozen=True, slots=True)

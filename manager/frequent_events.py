@@ -28,7 +28,7 @@ class FrequentEvents:
         self._waiting: list[EventRow] = []
         self._some = trio.Event()
 
-    def note(self, kind: str, vtpm: UUID, text: str, seconds: float) -> None:
+    def note(self, kind: str, vtpm: UUID | None, text: str, seconds: float) -> None:
         """Keep an event that happened at this time (seconds since 1970), within a second or two."""
         self._waiting.append(EventRow(iso(seconds), kind, vtpm, text))
         self._some.set()

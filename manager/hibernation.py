@@ -87,6 +87,10 @@ class Hibernation:
                 raise ConflictError(f"vTPM {row.name} is not attached, so nothing of it is in memory")
             if row.uuid in self._sleepers:
                 return
+            if attachment.instance_domain:
+                raise ConflictError(
+                    f"the instance of vTPM {row.name} lives in a domain of its own: it cannot hibernate"
+                )
             running = self._fit(row, self._attachments.running(row.uuid))
             running.private_bytes = private_bytes(running.pid)
             running.order(Orders.HIBERNATE)

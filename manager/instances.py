@@ -23,7 +23,7 @@ from manager.keepers import Keepers
 from manager.launches import Adoption, Launch, Once, uid_of
 from manager.ports import Port
 from manager.ring_server import RingServer
-from manager.running import Running, Stage
+from manager.running import ENDED, Running, Stage
 
 _log = logging.getLogger("vtpm.instance")
 _LAST_STEPS: Final = 30.0  # seconds that one has to hand its connections over, which end if it is killed
@@ -77,6 +77,9 @@ class Instances:
             owner_uid=launch.owner_uid,
             manager_uid=os.geteuid(),
             listeners=launch.listeners,
+            localities=launch.localities,
+            maintenance=launch.maintenance,
+            trace=launch.trace,
             **launch.quota._asdict(),
         )
         descriptors = (page, doorbell, back.fileno(), image, *(port.fileno() for port in listeners))
@@ -98,8 +101,24 @@ class Instances:
         running = Running(launch.vtpm, launch.lease, pid, back, launch.startup, launch.after_reset, uid or None)
         running.epoch, running.start, running.rest_after = launch.epoch, orphans.start_of(pid), launch.rest_after
         running.hw_pcrs = launch.hw_pcrs
+        running.measure, running.measured = launch.measure, launch.measured
         self._take_on(running)
         return running
+
+    def join(self, launch: Launch) -> tuple[Running, LocalRing]:
+        """Serve an instance that lives elsewhere; returns its end of the ring, too, to be handed over and closed.
+
+        Raises:
+            OSError: out of descriptors or memory.
+
+        """
+        front, back = LocalRing.pair(map_without_descriptor)
+        back.forget_page_descriptor()
+        running = Running(launch.vtpm, launch.lease, 0, back, launch.startup, launch.after_reset, elsewhere=True)
+        running.epoch, running.hw_pcrs, running.stage = launch.epoch, launch.hw_pcrs, Stage.WAITING
+        running.measure, running.measured, running.terms = launch.measure, launch.measured, launch.terms
+        self._take_on(running)
+        return running, front
 
     async def _spawn(self, spawn: k.Spawn | k.Wake, descriptors: tuple[int, ...], meanwhile: Callable[[], None]) -> int:
         """Have the keeper start an instance; returns its process id."""
@@ -133,6 +152,7 @@ class Instances:
         running = Running(vtpm, kept.lease, kept.pid, ring, adoption.startup, adoption.after_reset, uid)
         running.epoch, running.start = adoption.epoch, orphans.start_of(kept.pid)
         running.rest_after, running.hw_pcrs = adoption.rest_after, adoption.hw_pcrs
+        running.measure, running.measured = adoption.measure, adoption.measured
         if sleeps and running.back.answered:
             running.stage = Stage.HIBERNATED
             self._sleeps(running)
@@ -178,7 +198,9 @@ class Instances:
         """Clean up after an instance whose end of the ring is closed: it has ended, or is made to."""
         await self._rings.quiesce(running)
         sleeps, parked, status = running.stage is Stage.HIBERNATED, False, None
-        if sleeps:
+        if running.elsewhere:
+            pass  # whether it has ended is not for us to see; it is heard no more
+        elif sleeps:
             parked = await self.endings.park(running.vtpm, running.lease)
         else:
             status = await self.endings.after_hang_up(running.vtpm, running.lease)
@@ -222,7 +244,8 @@ class Instances:
         with trio.move_on_after(seconds):
             await running.settled.wait()
             return
-        raise BusyError(f"the instance (pid {running.pid}) did not become ready within {seconds:g} s; look at the log")
+        which = "in its domain" if running.elsewhere else f"(pid {running.pid})"
+        raise BusyError(f"the instance {which} did not become ready within {seconds:g} s; look at the log")
 
     async def stop(self, running: Running) -> bool:
         """Stop an instance cleanly. Returns whether its last state is committed.
@@ -230,21 +253,30 @@ class Instances:
         One that does not stop in time is killed: what it acknowledged is durable all the same.
         """
         running.awaited = True
+        if running.stage is Stage.WAITING:
+            await self.kill(running)
+            return True
         running.order(Orders.STOP)
         with trio.move_on_after(self._config.stop_timeout):
-            await running.ended.wait()
-        if not running.ended.is_set():
+            if running.elsewhere:
+                await running.last_word()
+                await self._ends(running)
+            else:
+                await running.ended.wait()
+        if not running.ended.is_set() and not (running.elsewhere and running.stage in ENDED):
             _log.error("vTPM %s: did not stop within %g s; killing it", running.vtpm, self._config.stop_timeout)
-            await self.kill(running)
+        await self.kill(running)
         return running.stage in (Stage.STOPPED, Stage.HIBERNATED)
 
     async def kill(self, running: Running) -> None:
         """End an instance at once (SIGKILL) and wait until it has been cleaned up after.
 
-        Its end of the ring may outlive it: one that was taken over can have handed it to an accomplice.
+        Its end of the ring may outlive it: one that was taken over can have handed it to an accomplice. Of one that
+        lives elsewhere only the ring ends; what it wants to commit after that nobody hears.
         """
         if not running.ended.is_set():
-            await self._end_for_certain(running)
+            if not running.elsewhere:
+                await self._end_for_certain(running)
             if self._rings.remove(running) or running in self._silenced:
                 self._silenced.discard(running)
                 self._hung_up(running)

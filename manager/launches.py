@@ -1,8 +1,9 @@
 """What an instance is started with, or taken over with; and what is told of a process by proc(5)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from manager.errors import ManagerError
@@ -24,8 +25,14 @@ class Launch:
     listeners: tuple[str, ...]
     epoch: int = 0
     hw_pcrs: int = 0  # as a bit map; bit 0 for PCR 0
+    measure: str = ""  # as Running's
+    measured: str = ""
     rest_after: float = 0.0
     quota: VtpmQuota = NO_QUOTA
+    localities: int = 1
+    maintenance: bool = False
+    trace: bool = False
+    terms: Mapping[str, Any] = field(default_factory=dict)  # of one that lives elsewhere: what else Load tells it
     wakes: bool = False  # of a hibernated vTPM, on the sockets that its keeper has
 
 
@@ -38,6 +45,8 @@ class Adoption:
     epoch: int
     rest_after: float
     hw_pcrs: int = 0
+    measure: str = ""
+    measured: str = ""
 
 
 class Once:

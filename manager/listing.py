@@ -7,6 +7,7 @@ import trio
 
 from manager.attachment_epochs import staleness
 from manager.attachment_words import rest_after
+from manager.boot_measurements import shown as measured_words
 from manager.connection_help import libvirt_xml, qemu_arguments
 from manager.group_rows import find_group
 from manager.labels import flat, parse_filters
@@ -19,6 +20,7 @@ from manager.services import Arguments, Caller, Document, Services
 from manager.sockets import LOOPBACK, SocketFolder
 from manager.tombstones import iso
 from manager.verb_table import SCHEMA_VERSION
+from manager.xen_listing import xen_terms
 from storage.catalogue_rows import AttachmentRow, Filter, Listed, VtpmRow
 from storage.errors import StorageError
 from storage.store_records import RecordFlags, VtpmRecord
@@ -28,8 +30,13 @@ _AT_ONCE: Final = 250  # rows between which others get a turn: about 10 ms
 READERS: Final = trio.CapacityLimiter(4)
 
 
-def state_of(running: Running | None, flags: RecordFlags, attached: bool, asleep: bool = False) -> str:
-    """Return a vTPM's state in one word, as users see it (docs/states.md); `flags` are its record's."""
+def state_of(
+    running: Running | None, flags: RecordFlags, attached: bool, asleep: bool = False, elsewhere: bool = False
+) -> str:
+    """Return a vTPM's state in one word, as users see it (docs/states.md); `flags` are its record's.
+
+    `elsewhere`: it is attached, and its instance lives in a domain of its own.
+    """
     if running is not None:
         return running.stage.value
     if asleep:
@@ -37,6 +44,7 @@ def state_of(running: Running | None, flags: RecordFlags, attached: bool, asleep
     told = (
         ("frozen", is_frozen(flags)),
         ("quarantined", flags & RecordFlags.QUARANTINED),
+        ("waiting", elsewhere),
         ("down", attached),
         ("incoming", is_incoming(flags)),
         ("added", flags & RecordFlags.FRESH),
@@ -71,7 +79,8 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             if attachment is not None and staleness(record, attachment):
                 return "stale", record
         asleep = vtpm in services.attachments.sleepers
-        return state_of(running, record.flags, attachment is not None, asleep), record
+        elsewhere = attachment is not None and bool(attachment.instance_domain)
+        return state_of(running, record.flags, attachment is not None, asleep, elsewhere), record
 
     def describe_one(listed: Listed) -> Document:
         row, attachment = listed.vtpm, listed.attachment
@@ -96,16 +105,20 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "device": None,
             "device_numbers": None,
             "resource_manager_numbers": None,
-            "pid": running.pid if running else None,
+            "pid": (running.pid or None) if running else None,
             "reason": registry.closed.get(row.group) if state == "closed" else services.attachments.reason(row.uuid),
             "release": services.attachments.release(row.uuid),
             "outdated": running is not None and services.attachments.is_outdated(row.uuid),
             "startup": attachment.startup if attachment else None,
             "hwinitpcrs": (attachment.hw_pcrs or None) if attachment else None,
+            "measure": measured_words(attachment.measure) if attachment else None,
+            "measured": measured_words(attachment.measured) if attachment else None,
+            "late_attach": attachment.ran_before if attachment else None,
             "hibernate_after": rest_after(attachment, services.config.instance) if attachment else None,
             "commands_per_second": attachment.commands_per_second or None if attachment else None,
             "saves_per_second": attachment.saves_per_second or None if attachment else None,
             "nv_bytes": attachment.nv_bytes or None if attachment else None,
+            **xen_terms(attachment, services.attachments.bindings.of(row.uuid)),
             "hibernated_since": _moment(services.attachments.sleepers.since(row.uuid)),
             "generation": record and record.generation,
             "restore": record and services.restores.policy(row.uuid, record.flags).value,
@@ -144,6 +157,8 @@ def _moment(seconds: float) -> str | None:
 
 
 def _places(services: Services, row: VtpmRow, attachment: AttachmentRow) -> Document:
+    if attachment.instance_domain:
+        return {"state_image": None}  # that domain has it
     if attachment.frontend == PROXY:
         return _device(services.attachments.sleepers.ports.device(attachment))
     if attachment.tcp_port:

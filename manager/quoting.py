@@ -17,10 +17,12 @@ import trio
 from frontend_backend import messages_instance as m
 from frontend_backend.deep_quote import Evidence, check_wish
 from frontend_backend.errors import MessageError
+from frontend_backend.measurements import all_from_text
 from manager.approval_records import pcrs_of, sequence_in_use
 from manager.attest_bundle import Bundle, HardwareQuote, Statement
 from manager.attestation import key_of
 from manager.errors import BusyError, ConflictError, IntegrityError, ManagerError, UsageError
+from manager.event_log import event_log
 from manager.groups import Groups
 from manager.hardware import Hardware
 from manager.hwtpm import HardwareTpm
@@ -51,6 +53,8 @@ class _Facts:
     frontend: str
     startup: str
     hw_pcrs: str
+    late: bool | None
+    event_log: bytes
 
 
 class Quotes:
@@ -142,6 +146,8 @@ class Quotes:
                 hw_pcrs=facts.hw_pcrs,
                 manager=MANAGER,
                 evidence=hashlib.sha256(evidence.pack()).digest(),
+                late=facts.late,
+                event_log=facts.event_log,
             )
 
         def sign(tpm: HardwareTpm, key: AttestationKey) -> tuple[Statement, HardwareQuote]:
@@ -168,7 +174,14 @@ def _facts(row: VtpmRow, attachment: AttachmentRow, generation: int) -> _Facts:
         attachment.frontend,
         attachment.startup,
         attachment.hw_pcrs,
+        attachment.ran_before,
+        _logged(row.family, attachment.measured),
     )
+
+
+def _logged(family: str, measured: str) -> bytes:
+    """Return the SHA-256 of a boot's event log, nothing where the boot was not measured. Raises MessageError."""
+    return hashlib.sha256(event_log(family, all_from_text(measured))).digest() if measured else b""
 
 
 def _approval(tpm: HardwareTpm, seal: GroupSeal) -> int:

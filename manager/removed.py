@@ -12,6 +12,7 @@ from manager.removal_words import EVENT, MIGRATED, where_to, who_removed
 from manager.services import Arguments, Document, Services
 from manager.tombstones import iso
 from manager.verb_table import SCHEMA_VERSION
+from manager.xen_listing import XEN_FIELDS
 from storage.store_records import RecordFlags, Tombstone
 
 _AT_ONCE: Final = 250  # tombstones between which others get a turn
@@ -71,6 +72,7 @@ _OF_ATTACHED: Final = (
     ),
     *("restore", "restore_refused"),
     *("claimed_by", "frozen_since", "comes_from"),
+    *XEN_FIELDS,
     *("hibernate_after", "hibernated_since", "commands_per_second", "saves_per_second", "nv_bytes"),
 )
 

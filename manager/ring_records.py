@@ -10,9 +10,12 @@ from storage.secrets import StateKey
 from storage.store_records import RecordFlags, VtpmRecord
 
 _DIGEST_SIZE: Final = 32
+_DEACTIVATED: Final = "deactivated"
 
 
-def load_reply(running: Running, record: VtpmRecord, startup: str, commit_timeout: float) -> m.LoadReply:
+def load_reply(
+    running: Running, record: VtpmRecord, startup: str, commit_timeout: float, measured: tuple[bytes, ...] = ()
+) -> m.LoadReply:
     """Return the answer to Load that a record makes."""
     fresh = bool(record.flags & RecordFlags.FRESH)
     return m.LoadReply(
@@ -26,6 +29,10 @@ def load_reply(running: Running, record: VtpmRecord, startup: str, commit_timeou
         startup=startup,
         commit_timeout=commit_timeout,
         hw_pcrs=running.hw_pcrs,
+        measured=measured,
+        # instances of before this field are told nothing that they cannot read: they know no "deactivated" either
+        after_reset=_DEACTIVATED if running.after_reset == _DEACTIVATED != startup else "",
+        **running.terms,
     )
 
 

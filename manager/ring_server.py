@@ -43,6 +43,10 @@ def _nothing(_running: Running) -> None:
     pass
 
 
+def _not_measured(_running: Running) -> tuple[bytes, ...]:
+    return ()
+
+
 async def _no_quote(_running: Running, _request: m.Quote) -> m.Reply:
     return m.Refusal(m.RefusalCode.DENIED, "this manager does not offer it")
 
@@ -64,6 +68,7 @@ class RingServer:
         self.on_hang_up: Callable[[Running], None] = _nothing
         self.on_quote: Callable[[Running, m.Quote], Awaitable[m.Reply]] = _no_quote
         self.on_sleep: Callable[[Running], None] = _nothing
+        self.on_boot: Callable[[Running], tuple[bytes, ...]] = _not_measured
         self.blobs: Blobs = NoBlobs()
 
     def add(self, running: Running) -> None:
@@ -133,7 +138,7 @@ class RingServer:
             return
         match running.back.take():
             case Request(packet, _):
-                running.busy = True
+                running.asks()
                 self._dispatch(running, packet, alive=alive)
             case Answered(reason):
                 self._complain(running, f"ring request not obeyed: {reason}")
@@ -168,17 +173,22 @@ class RingServer:
                 self._answer(running, self.blobs.export(running, request))
             case Import():
                 self._nursery.start_soon(self._take_in, running, request)
-            case m.QuoteTask() | m.QuoteMade():
-                self._quote_task(running, request)
+            case m.QuoteTask() | m.QuoteMade() | m.Measurements():
+                self._answer_at_once(running, request)
 
-    def _quote_task(self, running: Running, request: m.QuoteTask | m.QuoteMade) -> None:
+    def _answer_at_once(self, running: Running, request: m.QuoteTask | m.QuoteMade | m.Measurements) -> None:
+        """Answer what nobody has to be asked for."""
         task = running.quote
-        if isinstance(request, m.QuoteTask):
-            self._answer(running, task.taken() if task is not None else m.QuoteTaskReply(0))
-            return
-        if task is not None:
-            task.made(request)
-        self._answer(running, m.ReportReply())
+        match request:
+            case m.Measurements():
+                measured = self._measured(running)
+                self._answer(running, m.MeasurementsReply(measured) if isinstance(measured, tuple) else measured)
+            case m.QuoteTask():
+                self._answer(running, task.taken() if task is not None else m.QuoteTaskReply(0))
+            case m.QuoteMade():
+                if task is not None:
+                    task.made(request)
+                self._answer(running, m.ReportReply())
 
     async def _ask_hardware(self, running: Running, request: m.Random | m.Quote | m.PcrRead) -> None:
         """Answer what the hardware TPM is needed for; nobody else waits for it."""
@@ -279,24 +289,44 @@ class RingServer:
         if is_frozen(record.flags):
             self._answer(running, m.Refusal(m.RefusalCode.DENIED, "another manager claimed this vTPM"))
             return
-        startup, running.startup = running.startup, running.after_reset
+        startup = running.startup
         if startup == "state" and not record.flags & RecordFlags.RESUMABLE:
             startup = "failed"  # consumed, or never saved: the same volatile state is not resumed twice
-        reply = load_reply(running, record, startup, self._commit_timeout)
+        try:
+            running.begin()
+        except StorageError as error:
+            _log.error("vTPM %s: whose it is could not be kept: %s", running.vtpm, error)
+            self._answer(running, m.Refusal(m.RefusalCode.STORE_FAILED, str(error)[:200]))
+            return
+        measured = self._measured(running) if running.begins_boot(startup) else ()
+        if isinstance(measured, m.Refusal):
+            self._answer(running, measured)
+            return
+        reply = load_reply(running, record, startup, self._commit_timeout, measured)
         new = record if is_away(record.flags) else replace(record, flags=RecordFlags(int(record.flags) & ~_SLEPT))
         if not new.flags & RecordFlags.FRESH:  # a fresh one commits before its guest is answered
             new = marked(new, running)
         if same(record, new):
+            running.told(startup)
             self._answer(running, reply)
             return
 
         def acknowledge(error: Exception | None) -> None:
             if error is None:
+                running.told(startup)
                 self._answer(running, reply)
             else:
                 self._answer(running, m.Refusal(m.RefusalCode.STORE_FAILED, str(error)[:200]))
 
         self._committer.enqueue((PutVtpm(new),), acknowledge)
+
+    def _measured(self, running: Running) -> tuple[bytes, ...] | m.Refusal:
+        """Return what the boot that begins is measured by; where that cannot be kept, no boot begins."""
+        try:
+            return self.on_boot(running)
+        except (MessageError, StorageError) as error:
+            _log.error("vTPM %s: what its guest's boot is measured by is not known: %s", running.vtpm, error)
+            return m.Refusal(m.RefusalCode.UNAVAILABLE, str(error)[:200])
 
     async def _quote(self, running: Running, request: m.Quote) -> None:
         """Answer a guest's wish; LIMIT where the hardware TPM takes long, or the instance has to do something else."""

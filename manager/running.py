@@ -1,8 +1,9 @@
 """One running instance as the manager sees it, and the table of its states."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import trio
@@ -26,6 +27,7 @@ _LOOK_AGAIN: Final = 0.02  # seconds: a stage can change without a report
 class Stage(StrEnum):
     """Where an instance is in its life."""
 
+    WAITING = "waiting"  # it lives elsewhere, and has asked nothing on its ring so far
     STARTING = "starting"
     RUNNING = "running"
     NEEDS_RESET = "needs-reset"
@@ -36,6 +38,7 @@ class Stage(StrEnum):
     ENDED = "ended"  # the process is gone
 
 
+ENDED: Final = frozenset({Stage.STOPPED, Stage.FAILED, Stage.ENDED})
 # (stage, what the instance reported) -> stage. An unlisted pair changes nothing: a report carries no authority.
 ON_REPORT: Final[dict[tuple[Stage, InstanceState], Stage]] = {
     (Stage.STARTING, InstanceState.READY): Stage.RUNNING,
@@ -57,7 +60,8 @@ ON_REPORT: Final[dict[tuple[Stage, InstanceState], Stage]] = {
 class Running:
     """An instance: its process, its ring, and what is being waited for.
 
-    `startup` is what the next Load will be told; `after_reset` what every Load after that will be.
+    `startup` is what the next Load will be told; `after_reset` what every Load after that will be. One that lives
+    `elsewhere`, in a domain of Xen of its own, has no process here (`pid` 0): nothing of it ends but its ring.
     """
 
     vtpm: UUID
@@ -67,9 +71,14 @@ class Running:
     startup: str
     after_reset: str
     uid: int | None = None  # its own user id, None for the keeper's
+    elsewhere: bool = False
+    terms: Mapping[str, Any] = field(default_factory=dict)  # of one that lives elsewhere: what else Load tells it
+    at_first_load: Callable[[], None] | None = None  # what is kept before it is told anything; raises StorageError
+    first_told: str | None = None  # the startup that its first Load was told
     epoch: int = 0  # of the attachment it runs for: each of its commits says so in the record
     start: int | None = None  # when its process began (orphans.start_of)
     stage: Stage = Stage.STARTING
+    unused: bool = False  # started as its vTPM was attached, and no guest of Xen has had it yet
     came_up: bool = False  # it has been running, or in failure; before that its end is its starter's affair
     awaited: bool = False  # somebody stops it, and deals with its end
     orders: Orders = Orders.NONE
@@ -89,17 +98,46 @@ class Running:
     quoting: bool = False  # a quote that its guest asked for is under way, perhaps given up already
     hurry: trio.Event = field(default_factory=trio.Event)  # what it waits for is to be given up
     hw_pcrs: int = 0  # hardware PCRs that its attachment asks for, and no others are told it; bit 0 for PCR 0
+    measure: str = ""  # what its guest's next boot is measured by (boot_measurements), as in the attachment's row
+    measured: str = ""  # what the present one was measured by
     pcr_reads: TokenBucket = field(default_factory=lambda: TokenBucket(PCR_READS_A_SECOND, PCR_READS_AT_ONCE))
     guest_quotes: TokenBucket = field(default_factory=lambda: TokenBucket(GUEST_QUOTES_A_SECOND, GUEST_QUOTES_AT_ONCE))
+    heard: trio.Event = field(default_factory=trio.Event)  # it has asked for something
     idle: trio.Event = field(default_factory=trio.Event)  # set when a request was done after the process had ended
     back: BackRing = field(init=False)
 
     def __post_init__(self) -> None:
         self.back = BackRing(self.ring.page, refusal_for_malformed)
 
+    def asks(self) -> None:
+        """Take note that it asks for something."""
+        self.busy = True
+        if self.stage is Stage.WAITING:
+            self.stage = Stage.STARTING
+            self.heard.set()
+
+    def begin(self) -> None:
+        """Keep what is to be kept before the first Load is answered. Raises StorageError: it is not to be answered."""
+        if self.at_first_load is not None:
+            self.at_first_load()
+            self.at_first_load = None
+
+    def told(self, startup: str) -> None:
+        """Take note of what a Load was answered."""
+        self.first_told = self.first_told or startup
+        self.startup = self.after_reset
+
+    def begins_boot(self, startup: str) -> bool:
+        """Tell whether what a Load is answered begins a boot of the guest.
+
+        Elsewhere a program loads first, and hands that word to its instance's own Load; whatever boot comes after that
+        is asked for by Measurements.
+        """
+        return startup == "clear" and not (self.elsewhere and self.first_told not in (None, "clear"))
+
     def take_report(self, report: Report) -> None:
         """Move on by what the instance says of itself; its words may have been chosen by a guest."""
-        self.report = replace(report, reason=_printable(report.reason), text=_printable(report.text))
+        self.report = replace(report, reason=printable(report.reason), text=printable(report.text))
         self.stage = ON_REPORT.get((self.stage, report.state), self.stage)
         self.idle_reports = self.idle_reports + self.asked if report.reason == IDLE else 0
         self.asked = False
@@ -153,12 +191,18 @@ class Running:
                 if self.report is not None and self.report.reason == reason:
                     return
 
+    async def last_word(self) -> None:
+        """Wait until it has said that it ends, or its ring has ended."""
+        while self.stage not in ENDED and not self.ended.is_set():
+            with trio.move_on_after(_LOOK_AGAIN):
+                await self.reported.wait()
+
     def complain(self) -> bool:
         """Count a request that was not obeyed; returns whether to log it: a hostile instance must not fill the log."""
         self.complaints += 1
         return self.complaints.bit_count() == 1  # the 1st, 2nd, 4th, 8th, ...
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return `text` without what a terminal would obey or a log would take for another line."""
     return "".join(character if character.isprintable() else "?" for character in text[:_WORDS_LIMIT])

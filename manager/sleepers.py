@@ -166,8 +166,13 @@ class Sleepers:
                 listeners=(),
                 epoch=attachment.epoch,
                 hw_pcrs=bit_map(attachment.hw_pcrs),
+                measure=attachment.measure,
+                measured=attachment.measured,
                 rest_after=rest_after(attachment, self._config),
                 quota=quota_of(attachment),
+                localities=attachment.localities,
+                maintenance=attachment.maintenance,
+                trace=attachment.trace,
                 wakes=True,
             )
             return await self._instances.start(launch, image, _NO_SOCKETS, _nothing)

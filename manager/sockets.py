@@ -27,10 +27,11 @@ LISTENERS_OF: Final = {
     "mssim": ("data", "control"),  # the simulator's command and platform port
     "qemu": ("data", "control"),
     "ring": ("ring",),
+    "xen": ("ring",),  # for vtpm-xen, whose other end is the guest's
     "proxy": ("proxy",),  # no socket, but the server's end of a device: manager.ports
 }
 _ENDPOINTS: Final = {"qemu": "control"}  # the socket a guest is told, where it is not the first one
-_DEFAULT_MODES: Final = {"qemu": "0600"}  # one user, whom QEMU runs as; others: those of a group, too
+_DEFAULT_MODES: Final = {"qemu": "0600", "xen": "0600"}  # one user, whom QEMU or vtpm-xen runs as; others: a group
 LOOPBACK: Final = "127.0.0.1"
 _ON_TCP: Final = frozenset({"socket", "mssim"})  # front ends that may have ports in place of Unix sockets
 _HIGHEST_PORT: Final = 65_534  # the control channel has the next one

@@ -14,7 +14,7 @@ from manager.attachment_marks import Marks
 from manager.attachment_words import after_reset, rest_after
 from manager.capacity import Capacity
 from manager.config import Config, Layout
-from manager.errors import BusyError, KeeperError, ManagerError, QuarantinedError
+from manager.errors import BusyError, ConflictError, KeeperError, ManagerError, QuarantinedError
 from manager.hardware_pcrs import bit_map
 from manager.instances import Instances
 from manager.launches import Launch
@@ -80,6 +80,11 @@ class Starts:
             BusyError: there is no room, or we are stopping. And see `attach`.
 
         """
+        if attachment.instance_domain:
+            raise ConflictError(
+                f"the instance of vTPM {row.name} lives in domain {attachment.instance_domain}, which is not there: "
+                f"nothing was started. Start that domain, or attach its vTPM to it"
+            )
         if self.stopping:
             raise BusyError("the manager is stopping; nothing was started")
         self.capacity.check(self.count)
@@ -90,7 +95,7 @@ class Starts:
         finally:
             self._starting -= 1
         self.reasons.pop(row.uuid, None)
-        await self._verified(row, running)
+        await self.verified(row, running)
         await self.sleepers.ports.ready(attachment)
         return running
 
@@ -122,7 +127,7 @@ class Starts:
         finally:
             self._starting -= 1
         self.reasons.pop(row.uuid, None)
-        await self._verified(row, running)
+        await self.verified(row, running)
         await self.sleepers.ports.ready(attachment)
         return running
 
@@ -139,7 +144,15 @@ class Starts:
         return self.running(row.uuid)
 
     async def stop(self, row: VtpmRow, attachment: AttachmentRow) -> bool:
-        """Stop a vTPM cleanly, which a hibernated one is woken for. Returns whether it was clean."""
+        """Stop a vTPM cleanly, which a hibernated one is woken for. Returns whether it was clean.
+
+        Of one that lives elsewhere the record tells: it may have stopped, or gone, before.
+        """
+        if attachment.instance_domain:
+            running = self.running(row.uuid)
+            if running is not None:
+                await self._instances.stop(running)
+            return self._has_stopped(row)
         while True:
             slept = row.uuid in self.sleepers
             running = await self.awake(row, attachment, briefly=True)
@@ -149,6 +162,13 @@ class Starts:
             clean = await self._instances.stop(running)
             if running.stage is not Stage.HIBERNATED:  # the order came when it had fallen asleep already
                 return clean
+
+    def _has_stopped(self, row: VtpmRow) -> bool:
+        try:
+            flags = self._registry.record(row.uuid).flags
+        except ManagerError:
+            return False
+        return bool(flags & (RecordFlags.RESUMABLE | RecordFlags.FRESH))
 
     async def _launch(
         self, row: VtpmRow, attachment: AttachmentRow, startup: str, record: Callable[[], None]
@@ -174,8 +194,13 @@ class Starts:
                 listeners=LISTENERS_OF[attachment.frontend],
                 epoch=attachment.epoch,
                 hw_pcrs=bit_map(attachment.hw_pcrs),
+                measure=attachment.measure,
+                measured=attachment.measured,
                 rest_after=rest_after(attachment, self._config.instance),
                 quota=quota_of(attachment),
+                localities=attachment.localities,
+                maintenance=attachment.maintenance,
+                trace=attachment.trace,
             )
             return await self._instances.start(launch, image, ports, record)
         finally:
@@ -183,7 +208,7 @@ class Starts:
             for port in ports:
                 port.close()
 
-    async def _verified(self, row: VtpmRow, running: Running) -> None:
+    async def verified(self, row: VtpmRow, running: Running) -> None:
         """Wait for an instance's first word; quarantine the vTPM if its state could not be loaded."""
         try:
             await self._instances.settle(running, self._config.instance.start_timeout)
@@ -198,10 +223,10 @@ class Starts:
         if running.stage is Stage.FAILED and report is not None:
             await self._registry.flag(row.uuid, add=RecordFlags.QUARANTINED)
             self._catalogue.log("quarantined", row.uuid, report.text)
+            where = "its domain's disk" if running.elsewhere else self._registry.image_path(row)
             raise QuarantinedError(
-                f"vTPM {row.name} is quarantined: {report.text}. Every byte of {self._registry.image_path(row)} is "
-                f"kept. Put the right image back and attach again, or give the vTPM up with "
-                f"'vtpm-reset {row.name} --yes'"
+                f"vTPM {row.name} is quarantined: {report.text}. Every byte of {where} is kept. Put the right "
+                f"image back and attach again, or give the vTPM up with 'vtpm-reset {row.name} --yes'"
             )
         raise KeeperError(f"the instance of vTPM {row.name} ended before it was ready; look at the manager's log")
 
@@ -209,7 +234,7 @@ class Starts:
         """Have an instance reset its platform; one that falls asleep over it is woken."""
         while True:
             running.order(Orders.RESET)
-            await self._verified(row, running)
+            await self.verified(row, running)
             if running.stage is not Stage.HIBERNATED:
                 return running
             awake = await self.awake(row, attachment)

@@ -48,8 +48,8 @@ class Supervision:
 
         Whatever goes wrong is logged: one vTPM's end must not be the manager's.
         """
-        if running.awaited or not running.came_up or self._attachments.stopping:
-            return  # whoever stopped or started it deals with its end
+        if running.elsewhere or running.awaited or not running.came_up or self._attachments.stopping:
+            return  # whoever stopped, started or joined it deals with its end
         try:
             await self._ended(running, status)
         except (ManagerError, StorageError, OSError) as error:
@@ -129,6 +129,7 @@ class Supervision:
                 if (
                     self._attachments.running(attachment.vtpm) is not None
                     or attachment.vtpm in self._attachments.sleepers
+                    or attachment.instance_domain  # that domain's instance joins when it wants to
                 ):
                     continue  # first of all: thousands were adopted, and their saves wait for this loop
                 row = self._catalogue.find_vtpm(attachment.vtpm)
@@ -140,6 +141,8 @@ class Supervision:
         limit, count = trio.CapacityLimiter(_PARALLEL_STARTS), 0
         async with trio.open_nursery() as nursery:
             for attachment in self._catalogue.each_attachment():
+                if attachment.instance_domain:
+                    continue
                 row = self._catalogue.find_vtpm(attachment.vtpm)
                 if row is not None and row.group == group and self._attachments.running(row.uuid) is None:
                     nursery.start_soon(self._first_start, row, attachment, hibernation, limit)
@@ -176,7 +179,8 @@ class Supervision:
             startup = next_startup(attachment, flags)
             rest = rest_after(attachment, self._config)
             hw_pcrs = bit_map(attachment.hw_pcrs)
-            adoption = Adoption(startup, after_reset(attachment), attachment.epoch, rest, hw_pcrs)
+            measures = (attachment.measure, attachment.measured)
+            adoption = Adoption(startup, after_reset(attachment), attachment.epoch, rest, hw_pcrs, *measures)
             await self._instances.adopt(instance, adoption, sleeps=sleeps)
             _log.info("vTPM %s: instance %d taken over", vtpm, instance.pid)
 

@@ -7,6 +7,9 @@ from typing import Final
 MAX_CONTENT: Final = 16 * 1024  # bytes of a file that is sent with a request: keys, approvals; a datagram has 128 KiB
 
 
+LISTS: Final = ("list", "measurements")  # kinds whose value is any number of words
+
+
 class Role(IntEnum):
     """What a caller may do; each role includes the ones below."""
 
@@ -21,12 +24,13 @@ class Argument:
 
     Of a "text" the client sends the file's content, of "bytes" the same in hexadecimal, MAX_CONTENT bytes at most.
 
-    A "list" may be given several times, or, positional, several in a row; its default is none of them.
+    A "list" may be given several times, or, positional, several in a row; its default is none of them. So may
+    "measurements", of which the client sends digests (manager.measure_option).
     """
 
     name: str
     help: str
-    kind: str = "str"  # str | int | flag | path | text | bytes | list
+    kind: str = "str"  # str | int | flag | path | text | bytes | list | measurements
     positional: bool = False
     required: bool = False
     default: str | int | bool | None = None

@@ -7,10 +7,12 @@ from typing import Final
 
 from manager.verb_form import Argument, Role, Verb
 from manager.verb_table_groups import APPROVE, GROUP_VERBS
+from manager.verb_table_measurements import MEASURE, MEASUREMENT_VERBS
 from manager.verb_table_migration import MIGRATION_VERBS
 from manager.verb_table_quotes import QUOTE_VERBS
 from manager.verb_table_restores import RESTORE_VERBS
 from manager.verb_table_swtpm import SWTPM_VERBS
+from manager.verb_table_xen import XEN_OPTIONS
 
 __all__ = [
     "BY_NAME",
@@ -28,7 +30,7 @@ SCHEMA_VERSION: Final = 1  # `schema` in every JSON document; grows when a field
 # docs/states.md; an attached vTPM's are the stages of its instance (manager.running)
 STATES: Final = (
     *("added", "starting", "running", "needs-reset", "stopping", "stopped", "failed", "ended", "down", "detached"),
-    *("hibernated", "quarantined", "closed", "missing", "stale", "incoming", "frozen"),
+    *("hibernated", "quarantined", "closed", "missing", "stale", "incoming", "frozen", "waiting"),
 )
 
 
@@ -66,23 +68,25 @@ VERBS: Final[tuple[Verb, ...]] = (
                 "frontend",
                 "how the guest connects",
                 default="socket",
-                choices=("socket", "qemu", "ring", "mssim", "proxy"),
+                choices=("socket", "qemu", "ring", "mssim", "proxy", "xen"),
             ),
             Argument("owner", "USER[:GROUP] that may use the sockets: USER may also reset the platform"),
             Argument("mode", "permissions of the sockets, octal (default: 0660, of qemu 0600)"),
             Argument(
                 "startup",
-                "TPM2_Startup done for the guest (default: clear, of qemu none: firmware does it)",
-                choices=("clear", "state", "none"),
+                "TPM2_Startup done for the guest (default: clear, of qemu none: firmware does it); xen: at each boot",
+                choices=("clear", "state", "none", "deactivated"),
             ),
             Argument(
                 "tcp", "for socket and mssim: ports PORT and PORT+1 of 127.0.0.1, open to every user of the host", "int"
             ),
             Argument("hwinitpcrs", "hardware PCRs that are put into the vTPM's at its start: all, none, 0,2,4-7"),
+            MEASURE,
             Argument("hibernate", "'never', or after how many seconds without a command (default: as configured)"),
             Argument("commands_per_second", "answer no more on average; 0: as many as come (default: [quota])", "int"),
             Argument("saves_per_second", "make no more durable on average; 0: no quota (default: [quota])", "int"),
             Argument("nv_bytes", "NV that the guest may define; 0: as much as a TPM has (default: [quota])", "int"),
+            *XEN_OPTIONS,
         ),
         prints="endpoint",
         columns=("uuid", "name", "guest", "state", "frontend", "endpoint", "tcti", "pid", "qemu", "libvirt_xml"),
@@ -170,6 +174,7 @@ VERBS: Final[tuple[Verb, ...]] = (
     ),
     *GROUP_VERBS,
     *QUOTE_VERBS,
+    *MEASUREMENT_VERBS,
     *RESTORE_VERBS,
     *MIGRATION_VERBS,
     *SWTPM_VERBS,

@@ -6,7 +6,7 @@ import time
 from datetime import UTC, datetime
 from typing import Final
 
-from manager.attachments import AttachOptions
+from manager.attach_options import AttachOptions
 from manager.bulk import add_many
 from manager.errors import ConflictError, UsageError
 from manager.labels import parse_labels
@@ -17,16 +17,19 @@ from manager.removed import describe_removed
 from manager.services import Answer, Arguments, Caller, Document, Handler, Services
 from manager.tpm_status import tpm_status
 from manager.verb_table import SCHEMA_VERSION
+from manager.verb_table_xen import XEN_OPTIONS
 from manager.verbs_approval import approve
 from manager.verbs_backup import backup
 from manager.verbs_catalogue import events, label
 from manager.verbs_groups import GROUP_HANDLERS
+from manager.verbs_measurements import MEASUREMENT_HANDLERS
 from manager.verbs_migration import MIGRATION_HANDLERS
 from manager.verbs_quotes import QUOTE_HANDLERS
 from manager.verbs_restores import RESTORE_HANDLERS
 from manager.verbs_store import compact, scrub
 from manager.verbs_swtpm import SWTPM_HANDLERS
 from manager.verbs_verify import verify
+from manager.xen_attach import XenOptions
 
 
 def add(services: Services, caller: Caller, arguments: Arguments) -> Answer:
@@ -78,9 +81,11 @@ async def attach(services: Services, caller: Caller, arguments: Arguments) -> li
         mode=arguments["mode"],
         startup=arguments["startup"],
         hwinitpcrs=arguments["hwinitpcrs"],
+        measure=arguments["measure"],
         hibernate=arguments["hibernate"],
         tcp=arguments["tcp"],
         quota=(arguments["commands_per_second"], arguments["saves_per_second"], arguments["nv_bytes"]),
+        xen=XenOptions(**{option.name: arguments[option.name] for option in XEN_OPTIONS}),
     )
     await services.attachments.attach(row, options, caller.uid)
     return [describe(services, row)]
@@ -168,6 +173,7 @@ HANDLERS: Final[dict[str, Handler]] = {
     "verify": verify,
     **GROUP_HANDLERS,
     **QUOTE_HANDLERS,
+    **MEASUREMENT_HANDLERS,
     **RESTORE_HANDLERS,
     **MIGRATION_HANDLERS,
     **SWTPM_HANDLERS,

@@ -39,6 +39,8 @@ class _Images:
     seen: set[UUID] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    elsewhere: dict[UUID, str] = field(default_factory=dict)  # those of instances in domains of Xen, and which
+    not_here: list[UUID] = field(default_factory=list)
     unseen: list[UUID] = field(default_factory=list)  # of closed groups: which state each must hold is not known
 
     def member(self, vtpm: UUID) -> str:
@@ -97,6 +99,9 @@ async def backup(services: Services, caller: Caller, arguments: Arguments) -> As
         writer.close()
     if images.unseen:
         yield Note(f"{len(images.unseen)} vTPMs are in closed groups: their state images were copied unseen")
+    if images.not_here:
+        first = images.elsewhere[images.not_here[0]]
+        yield Note(f"{len(images.not_here)} state images lie in other domains, {first} first: back their disks up, too")
     for what, uuids in (("missing", images.missing), ("not what their records ask for", images.unmatched)):
         if uuids:
             yield Note(f"{len(uuids)} state images are {what}, {uuids[0]} first: look with 'vtpm verify --all'")
@@ -121,6 +126,7 @@ async def _survey(services: Services) -> tuple[list[VtpmRecord], _Images]:
     audit = await trio.to_thread.run_sync(registry.catalogue.audit)
     images = _Images({row.uuid: row.state_image for row in audit.vtpms}, services.layout.state_images)
     images.unseen = [row.uuid for row in audit.vtpms if row.group in services.groups.closed]
+    images.elsewhere = {row.vtpm: row.instance_domain for row in audit.attachments if row.instance_domain}
     async with registry.committer.lock:
         return await trio.to_thread.run_sync(_stateful, services), images
 
@@ -141,7 +147,9 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
                 images.named[record.uuid] = row.state_image if row else ""
         if images.copied.get(record.uuid) != record.digest:
             matches = images.copy(writer, record)
-            if matches is None:
+            if matches is None and record.uuid in images.elsewhere:
+                images.not_here.append(record.uuid)
+            elif matches is None:
                 images.missing.append(str(record.uuid))
             elif not matches:
                 images.unmatched.append(str(record.uuid))
@@ -171,7 +179,7 @@ def _finish(services: Services, writer: BackupWriter, images: _Images) -> Docume
         "store": str(store.uuid),
         "sequence": figures.sequence,
         "vtpms": figures.vtpms,
-        "state_images": len(records) - len(images.missing) + len(unseen),
+        "state_images": len(records) - len(images.missing) - len(images.not_here) + len(unseen),
         "missing": len(images.missing),
         "unmatched": len(images.unmatched),
         "bytes": size,

@@ -15,7 +15,7 @@ from manager.findings import Finding, Subject, Verdict
 from manager.migration_records import is_frozen, is_incoming
 from manager.named_path import open_named
 from manager.verify_catalogue import seal_name, verify_attachment, verify_catalogue
-from storage.catalogue_rows import VtpmRow
+from storage.catalogue_rows import AttachmentRow, VtpmRow
 from storage.errors import (
     GroupClosed,
     ImageForeign,
@@ -40,7 +40,7 @@ def verify_all(subject: Subject) -> Iterator[Finding]:
     attachments = {row.vtpm: row for row in subject.audit.attachments}
     for row in sorted(subject.audit.vtpms, key=lambda row: row.name):
         yield from verify_attachment(subject, row.uuid, row.name, attachments.get(row.uuid))
-        yield from _verify_record(subject, row)
+        yield from _verify_record(subject, row, attachments.get(row.uuid))
     for vtpm in subject.stored:
         if vtpm not in named:
             with suppress(NoSuchVtpm):  # removed meanwhile
@@ -102,13 +102,18 @@ def verify_vtpm(subject: Subject, row: VtpmRow) -> Iterator[Finding]:
     """Judge one vTPM: its attachment and its row beside its record, its state image beside its record."""
     attachment = next((found for found in subject.audit.attachments if found.vtpm == row.uuid), None)
     yield from verify_attachment(subject, row.uuid, row.name, attachment)
-    yield from _verify_record(subject, row)
+    yield from _verify_record(subject, row, attachment)
 
 
-def _verify_record(subject: Subject, row: VtpmRow) -> Iterator[Finding]:
+def _verify_record(subject: Subject, row: VtpmRow, attachment: AttachmentRow | None) -> Iterator[Finding]:
     path = state_files.image_path(subject.state_images, row.uuid, row.state_image)
     try:
-        findings = [*_compare(subject.store.get(row.uuid), row), _verify_image(subject, row.uuid, row.name, path)]
+        findings = [*_compare(subject.store.get(row.uuid), row)]
+        if attachment is not None and attachment.instance_domain:
+            text = f"on the disk of domain {attachment.instance_domain}, whose instance checks it at each load"
+            findings.append(Finding("state image", Verdict.ELSEWHERE, text, row.uuid, row.name))
+        else:
+            findings.append(_verify_image(subject, row.uuid, row.name, path))
     except GroupClosed:
         findings = [Finding("record", Verdict.UNCHECKED, "its group is closed", row.uuid, row.name)]
     except NoSuchVtpm as error:

@@ -300,6 +300,7 @@ async def test_every_verb_is_denied_to_the_role_below_and_to_nobody(monkeypatch:
 
 def test_only_looking_is_for_auditors_and_only_administrators_make_and_unmake() -> None:
     assert {name for name, verb in BY_NAME.items() if verb.role is Role.AUDITOR} == {
+        "event-log",
         "events",
         "group-list",
         "group-predict",
@@ -335,7 +336,8 @@ def test_every_verb_has_a_handler_help_and_known_kinds() -> None:
     for verb in BY_NAME.values():
         assert verb.help
         assert all(argument.help for argument in verb.arguments)
-        assert {argument.kind for argument in verb.arguments} <= {"str", "int", "flag", "path", "text", "bytes", "list"}
+        known = {"str", "int", "flag", "path", "text", "bytes", "list", "measurements"}
+        assert {argument.kind for argument in verb.arguments} <= known
 
 
 @pytest.mark.parametrize(
@@ -367,10 +369,13 @@ def test_defaults_fill_what_is_not_said() -> None:
         "startup": None,
         "tcp": None,
         "hwinitpcrs": None,
+        "measure": (),
         "hibernate": None,
         "commands_per_second": None,
         "saves_per_second": None,
         "nv_bytes": None,
+        **dict.fromkeys(("compat", "domain", "instance_domain", "localities", "xsm_label")),
+        **dict.fromkeys(("maintenance", "trace"), False),
     }
     with pytest.raises(UsageError):
         check_arguments(BY_NAME["remove"], {"vtpm": "v", "yes": 1})

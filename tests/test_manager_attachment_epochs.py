@@ -293,7 +293,19 @@ async def as_before_epochs(model: ModelTpm, place: Any) -> None:
             catalogue.renew(replace(row, epoch=0))
     statements = ["alter table about drop column store", "drop table labels", "drop table alembic_version"]
     statements += [f"alter table groups drop column {name}" for name in ("pcrs", "locality", "created")]
-    younger = ("epoch", "tcp_port", "hibernate_after", "commands_per_second", "saves_per_second", "nv_bytes", "hw_pcrs")
+    younger = ["epoch", "tcp_port", "hibernate_after", "commands_per_second", "saves_per_second", "nv_bytes", "hw_pcrs"]
+    younger += [
+        "domain",
+        "xsm_label",
+        "instance_domain",
+        "localities",
+        "compat",
+        "maintenance",
+        "trace",
+        "measure",
+        "measured",
+    ]
+    younger += ["bound_domain", "bound_uuid", "bound_boot", "bound_since", "ran_before"]
     statements += [f"alter table attachments drop column {name}" for name in younger] + ["drop index ix_events_time"]
     with closing(sqlite3.connect(layout.catalogue)) as database, database:
         for statement in [*statements, "update about set schema = 1"]:

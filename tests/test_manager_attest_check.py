@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from frontend_backend.deep_quote import Evidence
 from frontend_backend.errors import MessageError
+from frontend_backend.measurements import Measurement
 from frontend_backend.tpmhdr import TpmFamily
 from manager.attest_bundle import MAX_BUNDLE, Bundle, HardwareQuote, Statement
 from manager.attest_certificate import AkCertificate, new_authority, read_certificates, read_signing_key
@@ -22,10 +23,12 @@ from manager.attest_check import Expected, Judgement, Verdict, judge
 from manager.attest_errors import DocumentUnreadable
 from manager.attest_policy import PcrPolicy
 from manager.attest_wire import QuoteAttest, verify
+from manager.event_log import event_log
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_quote import AttestationKey, Attester
 from vtpm_instance import tpm_commands
 from vtpm_instance.evidence import gather
+from vtpm_instance.hardware_pcrs import measure
 from vtpm_instance.libtpms import the_tpm
 
 NONCE = b"the verifier's nonce"
@@ -264,6 +267,62 @@ def test_a_certificate_out_of_date_or_by_somebody_else_fails(made: Made) -> None
     assert "attestation key's issuer" not in {check.name for check in judge(whole, made.expected()).checks}
 
 
+def measured_boot(made: Made, *, late: bool | None = False, **changes: object) -> tuple[Bundle, bytes]:
+    """A bundle of a vTPM whose PCRs 4 and 5 are what its boot's event log says, and the log."""
+    boot = [Measurement.of(what, [what.encode()]) for what in ("kernel", "cmdline", "initrd")]
+    log = event_log("2.0", boot)
+    emulator = the_tpm()
+    emulator.start(TpmFamily.TPM_2_0, {}, fresh=True)
+    try:
+        emulator.process(tpm_commands.startup(TpmFamily.TPM_2_0, tpm_commands.Startup.CLEAR))
+        measure(emulator.process, TpmFamily.TPM_2_0, [one.pack() for one in boot])
+        evidence = gather(emulator.process, TpmFamily.TPM_2_0, NONCE, 0x8003FF, "libtpms 0.9.2")
+    finally:
+        emulator.terminate()
+    return made.bundle(evidence=evidence, late=late, event_log=sha256(log).digest(), **changes), log
+
+
+def test_a_measured_boot_is_explained_by_its_log_and_by_no_other(made: Made) -> None:
+    bundle, log = measured_boot(made)
+    assert Bundle.unpack(bundle.pack()) == bundle
+    judgement = judge(bundle.pack(), made.expected(event_log=log))
+    assert failed(judgement) == set()
+    assert {check.name: check.verdict for check in judgement.checks}.items() >= {
+        ("attach", Verdict.OK),
+        ("event log", Verdict.OK),
+        ("boot", Verdict.OK),
+    }
+    assert (judgement.says["late_attach"], judgement.says["boot_measured"]) == (False, True)
+    without = judge(bundle.pack(), made.expected())
+    assert without.holds
+    assert [check.verdict for check in without.checks if check.name == "boot"] == [Verdict.NOT_CHECKED]
+    for altered in (log[:-1], log + b"\0", b"", log.replace(b"kernel", b"Kernel")):
+        assert failed(judge(bundle.pack(), made.expected(event_log=altered))) == {"event log"}
+    # the statement names the log, but the PCRs are another boot's: a vTPM that was attached without
+    other = made.bundle(event_log=sha256(log).digest())
+    assert failed(judge(other.pack(), made.expected(event_log=log))) == {"boot"}
+    assert failed(judge(made.bundle().pack(), made.expected(event_log=log))) == {"event log"}
+
+
+def test_a_late_attach_is_said_and_what_is_not_known_makes_the_bytes_of_before(made: Made) -> None:
+    bundle, log = measured_boot(made, late=True)
+    judgement = judge(bundle.pack(), made.expected(event_log=log))
+    assert judgement.holds
+    said = {check.name: check for check in judgement.checks}["attach"]
+    assert (said.verdict, "ran before" in said.text) == (Verdict.NOT_CHECKED, True)
+    plain = made.bundle().statement
+    assert plain.pack()[16:18] == b"\0\1"
+    assert "attach" not in {check.name for check in judge(made.bundle().pack(), made.expected()).checks}
+    assert replace(plain, late=True).pack()[16:18] == b"\0\2"
+    unknown, _ = measured_boot(made, late=None)
+    said = {check.name: check for check in judge(unknown.pack(), made.expected()).checks}["attach"]
+    assert (said.verdict, "not known" in said.text) == (Verdict.NOT_CHECKED, True)
+    nothing = replace(plain, late=True).pack()[:-33] + bytes(33)
+    for odd in (nothing, nothing[:-33] + b"\3" + bytes(32), plain.pack() + bytes(33)):
+        with pytest.raises(MessageError):
+            Statement.unpack(odd)
+
+
 def test_the_longest_bundle_fits_an_answer_to_a_guest(made: Made) -> None:
     wide = Evidence(TpmFamily.TPM_2_0, "e" * 64, 0xFFFFFF, (bytes(32),) * 24, b"p" * 120, b"a" * 220, b"s" * 100)
     said = replace(
@@ -274,6 +333,8 @@ def test_the_longest_bundle_fits_an_answer_to_a_guest(made: Made) -> None:
         startup="s" * 64,
         hw_pcrs="h" * 64,
         manager="m" * 64,
+        late=True,
+        event_log=b"l" * 32,
     )
     quote = HardwareQuote(b"a" * 200, b"s" * 100, 0xFFFFFF, (bytes(32),) * 24)
     assert len(Bundle(said, wide, quote).pack()) <= MAX_BUNDLE

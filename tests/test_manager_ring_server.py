@@ -25,7 +25,7 @@ from manager.committer import Committer
 from manager.quote_task import QuoteTask
 from manager.ring_server import RingServer
 from manager.running import Running, Stage
-from storage.errors import DeviceError, GenerationError, StorageError
+from storage.errors import CatalogueError, DeviceError, GenerationError, StorageError
 from storage.secrets import StateKey
 from storage.store import PutVtpm, RecordFlags, Store, VtpmRecord
 from storage.store_table import GroupTable
@@ -490,6 +490,7 @@ async def test_a_load_whose_mark_cannot_be_written_is_refused() -> None:
         reply = await front.ask(m.Load())
         assert isinstance(reply, m.Refusal)
         assert reply.code is m.RefusalCode.STORE_FAILED
+        assert front.running.startup == "state", "nothing was told: who asks again is not told to begin anew"
 
 
 async def test_who_commits_is_not_quarantined_any_more() -> None:
@@ -823,3 +824,57 @@ def test_readers_never_see_a_store_between_two_states(monkeypatch: pytest.Monkey
         committer.join(10)
         reader.join(10)
     assert seen == [1]
+
+
+async def test_a_boot_that_cannot_be_kept_does_not_begin() -> None:
+    async with manager() as made:
+        front = made.start()
+        told: list[str] = []
+
+        def begin(running: Running) -> tuple[bytes, ...]:
+            told.append(str(running.vtpm))
+            if len(told) > 2:
+                raise CatalogueError("the disk is full")
+            return (b"kernel",)
+
+        made.rings.on_boot = begin
+        reply = await front.ask(m.Load())
+        assert isinstance(reply, m.LoadReply)
+        assert reply.measured == ((b"kernel",) if reply.startup == "clear" else ())
+        while len(told) < 2:
+            assert await front.ask(m.Measurements()) == m.MeasurementsReply((b"kernel",))
+        refused = await front.ask(m.Measurements())
+        assert isinstance(refused, m.Refusal)
+        assert (refused.code, "disk is full" in refused.text) == (m.RefusalCode.UNAVAILABLE, True)
+
+
+async def test_a_boot_elsewhere_begins_with_its_first_load_and_not_with_what_its_instance_loads_after_that() -> None:
+    """There a program loads first, and hands the word that it was told to its instance's own Load."""
+    async with manager() as made:
+        told: list[str] = []
+
+        def begin(running: Running) -> tuple[bytes, ...]:
+            told.append(running.startup)
+            return (b"kernel",)
+
+        made.rings.on_boot = begin
+        for first, boots in (("state", 0), ("clear", 2)):
+            made.put(flags=RecordFlags.RESUMABLE)
+            front = made.start(startup=first)
+            front.running.elsewhere = True
+            told.clear()
+            replies = [await front.ask(m.Load()) for _ in range(2)]
+            assert [reply.measured for reply in replies if isinstance(reply, m.LoadReply)] == [
+                ((b"kernel",) if boots else ())
+            ] * 2
+            assert len(told) == boots
+
+
+async def test_who_does_not_come_up_deactivated_is_told_to_be_so_after_a_reset() -> None:
+    async with manager() as made:
+        made.put(flags=RecordFlags.RESUMABLE)
+        front = made.start(startup="state")
+        front.running.after_reset = "deactivated"
+        replies = [await front.ask(m.Load()) for _ in range(2)]
+        said = [(reply.startup, reply.after_reset) for reply in replies if isinstance(reply, m.LoadReply)]
+        assert said == [("state", "deactivated"), ("deactivated", "")]
