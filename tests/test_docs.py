@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from generated_docs import DOCS, check_generated
 
+from frontend_backend import guest_device
 from frontend_backend.messages_admin import ExitCode
 from manager import __main__ as daemon
-from manager import check_quote, cli, cli_approval, cli_relay, recovery_key
+from manager import check_quote, cli, cli_approval, cli_relay, cli_xen, cli_xen_instance, recovery_key
 from manager.config import Config
 from manager.running import Stage
 from manager.verb_table import BY_NAME, DAEMON_VERBS, STATES, VERBS
@@ -23,7 +24,18 @@ from vtpm_instance.control import TABLE, Command, FrontEnd, Role
 ROOT = DOCS.parent
 MAN = DOCS / "man"
 PAGES = sorted(MAN.glob("*.[18]"))
-OTHER_STATES = {"added", "down", "detached", "quarantined", "closed", "missing", "stale", "incoming", "frozen"}
+OTHER_STATES = {
+    "added",
+    "down",
+    "detached",
+    "quarantined",
+    "closed",
+    "missing",
+    "stale",
+    "incoming",
+    "frozen",
+    "waiting",
+}
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -41,7 +53,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 def verbs_of(parser: argparse.ArgumentParser) -> set[str]:
     found = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return set(found[0].choices)
+    return set(found[0].choices) if found else set()
 
 
 def _check_quote_parser() -> argparse.ArgumentParser:
@@ -112,6 +124,9 @@ def test_the_table_of_verbs_is_the_one_in_the_code() -> None:
         ("vtpm-approve.1", cli_approval._parser()),
         ("vtpm-check-quote.1", _check_quote_parser()),
         ("vtpm-relay.8", cli_relay._parser()),
+        ("vtpm-xen.8", cli_xen._parser()),
+        ("vtpm-xen-instance.8", cli_xen_instance._parser()),
+        ("vtpm-guest-device.8", guest_device._parser()),
     ],
 )
 def test_every_verb_and_option_is_in_the_manual_page(page: str, parser: argparse.ArgumentParser) -> None:

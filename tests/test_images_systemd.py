@@ -14,8 +14,9 @@ from own_root import needs_own_root
 
 UNITS = Path(__file__).resolve().parent.parent / "images" / "systemd"
 MANAGER, INSTANCES = UNITS / "vtpm-manager.service", UNITS / "vtpm-instances.service"
-WORST_EXPOSURE = {MANAGER.name: 3.1, INSTANCES.name: 1.5}
-COMMAND = "/opt/vtpm-manager/bin/vtpm-manager"
+XEN, GUEST = UNITS / "vtpm-xen.service", UNITS / "guest" / "vtpm-guest-device.service"
+WORST_EXPOSURE = {MANAGER.name: 3.1, INSTANCES.name: 1.5, XEN.name: 1.3, GUEST.name: 1.9}
+COMMAND = re.compile("/opt/vtpm-manager/bin/vtpm-(manager|xen)|/usr/local/sbin/vtpm-guest-device")
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 
@@ -33,9 +34,9 @@ def settings(unit: Path) -> dict[str, list[str]]:
 def installed(directory: Path) -> list[Path]:
     """The units with a command that exists on every machine in place of ours."""
     made = []
-    for unit in (MANAGER, INSTANCES):
+    for unit in (MANAGER, INSTANCES, XEN, GUEST):
         copy = directory / unit.name
-        copy.write_text(unit.read_text(encoding="utf-8").replace(COMMAND, "/bin/true"), encoding="utf-8")
+        copy.write_text(COMMAND.sub("/bin/true", unit.read_text(encoding="utf-8")), encoding="utf-8")
         made.append(copy)
     return made
 
@@ -111,8 +112,34 @@ def test_instances_are_stopped_before_the_manager_and_not_by_its_restart() -> No
     assert unit["After"] == ["vtpm-manager.service"], "stopped in reverse order"
     for binding in ("Requires", "BindsTo", "PartOf", "Requisite"):
         assert binding not in unit
-    assert f"{COMMAND} stop" in unit["ExecStop"][0]
+    assert "/opt/vtpm-manager/bin/vtpm-manager stop" in unit["ExecStop"][0]
 
 
 def test_the_manager_has_longer_to_stop_than_its_instances() -> None:
     assert int(settings(MANAGER)["TimeoutStopSec"][0]) > 60 + 30
+
+
+def test_the_back_end_of_xen_leaves_the_managers_directory_and_comes_before_guests() -> None:
+    unit = settings(XEN)
+    manager = settings(MANAGER)
+    for key in ("RuntimeDirectory", "RuntimeDirectoryMode", "RuntimeDirectoryPreserve"):
+        assert unit[key] == manager[key], "its stop must not take the manager's sockets away"
+    assert "xendomains.service" in unit["Before"][0], "'xl create' waits 10 s for state 2"
+    assert unit["StartLimitIntervalSec"] == ["0"], "it ends with xenstored and must be there again with the next one"
+    # xenstored: Xen's own unit, and Debian's script for all daemons (/etc/init.d/xen), which systemd calls xen.service
+    assert {"xenstored.service", "xen.service"} <= set(unit["After"][0].split()), "until then there is no xenstore"
+    assert not any("vtpm-manager" in value for value in unit["After"]), (
+        "devices are announced before the manager is there"
+    )
+
+
+def test_the_guests_service_is_started_by_its_rule_when_there_is_a_device_and_not_without_one() -> None:
+    unit = settings(GUEST)
+    assert unit["RestartPreventExitStatus"] == ["2 3 5"]
+    assert "DeviceAllow" in unit
+    assert "modprobe@tpm_vtpm_proxy.service" in unit["Wants"][0].split()
+    assert unit["After"] == unit["Wants"], "DeviceAllow= looks for /dev/vtpmx before ExecStartPre= runs"
+    lines = (GUEST.parent / "70-vtpm-guest-device.rules").read_text().splitlines()
+    (rule,) = (line for line in lines if line and not line.startswith("#"))
+    assert f'ENV{{SYSTEMD_WANTS}}+="{GUEST.name}"' in rule
+    assert 'DRIVERS=="vtpm"' in rule, "not the device that the service makes, or it would make one of that"

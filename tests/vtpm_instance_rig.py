@@ -9,9 +9,11 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 from uuid import uuid4
 
 from vtpm_instance_commands import (
@@ -208,9 +210,16 @@ def running_keeper(linger: float = 600.0, options: tuple[str, ...] = ()) -> Iter
 class Bench:
     """One vTPM on a keeper: its image, its record, its sockets, and whatever instance runs at the time."""
 
-    def __init__(self, keeper: KeeperProcess, family: str = "2.0", frontend: str = "socket") -> None:
+    def __init__(
+        self,
+        keeper: KeeperProcess,
+        family: str = "2.0",
+        frontend: str = "socket",
+        terms: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.keeper = keeper
         self.frontend = frontend
+        self.terms = terms  # what else its Spawn says
         self.record = Record(uuid4(), family)
         self.directory = keeper.path.parent / str(self.record.vtpm)
         self.directory.mkdir()
@@ -272,6 +281,7 @@ class Bench:
                 self.owner_uid,
                 os.geteuid(),
                 ("data", "control", "ring") if device is None else ("data", "control", "ring", "proxy"),
+                **self.terms,
             )
             handed = [page, doorbell, own_doorbell, image, data.fileno(), control.fileno(), ring.fileno()]
             handed += [] if device is None else [device]

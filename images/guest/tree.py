@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 PROJECT: Final = "vtpm-manager"
 VENV: Final = Path("opt/vtpm-manager")
+CODE: Final = ("manager", "vtpm_instance", "frontend_backend", "storage")
+_PACKAGES: Final = "lib/python3.11/site-packages"
 _LIBRARIES: Final = Path("/usr/lib/x86_64-linux-gnu")
 _STDLIB: Final = Path("/usr/lib/python3.11")
 # Of the standard library: what no guest needs, 30 of 55 MB.
@@ -94,26 +96,37 @@ class Tree:
 
     def project(self) -> None:
         """Install this project as the README does, with what it needs at run time, into /opt/vtpm-manager."""
+        packages = self.requirements()
+        self.checkout(packages, self.path / VENV / "bin")
+
+    def requirements(self) -> Path:
+        """Install what the project needs at run time; returns where its own packages belong."""
         venv = self.path / VENV
-        packages = venv / "lib/python3.11/site-packages"
+        packages = venv / _PACKAGES
         packages.mkdir(parents=True)
         (venv / "bin").mkdir()
         (venv / "bin/python").symlink_to("/usr/bin/python3.11")
         self.text(f"{VENV}/pyvenv.cfg", "home = /usr/bin\ninclude-system-site-packages = false\nversion = 3.11.2\n")
-        settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-        for name in sorted(_closure(settings["project"]["dependencies"])):
+        for name in sorted(_closure(_settings()["dependencies"])):
             self._distribution(name, packages)
-        for name in ("manager", "vtpm_instance", "frontend_backend", "storage"):
-            shutil.copytree(ROOT / name, packages / name, ignore=shutil.ignore_patterns("__pycache__"))
-        _compile(packages)
         for entry in importlib.metadata.distribution(PROJECT).files or ():
             if entry.name == "METADATA":  # what tells the version; the files themselves are the checkout's
                 self._copy(Path(str(entry.locate())), packages / entry)
-        for script, target in settings["project"]["scripts"].items():
-            module, _, call = target.partition(":")
-            self.text(f"{VENV}/bin/{script}", _SCRIPT.format(venv=VENV, module=module, call=call), 0o755)
         for pattern in ("libtpms.so.0", "libseccomp.so.2"):
             self.library(pattern)
+        _compile(packages)
+        return packages
+
+    @staticmethod
+    def checkout(packages: Path, commands: Path) -> None:
+        """Copy this checkout's packages, compiled, and write its commands."""
+        for name in CODE:
+            shutil.copytree(ROOT / name, packages / name, ignore=shutil.ignore_patterns("__pycache__"))
+            _compile(packages / name, packages)
+        for script, target in _settings()["scripts"].items():
+            module, _, call = target.partition(":")
+            (commands / script).write_text(_SCRIPT.format(venv=VENV, module=module, call=call))
+            (commands / script).chmod(0o755)
 
     def _distribution(self, name: str, packages: Path) -> None:
         found = importlib.metadata.distribution(name)
@@ -144,8 +157,13 @@ def _unwanted(folder: str, names: list[str]) -> set[str]:
     return {name for name in names if name in top or name in {"__pycache__", "EXTERNALLY-MANAGED"}}
 
 
-def _compile(tree: Path) -> None:
-    if not compileall.compile_dir(tree, quiet=2, workers=0, stripdir=str(tree), invalidation_mode=None):
+def _settings() -> dict[str, Any]:
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+
+
+def _compile(tree: Path, base: Path | None = None) -> None:
+    stripped = str(base or tree)
+    if not compileall.compile_dir(tree, quiet=2, workers=0, stripdir=stripped, invalidation_mode=None):
         raise SystemExit(f"{tree} cannot be compiled")
 
 

@@ -30,6 +30,8 @@ import bench_save
 import bench_slowdisk
 import bench_store
 import bench_trust
+import bench_xen
+import bench_xen_bridge
 import document
 import plots
 import surroundings
@@ -59,13 +61,15 @@ BENCHES: dict[str, Callable[[Options], document.Section]] = {
     "swtpm": bench_frontends.run,
     "blobs": bench_blobs.run,
     "relay": bench_relay.run,
+    "xen-bridge": bench_xen_bridge.run,
+    "xen": bench_xen.run,
     "many-large": bench_many.run_large,
 }
 GROUPS = {
     "instance": ("roundtrip", "memory", "attach", "attach-many", "hibernate", "save"),  # what one instance costs
     "frontends": ("swtpm", "blobs", "migration", "relay"),  # what QEMU and others meet, beside swtpm
 }
-ON_DEMAND = frozenset({"many-large"})  # minutes: only when it is named
+ON_DEMAND = frozenset({"many-large", "xen"})  # minutes: only when it is named
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:

@@ -50,6 +50,14 @@ def test_a_device_appears_and_is_the_guests_users(host: Transcript) -> None:
     assert host.good("stat -c").split() == ["nobody", "640"] * 2
 
 
+def test_the_service_of_a_guest_of_xen_makes_another_device_of_it(host: Transcript) -> None:
+    assert SECRET in host.good("secret through-the-service")
+    assert EXTENDED in host.good("secret through-the-service")
+    said = host.good("cat /tmp/service")
+    assert "as /tmp/vtpmrm, are a TPM 2.0, of /dev/tpm0" in said
+    assert said.strip().endswith("vtpm-guest-device: ended; /dev/tpm0 is free again\nended 0")
+
+
 @only_in_more
 def test_a_tpm_1_2_has_a_device_without_resource_manager(host: Transcript) -> None:
     shown = document(host, "vtpm-attach old")

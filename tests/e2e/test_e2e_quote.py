@@ -88,6 +88,17 @@ def test_a_quote_changes_with_the_guests_pcrs_and_holds_for_nobody_else(
     assert (verifier.says["vtpm"], verifier.says["hwinitpcrs"]) == (other, "0,2")
     assert before["hwinitpcrs"] is None
 
+    vtpms.command("vtpm-measure", "web", "--measure", "cmdline=quiet")
+    vtpms.command("vtpm-reset-platform", "web")
+    log = str(vtpms.base / "web.log")
+    vtpms.command("vtpm-event-log", "web", "-o", log)
+    measured = verifier.verdicts(quote(vtpms, "web"), certificate, NONCE, "--event-log", log)
+    assert (measured["event log"], measured["boot"]) == ("ok", "ok")
+    assert (before["boot_measured"], verifier.says["boot_measured"]) == (False, True)
+    vtpms.tool(guest["tcti"], "tpm2_pcrextend", f"5:sha256={'ab' * 32}")
+    more = verifier.verdicts(quote(vtpms, "web"), certificate, NONCE, "--event-log", log, code=6)
+    assert [name for name, verdict in more.items() if verdict == "failed"] == ["boot"]
+
 
 def test_a_group_is_not_taken_for_another(rig: tuple[Installation, SwtpmProcess, Path]) -> None:
     vtpms, _, authorities = rig

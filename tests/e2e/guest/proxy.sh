@@ -37,6 +37,16 @@ if [ $more ]; then
     run vtpm-hibernate old --quiet
 fi
 
+# the service of a guest of Xen makes a whole device of a raw one: here of this one, in place of xen-tpmfront's
+vtpm-guest-device --device /dev/tpm0 --link /tmp/vtpmrm 2>/tmp/service &
+service=$!
+for _ in $(seq 100); do [ -L /tmp/vtpmrm ] && break; sleep 0.1; done
+TPM2TOOLS_TCTI=device:/tmp/vtpmrm run secret through-the-service
+kill $service
+wait $service
+echo "ended $?" >>/tmp/service
+run cat /tmp/service
+
 # asleep: no process; the next command wakes it
 run vtpm-hibernate web --quiet
 run state_is web hibernated
