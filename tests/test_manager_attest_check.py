@@ -32,7 +32,6 @@ from vtpm_instance.hardware_pcrs import measure
 from vtpm_instance.libtpms import the_tpm
 
 NONCE = b"the verifier's nonce"
-NOW = datetime.now(UTC)
 GROUP, STORE, VTPM = uuid4(), uuid4(), uuid4()
 
 
@@ -54,7 +53,7 @@ class Made:
         return Bundle(said, evidence, self.attester.quote(self.key, 0xFF, digest or said.digest()))
 
     def expected(self, **changes: object) -> Expected:
-        plain = Expected(self.certificate, NONCE, NOW, VTPM, None, (self.authority,))
+        plain = Expected(self.certificate, NONCE, datetime.now(UTC), VTPM, None, (self.authority,))
         return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -254,7 +253,7 @@ def test_a_pcr_policy_that_says_nothing_clear_is_refused(wrong: object) -> None:
 
 def test_a_certificate_out_of_date_or_by_somebody_else_fails(made: Made) -> None:
     whole = made.bundle().pack()
-    for moment in (NOW - timedelta(days=1), NOW + timedelta(days=6)):
+    for moment in (datetime.now(UTC) + timedelta(days=days) for days in (-1, 6)):
         assert failed(judge(whole, made.expected(moment=moment))) == {"attestation key"}
     _, certificate = new_authority("test", 10)
     stranger = read_certificates(certificate, "test")[0]

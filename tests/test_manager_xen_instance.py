@@ -40,7 +40,7 @@ from vtpm_instance.instance import EXIT_BUSY, EXIT_INTEGRITY, reason_of
 OK, FAILURE, RC_SIZE, TOO_LONG = 0, 0x101, 0x095, 0x142
 INDEX = 0x01500007
 NOTHING = bytes(32)
-PATIENCE = 30.0  # seconds for a whole scenario on a busy machine
+PATIENCE = 90.0  # seconds for a whole scenario on a busy machine
 Scenario = Callable[[World], Awaitable[None]]
 
 
