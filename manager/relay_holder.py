@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -19,6 +20,8 @@ from typing import Final
 from frontend_backend.descriptors import PeerCredentials, close_all, receive_message, send_message
 from frontend_backend.errors import ChannelClosedError, MessageTruncatedError
 
+_CONNECT_SECONDS: Final = 10.0
+_BACKLOG_FULL: Final = 0.01  # seconds until the next try
 LINGER_SECONDS: Final = 120.0  # that a relay may be away; longer than any restart
 KEY_BYTES: Final = 18  # a session and one of its channels
 MAX_ITEMS: Final = 4096  # two a vTPM
@@ -147,9 +150,17 @@ def take_away_dead(path: Path) -> None:
 
 def _connect(path: Path) -> socket.socket | None:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.settimeout(10.0)
+    sock.settimeout(_CONNECT_SECONDS)
+    limit = time.monotonic() + _CONNECT_SECONDS
     try:
-        sock.connect(str(path))
+        while True:
+            try:
+                sock.connect(str(path))
+                break
+            except BlockingIOError:  # the listener's backlog is full: a Unix socket with a time limit does not wait
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(_BACKLOG_FULL)
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         return None

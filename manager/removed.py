@@ -70,6 +70,7 @@ _OF_ATTACHED: Final = (
         "startup",
         "hwinitpcrs",
     ),
+    *("measure", "measured", "late_attach"),
     *("restore", "restore_refused"),
     *("claimed_by", "frozen_since", "comes_from"),
     *XEN_FIELDS,

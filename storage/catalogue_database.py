@@ -5,6 +5,7 @@ Connections, durability, who may write, and what errors mean. No tables here.
 
 import hashlib
 import sqlite3
+import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ _BUSY_SECONDS: Final = 5.0
 _STATEMENT_SECONDS: Final = 10  # a server that hangs must not hang the manager, which waits for it
 _STREAMED: Final = 1000  # rows held at a time
 _LOCK: Final = int.from_bytes(hashlib.sha256(b"vtpm-manager catalogue").digest()[:8], "big", signed=True)
+_LOCK_SECONDS: Final = 2.0  # a manager that is started right after another was stopped
+_LOCK_AGAIN: Final = 0.02
 _DRIVER: Final = "postgresql+psycopg"
 _SECRETS: Final = ("password", "sslpassword")  # parameters of libpq that are none of a log's business
 
@@ -215,6 +218,15 @@ def _postgresql_engines(url: sa.URL) -> tuple[sa.Engine, sa.Engine]:
     return reader, writer
 
 
+def _take_lock(connection: Any) -> None:
+    """Be the only one; who closed his connection just now holds it until his server process has noticed."""
+    limit = time.monotonic() + _LOCK_SECONDS
+    while not connection.execute("select pg_try_advisory_lock(%s)", (_LOCK,)).fetchone()[0]:
+        if time.monotonic() > limit:
+            raise CatalogueBusy("another vtpm-manager uses this database")
+        time.sleep(_LOCK_AGAIN)
+
+
 def _on_writer_connect(connection: Any, _record: object) -> None:
     """Make a writer's connection durable and the only one: a lock that goes when the connection does."""
     try:
@@ -223,8 +235,7 @@ def _on_writer_connect(connection: Any, _record: object) -> None:
             raise CatalogueDamaged("this server runs with fsync = off: what it acknowledges is lost in a power cut")
         if row[0] == "off":
             connection.execute("set session synchronous_commit = on")
-        if not connection.execute("select pg_try_advisory_lock(%s)", (_LOCK,)).fetchone()[0]:
-            raise CatalogueBusy("another vtpm-manager uses this database")
+        _take_lock(connection)
         connection.commit()
     except BaseException:
         connection.close()

@@ -214,7 +214,8 @@ def _latencies(section: Section, found: Found) -> None:
     (_, front, direct) = added.values()
     ours, theirs = ((front[number] - direct[number]) / MILLISECONDS for number in (0, 1))
     section.meaning.append(
-        f"What the back end and Xen's ring add (second row less third): {ours:.2f} ms with {OURS}, {theirs:.2f} ms "
+        "What the back end, Xen's ring and the front end in user space (Python on both sides) add, second row less "
+        f"third: {ours:.2f} ms with {OURS}, {theirs:.2f} ms "
         f"with {THEIRS}. Linux's driver looks at the page every 5 ms, which is most of the first row."
     )
 
