@@ -1,8 +1,8 @@
-"""A shared mapping that holds no descriptor: for who has thousands of rings.
+"""Shared mappings by mmap(2) itself, which hold no descriptor: for who has thousands of rings.
 
 `mmap.mmap` keeps a duplicate of the descriptor it was made from (until Python 3.13's `trackfd`), so that every ring
-would cost two of the 20,000 descriptors a process often has. This asks libc itself, by ctypes, and is the only module
-that does; an instance, which has one ring, uses `mmap` and is spared the import.
+would cost two of the 20,000 descriptors a process often has. This asks libc itself, by ctypes; an instance, which has
+one ring, uses `mmap` and is spared the import.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ from typing import Final
 
 from frontend_backend.tpmif import PAGE_SIZE
 
+_READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 _FAILED: Final = ctypes.c_void_p(-1).value  # MAP_FAILED, mmap(2)
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -29,14 +30,32 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 @functools.cache
-def _mapping(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+def _memory(size: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
     """Return the type of a mapping: unmapped with its last view, so that no view of it can ever dangle."""
 
     def unmap(mapped: ctypes.Array[ctypes.c_ubyte]) -> None:
         _libc.munmap(ctypes.addressof(mapped), size)
 
-    base = ctypes.c_ubyte * size
-    return type(f"Mapping{size}", (base,), {"_type_": ctypes.c_ubyte, "_length_": size, "__del__": unmap})
+    return type(f"Memory{size}", (ctypes.c_ubyte * size,), {"__del__": unmap})
+
+
+def map_memory(size: int, flags: int, descriptor: int, offset: int = 0, *, address: int | None = None) -> int:
+    """Return the address of `size` bytes mapped readable and writable; `address` with MAP_FIXED only.
+
+    Raises:
+        OSError: what mmap(2) says.
+
+    """
+    mapped = _libc.mmap(address, size, _READ_WRITE, flags, descriptor, offset)
+    if mapped is None or mapped == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(mapped)
+
+
+def view_of(address: int, size: int) -> memoryview:
+    """Return the bytes of a mapping, which ends with the last view of them."""
+    return memoryview(_memory(size).from_address(address)).cast("B")
 
 
 def map_without_descriptor(memfd: int, size: int = PAGE_SIZE) -> memoryview:
@@ -46,8 +65,4 @@ def map_without_descriptor(memfd: int, size: int = PAGE_SIZE) -> memoryview:
         OSError: what mmap(2) says.
 
     """
-    address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, memfd, 0)
-    if address == _FAILED:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return memoryview(_mapping(size).from_address(address)).cast("B")
+    return view_of(map_memory(size, mmap.MAP_SHARED, memfd), size)

@@ -27,6 +27,7 @@ from frontend_backend.messages_admin import (
     decode_admin,
     encode_admin,
 )
+from manager.accepting import accept_clients
 from manager.config import AdminConfig
 from manager.errors import ConfigurationError, DeniedError, ManagerError, UsageError
 from manager.services import Answer, Caller, Document, Services
@@ -131,23 +132,7 @@ class AdminServer:
 
     async def run(self, listener: socket.socket) -> None:
         """Accept until cancelled, or until trio is told that `listener` closes; those accepted are served on."""
-        async with trio.open_nursery() as nursery:
-            while listener.fileno() >= 0:
-                try:
-                    await trio.lowlevel.wait_readable(listener)
-                except trio.ClosedResourceError:
-                    return
-                await self._room.acquire()  # before the accept: those who wait cost no descriptor
-                try:
-                    client, _ = listener.accept()
-                except OSError as error:
-                    self._room.release()
-                    if not isinstance(error, BlockingIOError):  # out of descriptors: wait, do not spin
-                        _log.warning("cannot accept an administrator: %s", error)
-                        await trio.sleep(0.2)
-                    continue
-                client.setblocking(False)
-                nursery.start_soon(self._serve, client)
+        await accept_clients(listener, self._room, self._serve, "an administrator")
 
     async def _serve(self, client: socket.socket) -> None:
         try:

@@ -39,6 +39,7 @@ from manager.relay_tls import (
 )
 from manager.relay_vtpms import ManagedVtpms, NamedVtpms, Vtpms
 from manager.sockets import Owner, parse_mode
+from manager.task_errors import expected_error
 
 _log = logging.getLogger("vtpm.relay")
 PATIENCE: Final = 60.0  # seconds: a manager starts in that; a guest's driver waits two minutes
@@ -55,17 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vtpm-relay {options.verb}: {error}", file=sys.stderr)
         return int(error.code)
     except BaseExceptionGroup as group:
-        expected, others = group.split(ManagerError)
-        if expected is None or others is not None:
+        first = expected_error(group, ManagerError)
+        if first is None:
             raise
-        first = _first(expected)
         print(f"vtpm-relay {options.verb}: {first}", file=sys.stderr)
         return int(getattr(first, "code", ExitCode.FAILURE))
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    found = group.exceptions[0]
-    return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,11 +21,11 @@ from frontend_backend.messages_admin import ExitCode
 from frontend_backend.xen_back_trio import BackEnds
 from frontend_backend.xen_device_trio import Kernel
 from frontend_backend.xen_devices import DeviceEventChannels, DeviceGrants
-from frontend_backend.xen_kernel import XenDeniedError, XenError, XenMissingError
 from frontend_backend.xen_ledger import Ledgers
 from frontend_backend.xs_trio import Xenstore, open_xenstore
+from manager.cli_xen_ending import exit_code_of
 from manager.config import SYSTEM_RUNTIME_DIR
-from manager.errors import ConfigurationError, ConflictError, ManagerError
+from manager.errors import ConfigurationError, ConflictError
 from manager.notify import notify
 from manager.xen_backend import ManagerBinder
 from manager.xen_backend_check import Finding, look_around
@@ -44,29 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = _parser().parse_args(argv)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    try:
-        return int(options.act(options))
-    except (ManagerError, XenError) as error:
-        return _failed(error)
-    except BaseExceptionGroup as group:
-        expected, others = group.split((ManagerError, XenError))
-        if expected is None or others is not None:
-            raise
-        return _failed(_first(expected))
-
-
-def _failed(error: BaseException) -> int:
-    print(f"vtpm-xen: {error}", file=sys.stderr)
-    if isinstance(error, XenMissingError):
-        return int(ExitCode.NOT_FOUND)
-    if isinstance(error, XenDeniedError):
-        return int(ExitCode.DENIED)
-    return int(getattr(error, "code", ExitCode.FAILURE))
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    found = group.exceptions[0]
-    return _first(found) if isinstance(found, BaseExceptionGroup) else found
+    return exit_code_of("vtpm-xen", lambda: int(options.act(options)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,12 +26,13 @@ from frontend_backend.xen_device_trio import Kernel
 from frontend_backend.xen_devices import DeviceEventChannels, DeviceGrantOffers, DeviceGrants
 from frontend_backend.xen_front_node_trio import device_path
 from frontend_backend.xen_front_trio import XenFront
-from frontend_backend.xen_kernel import EventChannels, GrantOffers, XenDeniedError, XenError, XenMissingError
+from frontend_backend.xen_kernel import EventChannels, GrantOffers
 from frontend_backend.xen_ledger import Ledgers
 from frontend_backend.xs_trio import Xenstore, open_xenstore
 from manager import confinement
+from manager.cli_xen_ending import exit_code_of
 from manager.config import InstanceConfig
-from manager.errors import ConfigurationError, ConflictError, ManagerError
+from manager.errors import ConfigurationError, ConflictError
 from manager.notify import notify
 from manager.xen_backend_identity import identify
 from manager.xen_instance_guest import ANY, GuestBinder
@@ -74,32 +75,14 @@ class Interfaces:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
+
+    def work() -> int:
         settings = read_settings(argv)
         logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
         trio.run(_run, settings)
-    except (ManagerError, XenError) as error:
-        return _failed(error)
-    except BaseExceptionGroup as group:
-        expected, others = group.split((ManagerError, XenError))
-        if expected is None or others is not None:
-            raise
-        return _failed(_first(expected))
-    return int(ExitCode.OK)
+        return int(ExitCode.OK)
 
-
-def _failed(error: BaseException) -> int:
-    print(f"vtpm-xen-instance: {error}", file=sys.stderr)
-    if isinstance(error, XenMissingError):
-        return int(ExitCode.NOT_FOUND)
-    if isinstance(error, XenDeniedError):
-        return int(ExitCode.DENIED)
-    return int(getattr(error, "code", ExitCode.FAILURE))
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    found = group.exceptions[0]
-    return _first(found) if isinstance(found, BaseExceptionGroup) else found
+    return exit_code_of("vtpm-xen-instance", work)
 
 
 def _parser() -> argparse.ArgumentParser:

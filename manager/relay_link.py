@@ -7,6 +7,7 @@ import trio
 
 from manager.relay_errors import RelayProtocolError
 from manager.relay_frames import Frame, FrameReader, Kind
+from manager.task_errors import expected_error
 
 _READ: Final = 64 * 1024  # bytes received at once: two full frames
 _QUEUE: Final = 32  # frames on their way out: at most 1 MiB; who has more waits
@@ -105,10 +106,10 @@ class Link:
                     nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             # one stream: what went wrong first is why
-            expected, others = group.split((RelayProtocolError, trio.BrokenResourceError, trio.TooSlowError))
-            if others is not None or expected is None:
+            first = expected_error(group, (RelayProtocolError, trio.BrokenResourceError, trio.TooSlowError))
+            if first is None:
                 raise
-            raise _first_of(expected) from None
+            raise first from None
         finally:
             self._queue.close()
             await trio.aclose_forcefully(self._stream)
@@ -139,11 +140,6 @@ class Link:
         while True:
             await trio.sleep(PING_SECONDS)
             self.send_if_room(Frame(Kind.PING))
-
-
-def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    found = group.exceptions[0]
-    return _first_of(found) if isinstance(found, BaseExceptionGroup) else found
 
 
 async def first_frame(link: Link, kind: Kind) -> Frame:

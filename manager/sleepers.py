@@ -7,7 +7,7 @@ lease: the process that had it has ended for certain (the keeper reaped it) befo
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -17,14 +17,13 @@ import trio
 from frontend_backend import messages_keeper as k
 from frontend_backend.release import RELEASE
 from manager import state_files
-from manager.attachment_words import after_reset, rest_after
+from manager.attachment_words import rest_after
 from manager.config import InstanceConfig
 from manager.endings import Endings
 from manager.errors import KeeperError
-from manager.hardware_pcrs import bit_map
 from manager.instances import Instances
 from manager.keepers import Keepers
-from manager.launches import Launch
+from manager.launch_words import launch_for
 from manager.ports import Port, Ports
 from manager.quotas import quota_of
 from manager.registry import Registry
@@ -155,24 +154,10 @@ class Sleepers:
     async def _launch(self, row: VtpmRow, attachment: AttachmentRow) -> Running:
         image = state_files.open_locked(self._registry.image_path(row), create=False)
         try:
-            launch = Launch(
-                vtpm=row.uuid,
-                lease=attachment.lease,
-                family=row.family,
-                frontend=attachment.frontend,
-                owner_uid=int(attachment.owner.split(":")[0]),
-                startup="state",
-                after_reset=after_reset(attachment),
-                listeners=(),
-                epoch=attachment.epoch,
-                hw_pcrs=bit_map(attachment.hw_pcrs),
-                measure=attachment.measure,
-                measured=attachment.measured,
+            launch = replace(
+                launch_for(row, attachment, "state"),
                 rest_after=rest_after(attachment, self._config),
                 quota=quota_of(attachment),
-                localities=attachment.localities,
-                maintenance=attachment.maintenance,
-                trace=attachment.trace,
                 wakes=True,
             )
             return await self._instances.start(launch, image, _NO_SOCKETS, _nothing)

@@ -47,6 +47,11 @@ class Owner:
     gid: int
 
     @classmethod
+    def ourselves(cls) -> "Owner":
+        """Return who this process is."""
+        return cls(os.geteuid(), os.getegid())
+
+    @classmethod
     def parse(cls, text: str | None, default_uid: int) -> "Owner":
         """Read USER[:GROUP] (names or numbers); without text the owner is `default_uid` with its own group.
 
@@ -124,7 +129,9 @@ def listen_on_ports(port: int) -> list[socket.socket]:
     return made
 
 
-def listen_on_path(path: Path, owner: Owner, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+def listen_on_path(
+    path: Path, owner: Owner, mode: int, kind: socket.SocketKind = socket.SOCK_STREAM, backlog: int = BACKLOG
+) -> socket.socket:
     """Return a listening socket at `path`, `owner`'s; whatever was there is gone. Raises OSError."""
     try:
         path.unlink(missing_ok=True)
@@ -135,7 +142,7 @@ def listen_on_path(path: Path, owner: Owner, mode: int, kind: socket.SocketKind 
         sock.bind(str(path))
         os.chown(path, owner.uid, owner.gid)
         path.chmod(mode)
-        sock.listen(BACKLOG)
+        sock.listen(backlog)  # not before: until then nobody can connect, whatever the mode was
     except OSError:
         sock.close()
         raise

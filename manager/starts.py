@@ -6,6 +6,7 @@ The caller of everything here holds the vTPM's lock.
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from uuid import UUID
 
 from frontend_backend.orders import Orders
@@ -15,9 +16,8 @@ from manager.attachment_words import after_reset, rest_after
 from manager.capacity import Capacity
 from manager.config import Config, Layout
 from manager.errors import BusyError, ConflictError, KeeperError, ManagerError, QuarantinedError
-from manager.hardware_pcrs import bit_map
 from manager.instances import Instances
-from manager.launches import Launch
+from manager.launch_words import launch_for
 from manager.migration_records import refuse_start
 from manager.ports import Port
 from manager.quotas import quota_of
@@ -183,24 +183,11 @@ class Starts:
             if fresh:
                 state_files.make_image(image, path, row.uuid, self._store, row.family)
             ports = self.sleepers.ports.open(row, attachment)
-            launch = Launch(
-                vtpm=row.uuid,
-                lease=attachment.lease,
-                family=row.family,
-                frontend=attachment.frontend,
-                owner_uid=int(attachment.owner.split(":")[0]),
-                startup=startup,
-                after_reset=after_reset(attachment),
+            launch = replace(
+                launch_for(row, attachment, startup),
                 listeners=LISTENERS_OF[attachment.frontend],
-                epoch=attachment.epoch,
-                hw_pcrs=bit_map(attachment.hw_pcrs),
-                measure=attachment.measure,
-                measured=attachment.measured,
                 rest_after=rest_after(attachment, self._config.instance),
                 quota=quota_of(attachment),
-                localities=attachment.localities,
-                maintenance=attachment.maintenance,
-                trace=attachment.trace,
             )
             return await self._instances.start(launch, image, ports, record)
         finally:

@@ -1,7 +1,5 @@
 """State images as files: where they lie, how they are opened and locked. What is in them: storage.state_image."""
 
-import errno
-import fcntl
 import logging
 import os
 import stat
@@ -9,7 +7,8 @@ from pathlib import Path
 from typing import Final
 from uuid import UUID
 
-from manager.errors import ConflictError, IntegrityError, ManagerError
+from manager import locked_image
+from manager.errors import ConflictError, ManagerError
 from manager.named_path import clear_device, open_named
 from storage.errors import ImageExists, StorageError
 from storage.state_format import Family, image_bytes
@@ -25,35 +24,15 @@ def image_path(directory: Path, vtpm: UUID, named: str) -> Path:
 
 
 def open_locked(path: Path, *, create: bool) -> int:
-    """Open a state image for one instance: the lock is held until every copy of the descriptor is closed.
-
-    Raises:
-        IntegrityError: it is not there (and `create` is not set): an unreadable state is never a new one.
-        ConflictError: another instance holds it. ManagerError: the operating system refused.
-
-    """
-    flags = os.O_RDWR | (os.O_CREAT if create else 0)
-    try:
-        if create:
+    """Open a state image, in a folder made if need be; see `locked_image.open_locked`, also for what is raised."""
+    if create:
+        try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = open_named(path, flags, claim=True)
-    except FileNotFoundError as error:
-        raise IntegrityError(
-            f"the state image {path} is missing. Nothing was started or changed. Put it back and attach again; "
-            f"or give the vTPM up with 'vtpm-reset --yes', which loses what was in it"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise ConflictError(f"the state image {path} is a device in use or mounted; nothing was started") from error
-        raise ManagerError(f"cannot open the state image {path}: {error.strerror}; nothing was started") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno == errno.EWOULDBLOCK:
-            raise ConflictError(f"the state image {path} is in use by another process; nothing was started") from error
-        raise ManagerError(f"cannot lock the state image {path}: {error.strerror}") from error
-    return descriptor
+        except OSError as error:
+            raise ManagerError(f"cannot open the state image {path}: {error.strerror}; nothing was started") from error
+    return locked_image.open_locked(
+        path, create=create, missing="Put it back and attach again; or give the vTPM up with 'vtpm-reset --yes'"
+    )
 
 
 def make_image(descriptor: int, path: Path, vtpm: UUID, store: UUID, family: str) -> None:

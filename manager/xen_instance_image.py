@@ -1,14 +1,13 @@
 """The state image of an instance domain's one vTPM: opened, locked, and made where the manager says it is fresh."""
 
-import errno
-import fcntl
 import os
 from pathlib import Path
 from uuid import UUID
 
 from frontend_backend.messages_instance import LoadReply
-from manager.errors import ConflictError, IntegrityError, ManagerError
-from manager.named_path import is_device, open_named
+from manager.errors import ConflictError, ManagerError
+from manager.locked_image import open_locked
+from manager.named_path import is_device
 from storage.errors import ImageExists, StorageError
 
 
@@ -22,34 +21,19 @@ def open_image(path: Path, reply: LoadReply) -> int:
         ConflictError: it is in use, or something else is in it. ManagerError: the operating system refused.
 
     """
-    create = reply.fresh and not is_device(path)
+    descriptor = open_locked(
+        path,
+        create=reply.fresh and not is_device(path),
+        missing=f"Give this domain the disk with the state of vTPM {UUID(bytes=reply.vtpm)}; or give that up with "
+        "'vtpm-reset --yes' in the manager's domain",
+    )
     try:
-        descriptor = open_named(path, os.O_RDWR | (os.O_CREAT if create else 0), claim=True)
-    except FileNotFoundError as error:
-        raise IntegrityError(
-            f"the state image {path} is missing, and vTPM {UUID(bytes=reply.vtpm)} has a state. Nothing was started or "
-            "changed. Give this domain the disk with it; or give the vTPM up with 'vtpm-reset --yes' in the manager's "
-            "domain, which loses what was in it"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise ConflictError(f"the state image {path} is a device in use or mounted; nothing was started") from error
-        raise ManagerError(f"cannot open the state image {path}: {error.strerror}; nothing was started") from error
-    try:
-        _lock(descriptor, path)
         if reply.fresh:
             _make(descriptor, path, reply)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConflictError(f"the state image {path} is in use by another process; nothing was started") from error
 
 
 def _make(descriptor: int, path: Path, reply: LoadReply) -> None:

@@ -27,6 +27,7 @@ from manager.crash_budget import CrashBudget
 from manager.endings import Endings
 from manager.errors import ConflictError, IntegrityError, KeeperError, KeeperRefusedError
 from manager.keeper_client import Keeper
+from manager.sockets import Owner, listen_on_path
 from manager.xen_instance_image import open_image
 from manager.xen_instance_relay import Relay
 from manager.xen_instance_uplink import Uplink
@@ -34,7 +35,6 @@ from manager.xen_instance_uplink import Uplink
 T = TypeVar("T")
 _log = logging.getLogger("vtpm.xen.instance")
 FAILED: Final = "failed"  # the startup word of one whose PCRs are lost: failure until a platform reset
-_BACKLOG: Final = 16
 _AFTER_STOP: Final = 2.0  # seconds in which a manager that stopped the instance can end the binding, too
 RING_SOCKET: Final = "ring.sock"
 
@@ -226,11 +226,15 @@ class Life:
 
     # starting
 
+    def _listen(self) -> socket.socket:
+        """Listen for our own user, in place of what an instance before had."""
+        return listen_on_path(self.ring_path, Owner.ourselves(), 0o600, socket.SOCK_SEQPACKET)
+
     async def _start(self, loaded: LoadReply) -> Relay:
         image = open_image(self._settings.image, loaded)
         try:
             front, back = LocalRing.pair()
-            with front, _listen(self.ring_path) as listener:
+            with front, self._listen() as listener:
                 page, doorbell = front.descriptors()
                 reply, received = await self._keeper.ask(
                     self._spawn(loaded), (page, doorbell, back.fileno(), image, listener.fileno())
@@ -286,16 +290,3 @@ class Life:
                 await self._endings.end(vtpm, kept.lease)
             else:
                 await self._endings.forget(vtpm, kept.lease)
-
-
-def _listen(path: Path) -> socket.socket:
-    """Return a listening socket, replacing what an instance before had at `path`; only our own user can connect."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(mask)
-    listener.listen(_BACKLOG)
-    return listener

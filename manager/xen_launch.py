@@ -1,10 +1,11 @@
 """What becomes of a vTPM's record and row when its instance is to live in a domain of Xen of its own."""
 
+from dataclasses import replace
 from typing import Final
 from uuid import UUID
 
-from manager.attachment_words import after_reset, next_startup
-from manager.hardware_pcrs import bit_map
+from manager.attachment_words import next_startup
+from manager.launch_words import launch_for
 from manager.launches import Launch
 from manager.migration_records import refuse_start
 from manager.registry import Registry
@@ -33,19 +34,8 @@ async def admit_elsewhere(registry: Registry, row: VtpmRow, attachment: Attachme
 def launch_of(row: VtpmRow, attachment: AttachmentRow, flags: RecordFlags, store: UUID) -> Launch:
     """Return what the next instance of an attachment is told; `flags` are its vTPM's record's, in this `store`."""
     first = attachment.bound_domain is None
-    return Launch(
-        vtpm=row.uuid,
-        lease=attachment.lease,
-        family=row.family,
-        frontend=attachment.frontend,
-        owner_uid=0,
-        startup=attachment.startup if first else next_startup(attachment, flags),
-        after_reset=after_reset(attachment),
-        listeners=(),
-        epoch=attachment.epoch,
-        hw_pcrs=bit_map(attachment.hw_pcrs),
-        measure=attachment.measure,
-        measured=attachment.measured,
+    return replace(
+        launch_for(row, attachment, attachment.startup if first else next_startup(attachment, flags)),
         terms={
             "localities": attachment.localities,
             "maintenance": attachment.maintenance,

@@ -32,12 +32,13 @@ from frontend_backend.messages_xen import (
     decode_xen,
     encode_xen,
 )
+from manager.accepting import accept_clients
 from manager.attachments import Attachments
 from manager.errors import ManagerError
 from manager.measure_option import TOOLSTACK, of_toolstack
 from manager.registry import Registry
 from manager.running import Running, Stage
-from manager.sockets import SocketFolder
+from manager.sockets import Owner, SocketFolder, listen_on_path
 from manager.tombstones import iso
 from manager.xen_attach import XEN
 from manager.xen_binding import Bound as Binding
@@ -98,20 +99,7 @@ class XenServer:
 
     async def run(self, listener: socket.socket) -> None:
         """Accept until cancelled."""
-        async with trio.open_nursery() as nursery:
-            while True:
-                await self._room.acquire()  # before the accept: those who wait cost no descriptor
-                await trio.lowlevel.wait_readable(listener)
-                try:
-                    client, _ = listener.accept()
-                except OSError as error:
-                    self._room.release()
-                    if not isinstance(error, BlockingIOError):  # out of descriptors: wait, do not spin
-                        _log.warning("cannot accept vtpm-xen: %s", error)
-                        await trio.sleep(0.2)
-                    continue
-                client.setblocking(False)
-                nursery.start_soon(self._serve, client)
+        await accept_clients(listener, self._room, self._serve, "vtpm-xen")
 
     async def _serve(self, client: socket.socket) -> None:
         try:
@@ -269,19 +257,9 @@ class XenServer:
 
 def listen(path: Path) -> socket.socket:
     """Listen for vtpm-xen: root, and the manager's own user. Raises OSError."""
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    previous = os.umask(0o177)
-    try:
-        sock.bind(str(path))
-        sock.listen(_MOST_CONNECTIONS)
-    except OSError:
-        sock.close()
-        raise
-    finally:
-        os.umask(previous)
-    sock.setblocking(False)
-    return sock
+    listener = listen_on_path(path, Owner.ourselves(), 0o600, socket.SOCK_SEQPACKET, _MOST_CONNECTIONS)
+    listener.setblocking(False)
+    return listener
 
 
 async def _send(client: socket.socket, reply: XenReply, descriptors: tuple[int, ...] = ()) -> None:
