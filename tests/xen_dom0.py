@@ -14,7 +14,7 @@ from vtpm_instance_commands import command12
 from xen_rig import Domain, XenHost
 
 STATE, RUNTIME, LOG, XEN_LOG = "/data/state", "/run/vtpm-manager", "/run/manager.log", "/run/vtpm-xen.log"
-START_SECONDS = 90.0  # 15 on a quiet machine
+START_SECONDS = 240.0  # 20 on a quiet machine
 SHOWN_SECONDS = 20.0
 INDEX, INDEX12 = "0x1500016", 0x1001
 _PIDS = "/run/{}.pid"

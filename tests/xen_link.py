@@ -51,7 +51,7 @@ class Link:
         self._answers: dict[int, queue.SimpleQueue[dict[str, Any]]] = {0: queue.SimpleQueue()}
         self._consoles: dict[str, Callable[[str | None], None]] = {}
         self._number = 0
-        self._lock = threading.Lock()
+        self._lock, self._sending = threading.Lock(), threading.Lock()
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -98,7 +98,9 @@ class Link:
         return self.take(self.post(**message), patience)
 
     def send(self, **message: Any) -> None:
-        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        line = json.dumps(message).encode() + b"\n"
+        with self._sending:
+            self._socket.sendall(line)
 
     def listen(self, console: str, listener: Callable[[str | None], None]) -> None:
         self._consoles[console] = listener

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from xen_consoles import BOOT_SECONDS, COMMAND_SECONDS, Domain, domain_config, guest_config
+from xen_consoles import BOOT_SECONDS, COMMAND_SECONDS, KERNEL_WORDS, Domain, domain_config, guest_config
 from xen_link import Link, Step, Transcript, XenError
 
 __all__ = ["Domain", "Step", "Transcript", "XenError", "XenHost", "domain_config", "guest_config", "xen_host"]
@@ -35,12 +35,14 @@ __all__ = ["Domain", "Step", "Transcript", "XenError", "XenHost", "domain_config
 ROOT = Path(__file__).resolve().parent.parent
 BUILDER = ROOT / "images" / "xen" / "build.py"
 BUILD_SECONDS = 600.0  # the first time 75 MB are downloaded
+_ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")  # a test that is killed leaves no machine behind
 SILENT_SECONDS = 30.0  # Xen has said something after 1
 DATA_BYTES = 256 << 20
 # The model that the emulator's own flaws leave alone: with `max` dom0 dies, and PVH guests need SVM and nested paging.
-CPU = "qemu64,+svm,+npt"
+# rdrand: kernels have randomness at once, not after a second or two.
+CPU = "qemu64,+svm,+npt,+rdrand"
 # Without its defences against Spectre and the like, which cost an emulated hypervisor much of its time.
-XEN = "console=com1 com1=115200,8n1 loglvl=info spec-ctrl=no xpti=no pv-l1tf=no"
+XEN = "console=com1 com1=115200,8n1 loglvl=info dom0_max_vcpus=1 spec-ctrl=no xpti=no pv-l1tf=no"
 DOM0_MEMORY = "768M"
 
 
@@ -62,24 +64,29 @@ class XenHost:
         *,
         disks: int = 0,
         memory: int = 2048,
+        processors: int = 1,
         dom0_memory: str = DOM0_MEMORY,
         kernel: Sequence[str] = (),
         content: Path | None = None,
+        content_disk: int = 0,
         progress: TextIO | None = None,
     ) -> None:
         """disks: further data disks (vdd, vde, ...), for domains; kernel: more words for dom0's command line.
 
-        content: a directory whose content dom0 finds below /data.
+        processors: dom0 has one of them. Two were no quicker where this machine's are not both free: they wait for each
+        other most of the time then.
+
+        content: a directory whose content the disk `content_disk` begins with; 0 is what dom0 finds below /data.
         """
         self.directory, self._memory, self._dom0_memory, self._kernel = directory, memory, dom0_memory, kernel
-        self._progress = progress
+        self.processors, self._progress = processors, progress
         self._images = built()
         self.data = [directory / f"data{number}" for number in range(disks + 1)]
         for disk in self.data:
             if not disk.exists():
                 with disk.open("wb") as file:
                     file.truncate(DATA_BYTES)
-                filled = ["-d", str(content)] if content is not None and disk == self.data[0] else []
+                filled = ["-d", str(content)] if content is not None and disk == self.data[content_disk] else []
                 command = ["/sbin/mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,root_owner=0:0", *filled]
                 subprocess.run([*command, str(disk)], check=True)
         (directory / "tpm").mkdir(exist_ok=True)
@@ -145,11 +152,13 @@ class XenHost:
             (self.directory / name).unlink(missing_ok=True)
         tpm = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.directory}/tpm", "--flags", "startup-clear"]
         tpm += ["--ctrl", f"type=unixio,path={self.directory}/ctrl"]
-        self._tpm = subprocess.Popen(tpm, stdin=subprocess.DEVNULL)
+        self._tpm = subprocess.Popen([*_ENDS_WITH_US, *tpm], stdin=subprocess.DEVNULL)
         self._wait((self.directory / "ctrl").is_socket, "swtpm")
         self._began = time.monotonic()
         with (self.directory / "qemu.log").open("ab") as log:
-            self.process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [*_ENDS_WITH_US, *self._command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         self._wait((self.directory / "agent").is_socket, "QEMU")
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(self.directory / "agent"))
@@ -164,10 +173,12 @@ class XenHost:
 
     def _command(self) -> list[str]:
         made = self._images
-        words = ["console=hvc0", "quiet", "panic=-1", "mitigations=off", "role=dom0", "initcall_blacklist=init_tis"]
-        line = " ".join([*words, *self._kernel]).replace(",", ",,")  # a single comma begins the next module
+        line = " ".join([KERNEL_WORDS, "role=dom0 initcall_blacklist=init_tis", *self._kernel]).replace(
+            ",", ",,"
+        )  # a single comma begins the next module
         memory = f"dom0_mem={self._dom0_memory},max:{self._dom0_memory}"
-        qemu = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "q35", "-cpu", CPU, "-smp", "1"]
+        qemu = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", CPU]
+        qemu += ["-smp", str(self.processors)]
         qemu += ["-m", str(self._memory), "-nodefaults", "-no-reboot", "-display", "none", "-monitor", "none"]
         qemu += ["-serial", f"file:{self.console}", "-kernel", made["xen"]]
         qemu += ["-append", f"{XEN} {memory}"]

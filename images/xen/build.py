@@ -26,6 +26,7 @@ _HERE: Final = Path(__file__).resolve().parent
 sys.path.insert(0, str(_HERE.parent / "guest"))
 
 from cpio import write_archive
+from elf import without_zeros
 from kernel import Kernel, fetch_kernel
 from packages import Xen, fetch_xen
 from roots import Contents, boot, guest, project, system
@@ -60,6 +61,10 @@ def _code() -> list[Path]:
 def _archive(root: Path, target: Path) -> None:
     with target.open("wb") as file:
         write_archive(root, file)
+
+
+def _elf(kernel: Kernel, target: Path) -> None:
+    target.write_bytes(without_zeros(kernel.elf.read_bytes()))
 
 
 def _disk(root: Path, target: Path) -> None:
@@ -107,12 +112,13 @@ def _build(directory: Path, kernel: Kernel, xen: Xen) -> dict[str, str]:
     booted = _kept(directory, "boot", _hash(versions, _ours()), lambda root: boot(root, kernel), _archive)
     tools = _hash(versions, [*_ours(), *_installed()])
     guests = _kept(directory, "guest", tools, lambda root: guest(root, kernel), _archive)
-    contents = Contents(kernel, xen, booted, guests)
+    trimmed = _kept(directory, "kernel", _hash(versions, _ours()), Path.mkdir, lambda _, target: _elf(kernel, target))
+    contents = Contents(trimmed, xen, booted, guests)
     rooted = _kept(directory, "system", tools, lambda root: system(root, contents), _disk)
     code = _kept(directory, "project", _hash((), [*_ours(), *_code()]), project, _disk)
     return {
         "xen": str(xen.hypervisor),
-        "kernel": str(kernel.elf),
+        "kernel": str(trimmed),
         "boot": str(booted),
         "system": str(rooted),
         "project": str(code),

@@ -38,7 +38,7 @@ PROJECT: Final = Path("opt/project")
 class Contents:
     """What the root disk is made of."""
 
-    kernel: Kernel
+    kernel: Path
     xen: Xen
     boot: Path
     guest: Path
@@ -100,7 +100,7 @@ def system(root: Path, contents: Contents) -> None:
         tree.text(f"usr/sbin/{script}", (_HERE / script).read_text(), 0o755)
     tree.text("etc/xen/scripts/block", (_HERE / "block.sh").read_text(), 0o755)
     _busybox(tree)
-    shutil.copy2(contents.kernel.elf, root / "guest/vmlinux")
+    shutil.copy2(contents.kernel, root / "guest/vmlinux")
     shutil.copy2(contents.guest, root / "guest/guest.cpio")
     shutil.copy2(contents.boot, root / "guest/boot.cpio")
 

@@ -4,14 +4,17 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import xen_dom0 as dom0
 import xen_domains as domains
 from xen_rig import Domain, XenHost
 
+WEBS = ("web1", "web2")
 SECRET, OTHER_SECRET = "a-guests-secret", "another-guests"
 pytestmark = [
     pytest.mark.e2e,
@@ -39,10 +42,22 @@ class Shown(XenHost):
 
 
 @contextmanager
-def machine(disks: int, memory: int) -> Iterator[XenHost]:
-    """A host with data disks and a TPM that stay over its reboots; what happens is shown while it happens."""
+def machine(disks: int, memory: int, prepare: Callable[[Path], Path] | None = None) -> Iterator[XenHost]:
+    """A host with data disks and a TPM that stay over its reboots; what happens is shown while it happens.
+
+    prepare: returns what the manager's disk, the first after dom0's, begins with.
+    """
     directory = Path(tempfile.mkdtemp(prefix="xen", dir=os.environ.get("TMPDIR")))
-    host = Shown(directory, disks=disks, memory=memory, progress=sys.stdout)
+    (directory / "tpm").mkdir()
+    content = prepare(directory) if prepare else None
+    host = Shown(
+        directory,
+        disks=disks,
+        memory=memory,
+        content=content,
+        content_disk=1,
+        progress=sys.stdout,
+    )
     try:
         host.boot()
         yield host
@@ -65,8 +80,7 @@ def test_a_driver_domain_with_the_page_of_locality_two_serves_a_guest_over_a_hos
         vtpmd = domains.driver_domain(host, "vtpmd", "/dev/vdd")
         domains.only_locality_two(vtpmd)
         domains.install(vtpmd)
-        domains.start_manager(vtpmd)
-        domains.start_back_end(vtpmd)
+        domains.start_both(vtpmd)
         vtpm = domains.new_vtpm(vtpmd, "web1", "--domain any")
         guest = domains.guest(host, "web1", "vtpmd", vtpm)
         domains.write_secret(guest, SECRET)
@@ -76,8 +90,7 @@ def test_a_driver_domain_with_the_page_of_locality_two_serves_a_guest_over_a_hos
         reboot(host)
         opens_at_locality_two_only(host)
         vtpmd = domains.driver_domain(host, "vtpmd", "/dev/vdd")
-        domains.start_manager(vtpmd)
-        domains.start_back_end(vtpmd)
+        domains.start_both(vtpmd)
         guest = domains.guest(host, "web1", "vtpmd", vtpm)
         assert domains.read_secret(guest, SECRET) == SECRET
 
@@ -92,14 +105,13 @@ def opens_at_locality_two_only(host: XenHost) -> None:
 
 
 def test_a_manager_domain_and_instance_domains_keep_two_guests_apart_over_restarts_of_everything() -> None:
-    with machine(disks=3, memory=3072) as host:
+    prepared = dom0.Prepared(dict.fromkeys(WEBS, "2.0"), {name: f"{name} --instance-domain any" for name in WEBS})
+    with machine(disks=3, memory=3072, prepare=prepared) as host:
         manager = domains.driver_domain(host, "vtpmmgr", "/dev/vdd")
         domains.only_locality_two(manager)
-        domains.install(manager)
-        domains.start_manager(manager)
-        domains.start_back_end(manager)
-        vtpms = [domains.new_vtpm(manager, name, "--instance-domain any") for name in ("web1", "web2")]
-        guests = [started(host, number, vtpm) for number, vtpm in enumerate(vtpms, 1)]
+        domains.start_both(manager)
+        vtpms = [prepared.uuids[name] for name in WEBS]
+        guests = both(lambda number: started(host, number, vtpms[number - 1]))
         for guest, secret in zip(guests, (SECRET, OTHER_SECRET), strict=True):
             domains.write_secret(guest, secret)
         domains.sealed_and_opened(guests[0], "sealed-by-the-guest")
@@ -129,11 +141,16 @@ def started(host: XenHost, number: int, vtpm: str) -> Domain:
     return domains.guest(host, name, f"vtpm-{name}", vtpm)
 
 
+def both(do: Callable[[int], Domain]) -> list[Domain]:
+    """Do it for guest 1 and guest 2, at the same time: while one waits the other one works."""
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(do, (1, 2)))
+
+
 def again(host: XenHost, name: str) -> Domain:
     """The manager's domain once more, on its disk."""
     manager = domains.driver_domain(host, name, "/dev/vdd")
-    domains.start_manager(manager)
-    domains.start_back_end(manager)
+    domains.start_both(manager)
     return manager
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 
 import pytest
+import xen_dom0 as dom0
 from xen_rig import Domain, XenHost, domain_config, guest_config, xen_host
 
 PYTHON = "/opt/vtpm-manager/bin/python"
@@ -32,7 +33,26 @@ print(bytes(kept[0].page[:4]), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
-# dom0 maps what the domain offers, both ways are seen; then the domain is destroyed under it.
+# In a domain: offers two pages to dom0, and says when dom0 has written into them.
+OFFERED = (
+    "import time; from frontend_backend.xen_devices import DeviceGrantOffers; offers = DeviceGrantOffers.open(); "
+    "pages = offers.offer(0, 2); pages.page[:4] = b'ours'; print(*pages.references, flush=True); "
+    "[time.sleep(0.1) for _ in iter(lambda: bytes(pages.page[4:8]), b'dom0')]; print('seen', flush=True); "
+    "time.sleep(600)"
+)
+# In dom0: maps them until /tmp/let-go is there.
+MAPPED = """
+import os, sys, time
+from frontend_backend.xen_devices import DeviceGrants
+grants = DeviceGrants.open()
+pages = grants.map(int(sys.argv[1]), [int(word) for word in sys.argv[2:]])
+pages.page[4:8] = b"dom0"
+while not os.path.exists("/tmp/let-go"):
+    time.sleep(0.1)
+print(bytes(pages.page[:8]), flush=True)
+pages.unmap()
+"""
+
 WHO = (
     "import trio; from frontend_backend.xs_trio import open_xenstore; "
     "from manager.xen_backend_identity import identify; "
@@ -67,6 +87,7 @@ def test_grants_channels_xenstore_and_what_xen_knows(capsys: pytest.CaptureFixtu
         assert "/dev/xen/xenbus: domain" in lines[0]
         assert "not available in this domain" in lines[4]
         a_name_is_read_where_dom0_lets_it_be_read(host, domain)
+        a_domain_that_is_destroyed_stays_until_its_pages_are_let_go(host, domain)
 
 
 def a_killed_process_leaves_nothing(host: XenHost) -> None:
@@ -101,3 +122,23 @@ def a_name_is_read_where_dom0_lets_it_be_read(host: XenHost, domain: Domain) -> 
               "xenstore-chmod /local/domain/$G/vm n0 r$G r$B")  # fmt: skip
     assert f"name='web1', uuid='{uuid}'" in domain.good(who)
     host.good("xl destroy web1")
+
+
+def a_domain_that_is_destroyed_stays_until_its_pages_are_let_go(host: XenHost, domain: Domain) -> None:
+    """Dom0 has pages of the domain mapped: Xen keeps them, and what is left of the domain, until dom0 unmaps them."""
+    host.write("/tmp/mapped.py", MAPPED)
+    domain.good(f'{PYTHON} -c "{OFFERED}" >/run/offered 2>&1 </dev/null &')
+    references = domain.good(appears_in_offered("[0-9]"))
+    mapping = host.start(f"{PYTHON} /tmp/mapped.py {domain.number} {references}")
+    assert domain.good(appears_in_offered("seen")).endswith("seen")
+    host.good("xl destroy ours")
+    rows = [line.split() for line in host.good("xl list").splitlines()]
+    (state,) = [row[-2] for row in rows if row[-5] == str(domain.number)]
+    assert "d" in state, "no dying domain"
+    host.good("touch /tmp/let-go")
+    assert mapping.wait() == (0, "b'oursdom0'\n")
+    dom0.until(host, f"! xl list | grep -E ' {domain.number} .*d '")
+
+
+def appears_in_offered(pattern: str) -> str:
+    return f"(for _ in $(seq 300); do grep -q '{pattern}' /run/offered && break; sleep 0.2; done; cat /run/offered)"
