@@ -143,16 +143,22 @@ def pid_of(made: Installation, name: str, who: str) -> int:
     keeper = int(made.vtpm_manager("status", "--json").json["keeper_pid"])
     if who == "keeper":
         return keeper
+    if who == "waking":  # it stands by already
+        wait_for(lambda: _children(keeper, "vtpm-standby") != [], "an instance to stand by")
+        return _children(keeper, "vtpm-standby")[0]
+    return next(pid for pid in _children(keeper) if "vtpm_instance.spawner" in _words(pid))
+
+
+def _children(keeper: int, name: str | None = None) -> list[int]:
+    """Return a keeper's children of this name, or those that are neither instances nor stand by."""
     children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-    return next(int(pid) for pid in children if "vtpm_instance.spawner" in _words(pid) and not _is_instance(pid))
+    names = {int(pid): Path(f"/proc/{pid}/comm").read_text().strip() for pid in children}
+    others = ("vtpm-instance", "vtpm-standby")
+    return [pid for pid, its in names.items() if (its == name if name else its not in others)]
 
 
-def _words(pid: str) -> str:
+def _words(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-
-
-def _is_instance(pid: str) -> bool:
-    return Path(f"/proc/{pid}/comm").read_text().strip() == "vtpm-instance"
 
 
 def die(extender: Extender, death: Death) -> None:

@@ -177,7 +177,8 @@ def test_without_user_namespace_and_setpcap_an_instance_still_gives_up_every_cap
     """What a unit without namespaces leaves: only a user namespace would bring CAP_SETPCAP."""
     become = (
         "import os; from vtpm_instance import confine; confine.gain_nothing(); confine.keep_spawner_capabilities(); "
-        "assert confine.lock_down(confine.confinement(None, None, 'x'), 12345, 12345, (), os.getppid()); "
+        "calls = confine.confinement(None, None, 'x'); assert confine.shut_in(calls, (), os.getppid()); "
+        "assert confine.lock_down(calls, 12345, 12345, (), os.getppid()); "
         "print(os.getuid(), confine.capabilities())"
     )
     held = ["setpriv", "--bounding-set=-all,+setuid,+setgid", "--inh-caps=-all", sys.executable, "-c", become]

@@ -38,6 +38,7 @@ from frontend_backend.messages_keeper import (
     decode_keeper,
 )
 from frontend_backend.release import RELEASE
+from vtpm_instance.confine import STANDBY_NAME
 from vtpm_instance.keeper import EXIT_BUSY, main
 
 
@@ -48,7 +49,19 @@ def keeper() -> Iterator[KeeperProcess]:
 
 
 def open_descriptors(pid: int) -> int:
+    """How many a keeper has, once it has the channel and the pidfd of an instance that stands by."""
+    until(lambda: any(_is_standby(pid, number) for number in os.listdir(f"/proc/{pid}/fd")), "an instance to stand by")
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def _is_standby(keeper: int, descriptor: str) -> bool:
+    """Tell whether a descriptor of a keeper's is the pidfd of an instance that stands by."""
+    try:
+        told = Path(f"/proc/{keeper}/fdinfo/{descriptor}").read_text()
+        (pid,) = [line.split()[1] for line in told.splitlines() if line.startswith("Pid:")]
+        return Path(f"/proc/{pid}/comm").read_text().strip() == STANDBY_NAME
+    except (OSError, ValueError):
+        return False
 
 
 def test_its_socket_is_for_its_user_only(keeper: KeeperProcess) -> None:

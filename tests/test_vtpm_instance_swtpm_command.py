@@ -20,6 +20,7 @@ from swtpm_rig import OURS, STARTED, SWTPM, get_secret, put_secret, refused, run
 
 from storage import swtpm_blob
 from storage.swtpm_crypto import SwtpmKey256
+from vtpm_instance.swtpm_command import main as swtpm_main
 
 SECRET = b"kept in NV"
 GET_CAPABILITY, INIT, SHUTDOWN, STORE_VOLATILE, STOP = ((n).to_bytes(4) for n in (1, 2, 3, 0x0A, 0x0E))
@@ -830,3 +831,18 @@ def test_a_character_device_that_is_a_socket_or_a_terminal_is_served(state: Path
         assert tpm.rc(tpm.transact(ours, set_locality)) == 0x101  # not allowed without the option
     assert ended(process) == 0
     assert sys.executable
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["socket", "--nosuch"], 1),
+        (["socket", "--manager", "--nosuch"], 2),
+        (["socket", "--manager=/nowhere", "--tpmstate", "dir=/x"], 2),
+    ],
+)
+def test_wrong_words_are_swtpms_one_or_the_managers_two(
+    words: list[str], code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert swtpm_main(words) == code
+    assert capfd.readouterr().err

@@ -3,6 +3,7 @@
 Order matters: descriptors first (they keep locks and ends of file alive in the wrong process), then Landlock while
 its descriptor is open, then the user, after that what a change of user resets (the parent-death signal and the
 dumpable flag), and the system calls last, because everything before needs some that an instance must not make.
+What is the same for all comes before the order is there (`shut_in`), the rest when it has come (`lock_down`).
 What can be inherited is given up in the spawner: in each instance it would cost memory and time.
 Source: prctl(2), setresuid(2), close_range(2), capabilities(7).
 """
@@ -29,6 +30,7 @@ _SPAWNERS: Final = frozenset({_CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP})  # to giv
 _CAPABILITIES: Final = 64  # bits of a set; the kernel knows fewer and says so
 _CAPABILITY_VERSION: Final = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
+STANDBY_NAME: Final = "vtpm-standby"  # what ps(1) shows of a process that will be an instance
 NICE: Final = 5  # a third of the weight of nice 0; what it does is in docs/architecture.md, "Processors"
 MAX_DESCRIPTORS: Final = 64  # an instance has 3 standard ones, 3 of its state, 2 listeners and at most 16 connections
 MAX_PROCESSES: Final = 4  # of its own user: its threads
@@ -45,22 +47,26 @@ Calls = tuple[tuple[int, ...], ...]  # system calls to be made: number and argum
 class Confinement:
     """What is left to do in each instance, prepared so that an instance only walks through it: see `confinement`.
 
-    `filter_taking` is the filter of those whose front end passes them a descriptor. `kept` holds what the calls point
-    to, and `landlock` the descriptor they use, None where there is none.
+    `hints` have memory copied that an instance will write to (`footprint`): what the kernel does not do of it, it does
+    later. `filter_taking` is the filter of those whose front end passes them a descriptor. `kept` holds what the calls
+    point to, and `landlock` the descriptor they use, None where there is none.
     """
 
     landlock: int | None
-    before_user: Calls
+    first: Calls
     after_user: Calls
     filter: Calls
     filter_taking: Calls
     kept: tuple[Any, ...]
+    hints: Calls = ()
 
 
 def confinement(
     landlock_rules: int | None, programs: tuple[Any, Any] | None, name: str, *, yields: bool = True
 ) -> Confinement:
     """Prepare the calls; `landlock_rules` and `programs` are None where they are not to be had.
+
+    `name`: of the process once it is an instance; until then it is STANDBY_NAME.
 
     `programs`: the filters of those that take no descriptors, and of those that do.
 
@@ -69,12 +75,17 @@ def confinement(
     number = syscalls.number_of
     prctl, capset = number("prctl"), number("capset")
     header, sets = _capability_words(0)
-    short = ffi.new("char[]", name.encode("ascii")[:_NAME_BYTES])
-    before: list[tuple[int, ...]] = [call_to_yield()] if yields else []
+    short, waiting = (ffi.new("char[]", word.encode("ascii")[:_NAME_BYTES]) for word in (name, STANDBY_NAME))
+    first: list[tuple[int, ...]] = [
+        (prctl, _PR_SET_PDEATHSIG, signal.SIGKILL),
+        (prctl, _PR_SET_NAME, syscalls.address_of(waiting)),
+    ]
+    if yields:
+        first.append(call_to_yield())
     if landlock_rules is not None:
-        before.append(landlock.call_to_enter(landlock_rules))
+        first.append(landlock.call_to_enter(landlock_rules))
     if os.geteuid() == 0 and capabilities() >> _CAP_SETPCAP & 1:  # without it an empty permitted set has to do
-        before += [(prctl, _PR_CAPBSET_DROP, capability) for capability in sorted(_SPAWNERS)]
+        first += [(prctl, _PR_CAPBSET_DROP, capability) for capability in sorted(_SPAWNERS)]
     after = (
         (capset, syscalls.address_of(header), syscalls.address_of(sets)),
         (prctl, _PR_SET_PDEATHSIG, signal.SIGTERM),
@@ -82,7 +93,7 @@ def confinement(
         (prctl, _PR_SET_NAME, syscalls.address_of(short)),
     )
     last, last_taking = ((), ()) if programs is None else ((seccomp.call_to_load(each),) for each in programs)
-    return Confinement(landlock_rules, tuple(before), after, last, last_taking, (header, sets, short, programs))
+    return Confinement(landlock_rules, tuple(first), after, last, last_taking, (header, sets, short, waiting, programs))
 
 
 def call_to_yield() -> tuple[int, ...]:
@@ -174,6 +185,24 @@ def _capability_words(bits: int) -> tuple[Any, Any]:
     return header, ffi.new("uint32_t[6]", [low, low, 0, high, high, 0])  # effective, permitted, inheritable, twice
 
 
+def shut_in(confinement: Confinement, keep: Iterable[int], parent: int) -> bool:
+    """Give up what does not depend on the order that is waited for; what brings it is among `keep`.
+
+    The process is killed when `parent` ends; returns False when it has ended already.
+
+    Raises:
+        OSError: the kernel refuses.
+
+    """
+    os.setsid()
+    _close_all_but(keep, confinement.landlock)
+    syscalls.make(confinement.first)
+    if confinement.landlock is not None:
+        os.close(confinement.landlock)
+    syscalls.advise(confinement.hints)
+    return os.getppid() == parent
+
+
 def lock_down(
     confinement: Confinement, uid: int, gid: int, keep: Iterable[int], parent: int, *, takes_descriptors: bool = False
 ) -> bool:
@@ -183,11 +212,7 @@ def lock_down(
         OSError: the kernel refuses.
 
     """
-    os.setsid()
-    _close_all_but(keep, confinement.landlock)
-    syscalls.make(confinement.before_user)
-    if confinement.landlock is not None:
-        os.close(confinement.landlock)
+    _close_all_but(keep, None)
     if uid != 0 and os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(gid, gid, gid)

@@ -102,7 +102,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what a system call does that an instance must not make (default kill)",
     )
     arguments = parser.parse_args(argv)
-    if arguments.socket is None and not arguments.check:
+    if not arguments.socket and not arguments.check:
         parser.error("--socket PATH is needed, or --check")
     return arguments
 
@@ -139,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeeperInUseError as error:
         note(str(error))
         return EXIT_BUSY
+    except OSError as error:
+        note(f"the socket {arguments.socket} cannot be made: {error.strerror or error}")
+        return EXIT_FAILURE
     ours = _file_of(arguments.socket)
     keeper = Keeper(listener, wakeup, arguments.linger, settings)
     try:

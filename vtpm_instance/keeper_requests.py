@@ -166,7 +166,7 @@ class Requests:
         try:
             return self._spawner.spawn(order)
         except SpawnerLostError:
-            self._keeping.end_strays(self._spawner.pid)
+            self._keeping.end_strays(self._spawner.pids)
             raise
 
     def _begin(self, kept: KeptInstance, pid: int, pidfd: int) -> None:

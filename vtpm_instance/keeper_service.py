@@ -73,7 +73,11 @@ class Keeper:
         if old is not None:
             self._forget_descriptor(old)
         if new is not None:
-            self._watch(new, self._spawner.on_event)
+            self._watch(new, self._on_spawner)
+
+    def _on_spawner(self) -> None:
+        if self._spawner.on_event():
+            self._keeping.end_strays(self._spawner.pids)
 
     def _watch(self, descriptor: int, handler: Callable[[], None]) -> None:
         self._epoll.register(descriptor, select.EPOLLIN)
@@ -90,10 +94,13 @@ class Keeper:
         """Serve, and return the exit status: 0, or 1 when instances did not end in time."""
         self._unused_since = time.monotonic()
         while (left := self._seconds_left()) > 0:
-            for descriptor, _ in self._epoll.poll(None if left == float("inf") else left):
+            pause = min(left, self._spawner.seconds_left())
+            for descriptor, _ in self._epoll.poll(None if pause == float("inf") else pause):
                 handler = self._handlers.get(descriptor)
                 if handler is not None:
                     self._call(handler)
+            if not self._spawner.seconds_left():
+                self._call(self._spawner.have_one_stand_by)
         left_behind = [kept for kept in self._keeping if kept.alive]
         for kept in left_behind:
             note(f"instance of {kept.vtpm} (process {kept.pid}) did not end within {STOP_TIMEOUT:g} s")

@@ -122,9 +122,12 @@ class Keeping:
         chunk = islice(self, offset, offset + _LIST_CHUNK)
         return ListReply(tuple(kept.describe() for kept in chunk), len(self))
 
-    def end_strays(self, spawner: int) -> None:
-        """End what a lost spawner may have made without telling: nobody could stop it or find it again."""
-        known = {kept.pid for kept in self if kept.alive} | {spawner}
+    def end_strays(self, others: set[int]) -> None:
+        """End what a lost spawner may have made without telling: nobody could stop it or find it again.
+
+        `others` are processes that are no instances, and known.
+        """
+        known = {kept.pid for kept in self if kept.alive} | others
         for child in _children():
             if child not in known:
                 note(f"process {child} was made but not announced, so it is ended")

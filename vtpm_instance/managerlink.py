@@ -262,19 +262,23 @@ class _Wait:
             ManagerGoneError: the peer had gone when the caller looked last.
 
         """
-        self.check()
-        left = min(self._limit - time.monotonic(), LOOK_AGAIN)
-        self._gone = not self._link.sleep(max(left, 0.0))
+        self._gone = not self._link.sleep(min(self._left(), LOOK_AGAIN))
         if self._link.told_to_stop and not self._hurried:
             self._hurried = True
             self._limit = min(self._limit, time.monotonic() + STOP_GRACE)
 
     def check(self) -> None:
         """Raise what `for_doorbell` raises, without waiting."""
+        self._left()
+
+    def _left(self) -> float:
+        """Return how many seconds there are, more than none; raises what `for_doorbell` raises."""
         if self._gone:
             raise ManagerGoneError
-        if time.monotonic() >= self._limit:
+        left = self._limit - time.monotonic()
+        if left <= 0:
             raise ManagerSilentError(self.verb, self._seconds)
+        return left
 
     def pause(self, seconds: float) -> None:
         """Let `seconds` pass, or less when the manager rings.
@@ -284,10 +288,9 @@ class _Wait:
             ManagerGoneError: the peer is gone.
 
         """
-        self.check()
+        left = self._left()
         doorbell = select.poll()
         doorbell.register(self._link.fileno(), select.POLLIN)
-        left = self._limit - time.monotonic()
         if doorbell.poll(max(min(left, seconds), 0.0) * 1000):
             self._gone = not self._link.count_rings()
         self.check()

@@ -16,8 +16,10 @@ from vtpm_instance.control import FrontEnd
 from vtpm_instance.errors import BadRequestError, WrongDescriptorsError
 from vtpm_instance.handover import Handed
 
-# The spawner's answer to an order: the process id, or 0 and then a text in UTF-8. Not a message of the protocol with
-# the manager: making one writes to pages that the spawner shares with its children.
+# What the spawner is asked for an instance by, and its answer: the process id, or 0 and then a text in UTF-8. No
+# messages of the protocol with the manager: making one writes to pages that the spawner shares with its children.
+WANTED: Final = b"\1"
+WANTED_NOW: Final = b"\2"  # its order waits already
 STARTED: Final = struct.Struct("=I")
 LISTENERS: Final = ("data", "control", "ring", "proxy")
 _FAMILIES: Final = tuple(TpmFamily)

@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 from uuid import UUID
@@ -39,6 +40,7 @@ from vtpm_instance.handover import Handed, Kind
 from vtpm_instance.order import InstanceOrder
 
 SECONDS: Final = 20.0  # without progress, before a rehearsal is given up
+_ALL_DESCRIPTORS: Final = 1 << 20
 _NOBODY: Final = UUID(int=0)
 _LEASE: Final = 1
 _RECORD: Final = struct.Struct("32s32sQ")  # key, digest, generation
@@ -97,8 +99,10 @@ def release(state: State) -> None:
     os.close(state.image)
 
 
-def live_once(state: State) -> State:
+def live_once(state: State, look_at: Callable[[int], None] | None = None) -> State:
     """Let an instance live from its start until it stops cleanly or hibernates; returns the state it left.
+
+    With `look_at` it gets one command; when that is answered this is called in another process, with its process id.
 
     Raises:
         RehearsalError: it did not end as it should; no real one would.
@@ -113,7 +117,8 @@ def live_once(state: State) -> State:
     if player == 0:
         front.close()  # a copy here would keep the instance's end open after it has stopped
         connected.close()
-        _child_plays(state, back, guest, listeners, tell, spawner)
+        _child_plays(state, back, guest, listeners, tell, spawner, look_at)
+    witness = 0 if look_at is None else _witness(spawner)
     guest.close()
     os.close(tell)
     back.close()
@@ -138,10 +143,26 @@ def live_once(state: State) -> State:
     finally:
         os.close(told)
         _, ended = os.waitpid(player, 0)
+        if witness:
+            os.kill(witness, signal.SIGKILL)
+            os.waitpid(witness, 0)
     if status or ended or len(left) != _RECORD.size:
         raise RehearsalError(status, ended)
     key, digest, generation = _RECORD.unpack(left)
     return replace(state, key=key, digest=digest, generation=generation, lives=state.lives + 1)
+
+
+def _witness(spawner: int) -> int:
+    """Share every page with another process from now on, so that only what is written after this is nobody else's."""
+    witness = os.fork()
+    if witness == 0:
+        try:
+            os.closerange(3, _ALL_DESCRIPTORS)
+            while die_with_parent(spawner):
+                signal.pause()
+        finally:
+            os._exit(1)
+    return witness
 
 
 _KINDS: Final = {"data": socket.SOCK_STREAM, "control": socket.SOCK_STREAM, "ring": socket.SOCK_SEQPACKET}
@@ -161,6 +182,7 @@ def _child_plays(
     listeners: dict[str, socket.socket],
     tell: int,
     spawner: int,
+    look_at: Callable[[int], None] | None,
 ) -> NoReturn:
     """Be manager and guest until the instance has stopped."""
     status = 1
@@ -169,7 +191,12 @@ def _child_plays(
             os._exit(status)
         signal.alarm(int(SECONDS))
         play = _Play(state, ring)
-        play.guest(guest, {name: listener.getsockname() for name, listener in listeners.items()})
+        places = {name: listener.getsockname() for name, listener in listeners.items()}
+        if look_at is None:
+            play.guest(guest, places)
+        else:
+            play.one_command(places["data"])
+            look_at(spawner)
         play.end(Orders.STOP if state.lives % 2 else Orders.HIBERNATE)
         os.write(tell, _RECORD.pack(play.state.key, play.state.digest, play.state.generation))
         status = 0
@@ -198,6 +225,11 @@ class _Play:
         for _ in range(2):
             front.transact(_COMMANDS[self.state.family][0])
         front.close()
+
+    def one_command(self, data: bytes | str) -> None:
+        """Send what a guest may send first."""
+        with _connected(data) as sock:
+            self._exchange(sock, _COMMANDS[self.state.family][0])
 
     def _exchange(self, sock: socket.socket, packet: bytes) -> None:
         sock.sendall(packet)

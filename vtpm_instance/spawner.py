@@ -1,15 +1,18 @@
 """The spawner: a warm process without keys, paths or network, from which instances are made. Started by the keeper.
 
-One thread, one conversation: the keeper sends an order with its descriptors, the answer (`order.STARTED`) is the
-instance's process id with its pidfd, or 0 and why there is none. In mode `exec` a spawner becomes the first instance it
-is asked for, so that each has an address layout of its own; the keeper has the next one ready by then. It ends when the
-keeper does.
+One thread, one conversation: the keeper sends WANTED with the far end of a channel, the answer (`order.STARTED`) is
+the process id of an instance-to-be that waits for its order on that channel, or 0 and why there is none. It sends no
+descriptor: it could not while more than its few are on their way to others of its user (standby.UNTAKEN). In mode
+`exec` a spawner waits for an order itself, so that each instance has an address layout of its own; the keeper has the
+next one ready by then. It ends when the keeper does.
 """
 
 import os
 import signal
 import socket
 import sys
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from frontend_backend.descriptors import close_all, receive_message, send_message
@@ -22,14 +25,13 @@ from vtpm_instance.errors import InstanceError
 from vtpm_instance.instance import heed_sigterm, run
 from vtpm_instance.journal import note
 from vtpm_instance.libtpms import the_tpm
-from vtpm_instance.order import STARTED, InstanceOrder
-from vtpm_instance.spawn import PROCESS_NAME, become_instance, fork_instance
+from vtpm_instance.order import STARTED, WANTED_NOW
+from vtpm_instance.spawn import PROCESS_NAME, awaited_order, become_instance, fork_instance
 from vtpm_instance.warm import freeze_heap, warm_up
 
 CHANNEL: Final = 3  # the descriptor of the keeper's end
 _NULL: Final = 0  # standard input: the null device in spawner and instance
 MODES: Final = ("fork", "exec")
-_MAX_DESCRIPTORS: Final = 9  # page, doorbell, image, three listeners, connections: see handover.MAX_HANDED
 _EXIT_OK, _EXIT_FAILURE, _EXIT_USAGE, _EXIT_BUG = 0, 1, 2, 255
 
 
@@ -44,7 +46,7 @@ def prepare(on_violation: seccomp.OnViolation, *, shared: bool = True) -> tuple[
     """
     heed_sigterm()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warm_up(shared=shared)
+    hints = warm_up(shared=shared)
     missing: dict[str, str | None] = dict.fromkeys(FEATURES)
     if os.geteuid() != 0:
         missing["user"] = "only root can give each instance a user of its own"
@@ -56,7 +58,8 @@ def prepare(on_violation: seccomp.OnViolation, *, shared: bool = True) -> tuple[
     confine.gain_nothing()
     rules, missing["landlock"] = _landlock()
     programs, missing["seccomp"] = _seccomp(on_violation)
-    return confine.confinement(rules, programs, PROCESS_NAME, yields=_may_yield()), missing
+    confinement = confine.confinement(rules, programs, PROCESS_NAME, yields=_may_yield())
+    return replace(confinement, hints=hints), missing
 
 
 def _may_yield() -> bool:
@@ -134,34 +137,31 @@ def main(arguments: list[str]) -> int:
     features = tuple(Feature(name, why is None, why or "") for name, why in missing.items())
     send_message(sock, encode_keeper(ConfinementReply(mode, on_violation.value, features)))
     freeze_heap()
+    if mode == "exec":
+        channel = sock.detach()
+        become_instance(partial(awaited_order, channel), confinement, run, (channel,), os.getppid())
     try:
         while True:
-            _serve_one(sock, mode, confinement)
+            _serve_one(sock, confinement)
     except (ChannelClosedError, ConnectionError):
         return _EXIT_OK  # the keeper has ended, and with it the need for instances
 
 
-def _serve_one(sock: socket.socket, mode: str, confinement: Confinement) -> None:
-    """Make one instance. The keeper has checked the order; it is read in the instance, see `fork_instance`."""
-    data, descriptors = receive_message(sock, max_descriptors=_MAX_DESCRIPTORS)
-
-    def make_order() -> InstanceOrder:
-        return InstanceOrder.unpack(data, descriptors)
-
-    if mode == "exec":
-        pidfd = os.pidfd_open(os.getpid())
-        send_message(sock, STARTED.pack(os.getpid()), [pidfd])
-        become_instance(make_order, confinement, run, os.getppid())
-    handed: list[int] = []
+def _serve_one(sock: socket.socket, confinement: Confinement) -> None:
+    """Make an instance-to-be: it receives its order itself, see `awaited_order`."""
+    how, descriptors = receive_message(sock, max_descriptors=1)
+    (channel,) = descriptors
+    if how == WANTED_NOW:
+        confinement = replace(confinement, hints=())  # copying all at once is quicker only while nobody waits for it
     try:
-        pid, pidfd = fork_instance(make_order, confinement, run)
+        pid, pidfd = fork_instance(partial(awaited_order, channel), confinement, run, (channel,))
     except (InstanceError, OSError) as error:
         send_message(sock, STARTED.pack(0) + str(error).encode())
     else:
-        handed.append(pidfd)
-        send_message(sock, STARTED.pack(pid), handed)
+        os.close(pidfd)
+        send_message(sock, STARTED.pack(pid))
     finally:
-        close_all([*descriptors, *handed])
+        close_all(descriptors)
 
 
 def start() -> int:

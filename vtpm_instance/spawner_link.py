@@ -1,28 +1,32 @@
 """The keeper's side of the spawner: start it, have it make instances, start another when it dies.
 
-An instance that the spawner made is the keeper's own child; a spawner can be lost at any moment without one of them.
+One instance-to-be stands by (`standby`), so that nobody waits for a fork: the next one is made when that one was
+handed its order. In mode `exec` the spawner itself is the one that stands by. An instance that the spawner made is the
+keeper's own child; a spawner can be lost at any moment without one of them.
 """
 
 import importlib.util
 import os
-import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from frontend_backend.descriptors import close_all, receive_message, send_message
+from frontend_backend.descriptors import is_readable, receive_message, send_message
 from frontend_backend.errors import ChannelClosedError, MessageError
 from frontend_backend.messages_keeper import ConfinementReply, decode_keeper
 from frontend_backend.release import RELEASE
 from vtpm_instance.errors import SpawnerLostError, SpawnRefusedError
 from vtpm_instance.journal import note
-from vtpm_instance.order import STARTED, InstanceOrder
+from vtpm_instance.order import STARTED, WANTED, WANTED_NOW, InstanceOrder
+from vtpm_instance.standby import Standby, Untaken
 
-START_SECONDS: Final = 30.0  # importing and warming libtpms takes about 0.3 s; a loaded machine more
+START_SECONDS: Final = 120.0  # importing and warming libtpms takes 0.3 s, emulated on a busy machine more than 30
+_AFTER_SECONDS: Final = 0.015  # from an order until the next is made ready: about what an attach or a resume takes
 ANSWER_SECONDS: Final = 20.0  # a fork takes less than a millisecond
 _CHANNEL: Final = 3  # where the spawner expects its end (vtpm_instance.spawner.CHANNEL)
 _PARTS: Final = ("vtpm_instance", "_cffi_backend", "cryptography", "msgpack")  # what the spawner imports, by place
@@ -54,6 +58,16 @@ class Spawner:
         self.pid = 0
         self.confinement: ConfinementReply | None = None
         self._ready = False
+        self._standby: Standby | None = None
+        self._due: float | None = None  # when one should be asked for (time.monotonic)
+        self._untaken = Untaken()
+        self._made_ahead = True  # not after a spawner was lost over it, until the next order: it would be lost again
+        self._asked: socket.socket | None = None  # our end of the channel of the one that is being made
+
+    @property
+    def pids(self) -> set[int]:
+        """The processes that are no instances: the spawner, and what stands by."""
+        return {self.pid} if self._standby is None else {self.pid, self._standby.pid}
 
     def start(self) -> None:
         """Start a spawner, without waiting until it is ready.
@@ -88,7 +102,7 @@ class Spawner:
         if self._sock is None:
             self.start()
         if not self._ready:
-            self._take_greeting(self._receive(START_SECONDS)[0])
+            self._take_greeting(self._receive(START_SECONDS))
         assert self.confinement is not None
         return self.confinement
 
@@ -100,42 +114,106 @@ class Spawner:
         if not isinstance(greeting, ConfinementReply):
             self._lose(f"it begins with {type(greeting).__name__}")
         self.confinement, self._ready = greeting, True
+        self._due = time.monotonic() if self._made_ahead else None
 
     def spawn(self, order: InstanceOrder) -> tuple[int, int]:
         """Have an instance made; returns its pid and pidfd. It is this process's child.
 
         Raises:
-            SpawnRefusedError: the spawner said why not.
+            SpawnRefusedError: the spawner said why not, or what it made ended at once, twice.
             SpawnerLostError: there is none, or it died over this; what it had made already is not known here.
             OSError: no more processes or descriptors.
 
         """
+        packed, descriptors = order.pack(), order.descriptors
+        self._due, self._made_ahead = time.monotonic() + _AFTER_SECONDS, True
+        self._untaken.make_room()
+        standby = self._take_standby()
         try:
-            self._send(order)
-        except SpawnerLostError as error:
-            note(str(error))  # it has not seen the order: another one may
-            self._send(order)
-        data, received = self._receive(ANSWER_SECONDS)
-        pid = STARTED.unpack_from(data)[0] if len(data) >= STARTED.size else 0
-        if pid and len(received) == 1:
-            if self._settings.mode == "exec":
-                self._become_instance()
-            return pid, received[0]
-        close_all(received)
-        raise SpawnRefusedError(data[STARTED.size :].decode("utf-8", "replace"))
+            pid, pidfd, sock = standby.hand(packed, descriptors)
+        except OSError as error:
+            standby.end()
+            note(f"process {standby.pid} ended while it stood by ({error}); another one takes its place")
+            standby = self._take_standby()
+            try:
+                pid, pidfd, sock = standby.hand(packed, descriptors)
+            except OSError as again:
+                standby.end()
+                raise SpawnRefusedError(f"process {standby.pid} did not get its order: {again}; ask again") from again
+        self._untaken.add(sock)
+        return pid, pidfd
 
-    def _send(self, order: InstanceOrder) -> None:
+    def _take_standby(self) -> Standby:
+        """Return who is handed the next order; waited for only where none stands by."""
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            return standby
+        self.wait_ready()
+        if self._settings.mode == "exec":
+            return self._spawner_itself()
+        if self._asked is None:
+            try:
+                self._ask_for_one(WANTED_NOW)
+            except SpawnerLostError as error:
+                note(str(error))  # it has not been asked: another one may be
+                self._ask_for_one(WANTED_NOW)
+        return self._made(self._receive(ANSWER_SECONDS))
+
+    def _ask_for_one(self, how: bytes = WANTED) -> None:
+        """Ask for an instance-to-be, without waiting until it is there. Raises SpawnerLostError, OSError."""
         self.wait_ready()
         assert self._sock is not None
-        try:
-            send_message(self._sock, order.pack(), order.descriptors)
-        except OSError as error:
-            self._lose(str(error))
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                send_message(self._sock, how, (theirs.fileno(),))
+            except OSError as error:
+                ours.close()
+                if isinstance(error, ConnectionError):
+                    self._lose(str(error))
+                raise
+        self._asked = ours
 
-    def _become_instance(self) -> None:
-        """Let go of a spawner that is an instance now, and have the next one made ready."""
-        self._detach()
-        self._start_next()
+    def _made(self, data: bytes) -> Standby:
+        """Return what the spawner has made. Raises SpawnRefusedError: nothing."""
+        assert self._asked is not None
+        sock, self._asked = self._asked, None
+        pid = STARTED.unpack_from(data)[0] if len(data) >= STARTED.size else 0
+        if not pid:
+            sock.close()
+            raise SpawnRefusedError(data[STARTED.size :].decode("utf-8", "replace"))
+        try:
+            return Standby.of(pid, sock)
+        except OSError as error:
+            raise SpawnRefusedError(f"process {pid} cannot be kept: {error}") from error
+
+    def _spawner_itself(self) -> Standby:
+        """Let go of a spawner that becomes the next instance; another one is made ready in its place."""
+        assert self._sock is not None
+        sock, pid = self._sock, self.pid
+        pidfd = os.pidfd_open(pid)
+        self._changed(sock.fileno(), None)
+        self._sock, self._ready = None, False
+        return Standby(pid, pidfd, sock)
+
+    def seconds_left(self) -> float:
+        """Return how long until `have_one_stand_by` is to be called: while one starts, all processors are its."""
+        return float("inf") if self._due is None else max(0.0, self._due - time.monotonic())
+
+    def have_one_stand_by(self) -> None:
+        """Have the next instance made, once for each that was; to be called after `seconds_left`."""
+        self._due = None
+        self._untaken.close()
+        if self._sock is None:
+            self._start_next()
+        elif self._settings.mode == "fork" and self._ready and self._standby is None and self._asked is None:
+            try:
+                self._ask_for_one()
+            except OSError as error:
+                note(f"no instance stands by: {error}")
+            except SpawnerLostError as error:
+                note(str(error))
+                self._start_next()
 
     def _start_next(self) -> None:
         try:
@@ -143,28 +221,38 @@ class Spawner:
         except OSError as error:
             note(f"the next spawner could not be started: {error}; it is tried again with the next instance")
 
-    def on_event(self) -> None:
-        """Take a greeting, or notice the end; a spawner that had worked is replaced at once."""
-        was_ready = self._ready
-        if self._sock is None or not _readable(self._sock, 0.0):
-            return  # told late: `spawn` has taken it since, or this is another spawner under the same number
+    def on_event(self) -> bool:
+        """Take a greeting or who stands by, or notice the end; a spawner that had worked is replaced at once.
+
+        Returns whether one was lost: what it had made without telling is to be ended.
+        """
+        was_ready, asked = self._ready, self._asked is not None
+        if self._sock is None or not is_readable(self._sock, 0.0):
+            return False  # told late: `spawn` has taken it since, or this is another spawner under the same number
         try:
-            data, received = self._receive(0.0)
-            close_all(received)
+            data = self._receive(0.0)
+            if self._asked is not None:
+                self._standby = self._made(data)
+                return False
             if was_ready:
                 self._lose("it speaks without being asked")
             self._take_greeting(data)
+        except SpawnRefusedError as error:
+            note(f"no instance stands by: {error}")
         except SpawnerLostError as error:
             note(str(error))
+            self._made_ahead = not asked
             if was_ready:
                 self._start_next()
+            return True
+        return False
 
-    def _receive(self, seconds: float) -> tuple[bytes, list[int]]:
+    def _receive(self, seconds: float) -> bytes:
         assert self._sock is not None
-        if not _readable(self._sock, seconds):
+        if not is_readable(self._sock, seconds):
             self._lose(f"it did not answer within {seconds:g} s")
         try:
-            return receive_message(self._sock, max_descriptors=1)
+            return receive_message(self._sock)[0]
         except (ChannelClosedError, MessageError, OSError) as error:
             self._lose(str(error) or type(error).__name__)
 
@@ -181,19 +269,20 @@ class Spawner:
         raise SpawnerLostError(self.pid, why, status)
 
     def close(self) -> int | None:
-        """End the spawner; returns its exit status as a shell would show it, None when there was none."""
+        """End the spawner, and who stands by; returns its exit status as a shell would show it, None without one."""
+        self._untaken.close()
+        if self._standby is not None:
+            self._standby.end()
+            self._standby = None
+        if self._asked is not None:
+            self._asked.close()
+            self._asked = None
         if self._sock is None:
             return None
         self._detach()
         os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status)
-
-
-def _readable(sock: socket.socket, seconds: float) -> bool:
-    poll = select.poll()
-    poll.register(sock.fileno(), select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
 
 
 def _places() -> list[str]:

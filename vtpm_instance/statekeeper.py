@@ -27,7 +27,7 @@ from frontend_backend.messages_instance import (
 )
 from storage.errors import StorageError, StorageFull
 from storage.secrets import StateKey
-from storage.state_image import Blobs, Emulator, Saved, StateImage
+from storage.state_image import Emulator, Saved, StateImage
 from vtpm_instance.errors import (
     BootNotMeasuredError,
     CommitRefusedError,
@@ -48,6 +48,32 @@ from vtpm_instance.tpm_commands import MARGIN
 LOAD_TIMEOUT: Final = 30.0  # seconds for the first Load; later ones have the commit's deadline
 PCRS_TIMEOUT: Final = 10.0  # seconds for a busy hardware TPM; an attach waits 20 for the whole start
 DEFAULT_COMMIT_TIMEOUT: Final = 90.0  # seconds; Linux' front end waits 120 s (reference/xen-vtpm.md 6.3)
+
+
+class _Ahead:
+    """Reads a state image while the manager commits that its state is used up: for what it is, a key tells later.
+
+    A new object each time: after a failed flush the old one refuses to write.
+    """
+
+    def __init__(self, descriptor: int, vtpm: UUID) -> None:
+        self._descriptor, self._vtpm = descriptor, vtpm
+        self._image: StateImage | None = None
+        self._error: StorageError | None = None
+
+    def read(self) -> None:
+        try:
+            self._image = StateImage.open(self._descriptor, self._vtpm)
+            self._image.read_ahead()
+        except StorageError as error:
+            self._error = error
+
+    def image(self) -> StateImage:
+        """Return it; raises what went wrong, now that the manager has said its word."""
+        if self._error is not None:
+            raise self._error
+        assert self._image is not None, "the manager has answered, so it was asked"
+        return self._image
 
 
 class StateKeeper:
@@ -80,15 +106,15 @@ class StateKeeper:
             StorageError: the image does not open, or no slot is the recorded one.
 
         """
-        reply = self._link.ask(Load(), self._timeout)
+        ahead = _Ahead(self._descriptor, self._vtpm)
+        reply = self._link.ask(Load(), self._timeout, ahead.read)
         if not isinstance(reply, LoadReply):
             raise ManagerConfusedError("Load", type(reply).__name__)
         if reply.vtpm != self._vtpm.bytes:
             raise WrongVtpmError(self._vtpm, UUID(bytes=reply.vtpm))
         if reply.lease != self._lease:
             raise WrongLeaseError(self._lease, reply.lease)
-        # A new object each time: after a failed flush the old one refuses to write.
-        image = StateImage.open(self._descriptor, self._vtpm)
+        image = ahead.image()
         blobs: dict[str, bytes] = {}
         if reply.fresh:
             image.assume_fresh()
@@ -222,7 +248,7 @@ class StateKeeper:
         image, generation = self._opened(), self._generation + 1
         try:
             image.ensure_room(sum(map(len, blobs.values())))
-            return image.save(Blobs(blobs), generation, self._emulator)
+            return image.save(blobs, generation, self._emulator)
         except StorageError as error:
             raise StateNotWrittenError(generation) from error
 

@@ -1,7 +1,7 @@
 """The command `vtpm-swtpm`, which also answers to the name `swtpm`: one TPM with swtpm's options and state files.
 
 `vtpm-swtpm socket|chardev OPTIONS`. With --manager it becomes `vtpm-swtpm-managed`, with the same words. The exit code
-is 0, or 1 for everything else, as swtpm has it.
+is 0, or 1 for everything else, as swtpm has it; with --manager 2 for wrong words, as the manager's commands have it.
 
 Python takes most of the time that a start takes: what is not needed to serve is not imported (tests/bench measures it).
 """
@@ -16,6 +16,7 @@ from frontend_backend.swtpm_options import Interface, SwtpmOptions, parse
 from frontend_backend.swtpm_suboptions import OptionError
 
 _FAILURE: Final = 1
+_USAGE: Final = 2
 _STANDARD_ERROR: Final = 2
 _MANAGED: Final = "vtpm-swtpm-managed"
 _PREFIX: Final = "swtpm: "
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vtpm_instance.swtpm_print import usage  # noqa: PLC0415 - only for mistakes
 
             _complain(usage(program, interface).rstrip())
-        return _FAILURE
+        managed = any(word.split("=", 1)[0] == "--manager" for word in rest)
+        return _USAGE if managed else _FAILURE  # as the manager's other commands; swtpm has 1 for everything
 
 
 def _occupy_standard_descriptors() -> None:

@@ -49,6 +49,12 @@ def make(calls: tuple[tuple[int, ...], ...]) -> None:
             raise OSError(ffi.errno, f"system call {words[0]}: {os.strerror(ffi.errno)}")
 
 
+def advise(calls: tuple[tuple[int, ...], ...]) -> None:
+    """Make prepared system calls whose refusal changes nothing (madvise(2))."""
+    for words in calls:
+        _libc.syscall(*words, *_NONE[len(words) :])
+
+
 def prctl(option: int, argument: int) -> None:
     """Change something of this process that takes one argument (prctl(2))."""
     words = [ffi.cast("unsigned long", word) for word in (argument, 0, 0, 0)]

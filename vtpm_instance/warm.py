@@ -7,20 +7,23 @@ secret of any vTPM.
 """
 
 import gc
+from functools import partial
 from typing import Final
 
 from frontend_backend.tpmhdr import TpmFamily
-from vtpm_instance import rehearsal
+from vtpm_instance import footprint, rehearsal
+from vtpm_instance.confine import Calls
 
 # CPython 3.11 specialises byte code after 8 runs (PEP 659). The families share nearly all of it; a life of a TPM 1.2
 # takes 0.2 s.
 LIVES: Final = {TpmFamily.TPM_1_2: 1, TpmFamily.TPM_2_0: 10}
 
 
-def warm_up(*, shared: bool = True) -> None:
+def warm_up(*, shared: bool = True) -> Calls:
     """Let throw-away instances live, then freeze the heap; one of each family is enough if no child will share it.
 
-    That one loads whatever the libraries load on their first use, for which there is no file later.
+    That one loads whatever the libraries load on their first use, for which there is no file later. Returns the hints
+    that spare a child which will share it page faults, see `footprint`.
 
     Raises:
         InstanceError, StorageError, OSError: a part does not work here; no instance would.
@@ -34,6 +37,20 @@ def warm_up(*, shared: bool = True) -> None:
         finally:
             rehearsal.release(state)
     freeze_heap()
+    return _hints() if shared else ()
+
+
+def _hints() -> Calls:
+    """Watch two lives, each in a child: a new TPM's, and one that wakes after it hibernated."""
+    state = rehearsal.fresh(TpmFamily.TPM_2_0)
+    try:
+        new = footprint.written_in(partial(rehearsal.live_once, state))
+        state = rehearsal.live_once(state)
+        woken = footprint.written_in(partial(rehearsal.live_once, state))
+        return footprint.calls_to_copy(new & woken)
+    finally:
+        rehearsal.release(state)
+        freeze_heap()
 
 
 def freeze_heap() -> None:

@@ -49,7 +49,7 @@ def test_a_death_before_its_state_is_used_up_costs_no_reset(extender: Extender) 
 
 def test_a_death_after_its_state_was_used_up_asks_for_a_reset(extender: Extender) -> None:
     resets = extender.resets
-    die(extender, Death("waking", "pread64", 1))
+    die(extender, Death("waking", "getrandom", 1))  # it stirs its random state; the image it read before it had the key
     assert extender.resets == resets + 1, "it had the key, so nobody else gets it"
 
 

@@ -175,8 +175,10 @@ class Massacre:
         """
         known = self.made.vtpm_manager("status", "--json").json["keepers"]
         sockets = {path: count for path, count in now.sockets.items() if _is_keepers(path)}
-        if [now.processes["keeper"], now.processes["spawner"], sum(sockets.values())] == [known] * 3:
-            now.processes["keeper"] = now.processes["spawner"] = self.before.processes["keeper"]
+        roles = ("keeper", "spawner", "standby")
+        if [*(now.processes[role] for role in roles), sum(sockets.values())] == [known] * 4:
+            for role in roles:
+                now.processes[role] = self.before.processes["keeper"]
             others = {path: count for path, count in now.sockets.items() if path not in sockets}
             before = {path: count for path, count in self.before.sockets.items() if _is_keepers(path)}
             now.sockets = Counter(others | before)

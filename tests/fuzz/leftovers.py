@@ -41,6 +41,8 @@ def _role(pid: int) -> str:
     if any(word.endswith(b"/vtpm-manager") for word in words):
         return "manager"
     if any(b"vtpm_instance.spawner" in word for word in words):
+        if Path(f"/proc/{pid}/comm").read_text().strip() == "vtpm-standby":
+            return "standby"
         confined = re.search(r"^Seccomp:\t2$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         return "instance" if confined else "spawner"
     return b" ".join(words).decode(errors="replace")
