@@ -2,6 +2,7 @@
 
 import array
 import os
+import select
 import socket
 import struct
 from collections.abc import Iterable, Sequence
@@ -71,6 +72,13 @@ def receive_message(
     """
     data, ancillary, flags, _ = sock.recvmsg(max_bytes, ancillary_space(max_descriptors), socket.MSG_CMSG_CLOEXEC)
     return checked_message(data, ancillary, flags)
+
+
+def is_readable(sock: socket.socket, seconds: float) -> bool:
+    """Wait at most `seconds` until a message is there, or the peer is gone; returns whether."""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:

@@ -16,7 +16,6 @@ import select
 import socket
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Final, Protocol, Self
 
 from frontend_backend.descriptors import send_message
@@ -88,8 +87,10 @@ class SocketDoorbell:
 
     def ring(self) -> None:
         """Wake the peer."""
-        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+        try:
             self._sock.send(_DING, _QUIETLY)
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            return  # as good as rung; or `drain` tells
 
     def drain(self) -> bool:
         """Swallow one ring: whoever waits for the descriptor is told of the next, and spared a call that finds none."""

@@ -13,12 +13,14 @@ from storage.store_records import RecordFlags, VtpmRecord
 
 INCOMING: Final = RecordFlags.AWAY | RecordFlags.FRESH
 FRONT_END: Final = "qemu"  # the one whose users can hand a state in
-_AWAY: Final = RecordFlags.AWAY | RecordFlags.RESUMABLE  # of both, the first alone: the flag is HIBERNATED's
+# of both, the first alone: the flag is HIBERNATED's. As numbers: each save asks, and an IntFlag's operations take long
+_ALONE: Final = int(RecordFlags.AWAY)
+_AWAY: Final = int(RecordFlags.AWAY | RecordFlags.RESUMABLE)
 
 
 def is_away(flags: RecordFlags) -> bool:
     """Tell whether a vTPM's state is not here: it left, or is to come."""
-    return flags & _AWAY == RecordFlags.AWAY
+    return int(flags) & _AWAY == _ALONE
 
 
 def is_incoming(flags: RecordFlags) -> bool:

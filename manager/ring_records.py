@@ -11,6 +11,12 @@ from storage.store_records import RecordFlags, VtpmRecord
 
 _DIGEST_SIZE: Final = 32
 _DEACTIVATED: Final = "deactivated"
+# as a number: `~` of an IntFlag has no bits that this version does not know, and those are to stay
+SLEPT: Final = int(RecordFlags.RESUMABLE | RecordFlags.HIBERNATED)
+_STAY: Final = ~(int(RecordFlags.FRESH | RecordFlags.QUARANTINED) | SLEPT)
+_RESUMABLE: Final = int(RecordFlags.RESUMABLE)
+_HIBERNATED: Final = int(RecordFlags.HIBERNATED)
+_ATTACHED: Final = int(RecordFlags.ATTACHED)
 
 
 def load_reply(
@@ -53,6 +59,21 @@ def objection(running: Running, record: VtpmRecord, commit: m.Commit) -> m.Refus
     return None
 
 
+def committed(record: VtpmRecord, commit: m.Commit, running: Running, *, sleeps: bool) -> VtpmRecord:
+    """Return the record that a commit makes of one; with `sleeps`, of a vTPM that hibernates.
+
+    A quarantine ends with the state that loads: whoever commits has loaded it.
+    """
+    flags = int(record.flags) & _STAY
+    if commit.final:
+        flags |= _RESUMABLE
+    if sleeps:
+        flags |= _HIBERNATED
+    key = StateKey(commit.key)
+    new = VtpmRecord(record.uuid, record.group, key, commit.digest, commit.generation, RecordFlags(flags), record.epoch)
+    return marked(new, running)
+
+
 def same_triple(record: VtpmRecord, commit: m.Commit) -> bool:
     """Tell whether a record names the very state that is to be committed."""
     return record.digest == commit.digest and record.key == StateKey(commit.key)
@@ -65,6 +86,6 @@ def same(old: VtpmRecord, new: VtpmRecord) -> bool:
 
 def marked(record: VtpmRecord, running: Running) -> VtpmRecord:
     """Return the record as that of a vTPM attached with the epoch that its instance runs for."""
-    if not running.epoch:
+    if not running.epoch or (record.epoch == running.epoch and int(record.flags) & _ATTACHED):
         return record
     return replace(record, flags=record.flags | RecordFlags.ATTACHED, epoch=running.epoch)

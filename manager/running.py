@@ -19,6 +19,8 @@ _WORDS_LIMIT: Final = 1000  # characters of a report that are kept
 # a chip signs some five times a second, and does the manager's own work too
 PCR_READS_A_SECOND: Final = 1.0  # each takes the hardware TPM a handful of commands; a platform reset takes one
 PCR_READS_AT_ONCE: Final = 5.0
+IDLE_RINGS_A_SECOND: Final = 1000.0  # rings without a request: an instance makes hardly any, each takes us some 30 us
+IDLE_RINGS_AT_ONCE: Final = 500.0
 GUEST_QUOTES_A_SECOND: Final = 1.0
 GUEST_QUOTES_AT_ONCE: Final = 5.0
 _LOOK_AGAIN: Final = 0.02  # seconds: a stage can change without a report
@@ -102,6 +104,8 @@ class Running:
     measured: str = ""  # what the present one was measured by
     pcr_reads: TokenBucket = field(default_factory=lambda: TokenBucket(PCR_READS_A_SECOND, PCR_READS_AT_ONCE))
     guest_quotes: TokenBucket = field(default_factory=lambda: TokenBucket(GUEST_QUOTES_A_SECOND, GUEST_QUOTES_AT_ONCE))
+    idle_rings: TokenBucket = field(default_factory=lambda: TokenBucket(IDLE_RINGS_A_SECOND, IDLE_RINGS_AT_ONCE))
+    unheard: bool = False  # it rings for nothing, and is not listened to for a moment
     heard: trio.Event = field(default_factory=trio.Event)  # it has asked for something
     idle: trio.Event = field(default_factory=trio.Event)  # set when a request was done after the process had ended
     back: BackRing = field(init=False)
@@ -150,6 +154,8 @@ class Running:
 
     def take_orders(self) -> Orders:
         """Return the orders for the next answer; a stop is ordered until it is done, everything else once."""
+        if self.orders is Orders.NONE:  # as nearly always: an IntFlag's operations take long
+            return self.orders
         orders, self.orders = self.orders, self.orders & Orders.STOP
         self.told_to_sleep |= Orders.HIBERNATE in orders
         return orders

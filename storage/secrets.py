@@ -49,8 +49,7 @@ class Secret:
 
     def wipe(self) -> None:
         """Overwrite the bytes with zeros; every later use raises SecretWiped. May be repeated."""
-        for index in range(len(self._content)):
-            self._content[index] = 0
+        self._content[:] = bytes(len(self._content))  # of the same length: in place
         self._wiped = True
 
     def __enter__(self) -> Self:

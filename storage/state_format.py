@@ -8,9 +8,10 @@ Both slots grow by appending chunks, so nothing ever moves.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -87,6 +88,9 @@ assert ImageHeader.size() == SECTOR_BYTES, "the header's content fits one sector
 assert SlotHeader.size() == 96
 assert BlobHeader.size() == 5
 
+# every save waits for these: making the dataclass first takes longer
+_pack_slot_header: Final = SlotHeader.codec().pack
+_pack_blob_header: Final = BlobHeader.codec().pack
 _CHECKED_BYTES: Final = SECTOR_BYTES - DIGEST_BYTES
 # names: libtpms tpm_nvfilename.h; `resumption` is ours, of a hibernated vTPM (vtpm_instance.slumber)
 _KINDS: Final = {"permall": 1, "savestate": 2, "volatilestate": 3, "resumption": 4}
@@ -133,6 +137,10 @@ class Blobs(Mapping[str, bytes]):
     def __len__(self) -> int:
         return len(self._items)
 
+    def items(self) -> ItemsView[str, bytes]:
+        """Give names and blobs in ascending kind."""
+        return self._items.items()
+
     def __repr__(self) -> str:
         return f"<Blobs {', '.join(f'{name} {len(data)} bytes' for name, data in self._items.items())}>"
 
@@ -146,7 +154,7 @@ def pack_blobs(blobs: Blobs) -> bytes:
     """Plaintext of a slot: count, then header and content of each blob in ascending kind."""
     parts = [len(blobs).to_bytes(1, "big")]
     for name, data in blobs.items():
-        parts += [BlobHeader(_KINDS[name], len(data)).pack(), data]
+        parts += [_pack_blob_header(_KINDS[name], len(data)), data]
     return b"".join(parts)
 
 
@@ -231,20 +239,25 @@ def pack_slot_header(vtpm: UUID, family: Family, generation: int, emulator: Emul
 
     Raises BlobsRefused for an emulator text that does not fit.
     """
-    name, version = _text16(emulator.name), _text16(emulator.version)
-    return SlotHeader(
+    name, version = _emulator_fields(emulator)
+    return _pack_slot_header(
         SLOT_MAGIC,
         FORMAT_VERSION,
         FORMAT_VERSION,
         family.value,
         0,
-        vtpm,
+        vtpm.bytes,
         generation,
         name,
         version,
         plaintext_bytes,
         b"",
-    ).pack()
+    )
+
+
+@lru_cache(maxsize=4)
+def _emulator_fields(emulator: Emulator) -> tuple[bytes, bytes]:
+    return _text16(emulator.name), _text16(emulator.version)
 
 
 def _text16(text: str) -> bytes:

@@ -104,6 +104,7 @@ class StateImage:
         self._live_generation = 0
         self._ready = False
         self._failed = False
+        self._ahead: list[_Slot] = []
 
     # --- making and opening ------------------------------------------------------------------------
 
@@ -146,13 +147,17 @@ class StateImage:
 
     # --- reading -----------------------------------------------------------------------------------
 
+    def read_ahead(self) -> None:
+        """Read both slots for the `load` that comes next, while its key is not known yet. Raises DeviceError."""
+        self._ahead = [self._read_slot(slot) for slot in (0, 1)]
+
     def load(self, key: StateKey, digest: bytes, generation: int) -> Blobs:
         """Read the state that the record names: the slot whose SHA-256 is `digest`, whichever it is.
 
         That slot is live from now on. Writes nothing, and after an error the object is as before.
         Raises: NoMatchingSlot, ImageTooNew, SlotMismatch, KeyMismatch, BlobsRefused, DeviceError.
         """
-        slots = [self._read_slot(slot) for slot in (0, 1)]
+        slots, self._ahead = self._ahead or [self._read_slot(slot) for slot in (0, 1)], []
         found = next((slot for slot in slots if slot.info.digest == digest), None)
         if found is None or found.header is None:
             for slot in slots:
@@ -179,7 +184,7 @@ class StateImage:
 
     def assume_fresh(self) -> None:
         """Declare that no record covers either slot (record flag FRESH), so that a save may overwrite them."""
-        self._live, self._live_generation, self._saved, self._ready = None, 0, None, True
+        self._live, self._live_generation, self._saved, self._ready, self._ahead = None, 0, None, True, []
 
     def describe(self) -> list[SlotInfo]:
         """Tell what both slots claim, without a key; for show and verify. Raises DeviceError."""
@@ -217,13 +222,14 @@ class StateImage:
         header = fmt.pack_slot_header(self.vtpm, self.family, generation, emulator, len(plaintext))
         key = StateKey.new()
         raw = header + AESGCM(key.view).encrypt(_NONCE, plaintext, header)
+        saved = Saved(key, hashlib.sha256(raw).digest(), generation)  # now: a flush leaves caches cold
         target = 0 if self._live is None else 1 - self._live
         self._saved = None
         for chunk in range(-(-len(raw) // fmt.CHUNK)):
             self._device.write(raw[chunk * fmt.CHUNK : (chunk + 1) * fmt.CHUNK], fmt.chunk_offset(target, chunk))
         self._flush()
         self._saved, self._saved_generation = target, generation
-        return Saved(key, hashlib.sha256(raw).digest(), generation)
+        return saved
 
     def switch(self) -> None:
         """Make the last saved slot the live one: the record that names it is durable. Raises NothingSaved."""

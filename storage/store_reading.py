@@ -62,15 +62,16 @@ class StoreReading:
         Raises: NoSuchVtpm when no group has it (VtpmRemoved: but its tombstone); GroupClosed when a closed group
         might; StoreDamaged when a damaged leaf might have had it.
         """
+        uuid = vtpm.bytes
         with self._applying:
             groups = self._open_state().groups
-            group = find_group(vtpm.bytes, groups)
+            group = find_group(uuid, groups)
             if group is None or group.table is None:
                 raise missing_vtpm(vtpm, groups)
-            row = group.table.row(vtpm.bytes)
-            if vtpm.bytes in group.table.tombstones:
+            row = group.table.row(uuid)
+            if uuid in group.table.tombstones:
                 raise VtpmRemoved(vtpm, unpack_tombstone(row, group.record.uuid).removed)
-            return unpack_row(row, group.record.uuid)
+            return unpack_row(row, group.record.uuid, vtpm)
 
     def tombstone(self, vtpm: UUID) -> Tombstone | None:
         """Return the tombstone of a vTPM, None where no open group has one."""

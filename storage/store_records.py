@@ -72,7 +72,7 @@ class VtpmRecord:
     epoch: int = 0
 
     def __post_init__(self) -> None:
-        if self.uuid == _NO_UUID:
+        if not self.uuid.int:
             raise CommitRefused("the zero UUID names no vTPM")
         if len(self.digest) != 32 or not 0 <= self.generation < _U64 or not 0 <= self.flags < _U8:
             raise CommitRefused(f"digest, generation or flags of vTPM {self.uuid} are out of range")

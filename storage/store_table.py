@@ -15,7 +15,7 @@ from storage.store_records import RecordFlags, Tombstone, VtpmRecord
 
 _ROW: Final = fmt.VtpmRow.size()
 _ROWS: Final = fmt.ROWS_PER_LEAF
-_pack: Final = fmt.VtpmRow.codec().pack
+_codec: Final = fmt.VtpmRow.codec()
 _pack_put: Final = struct.Struct(f">B{fmt.VtpmRow.codec().format[1:]}").pack  # operation and row
 _PUT: Final = int(fmt.Operation.PUT)
 _SIZES: Final = {_PUT: _ROW, int(fmt.Operation.REMOVE): 16}
@@ -42,22 +42,22 @@ def pack_put(record: VtpmRecord, uuid: bytes) -> bytes:
     return _pack_put(_PUT, uuid, record.key.reveal(), record.digest, record.generation, word)
 
 
-def unpack_row(raw: bytes | bytearray | memoryview, group: UUID) -> VtpmRecord:
-    """Parse a row."""
-    uuid, key, digest, generation, word = fmt.VtpmRow.codec().unpack(raw)
+def unpack_row(raw: bytes | bytearray | memoryview, group: UUID, known: UUID | None = None) -> VtpmRecord:
+    """Parse a row; `known` is its UUID, where somebody has that already: to make one takes a while."""
+    uuid, key, digest, generation, word = _codec.unpack(raw)
     flags, epoch = RecordFlags(word & _FLAGS), word >> _EPOCH_SHIFT
-    return VtpmRecord(UUID(bytes=uuid), group, StateKey(key), digest, generation, flags, epoch)
+    return VtpmRecord(known or UUID(bytes=uuid), group, StateKey(key), digest, generation, flags, epoch)
 
 
 def pack_tombstone(row: bytes | bytearray, removed: int) -> bytes:
     """Make the row of a tombstone out of the row of the vTPM that was removed; `removed`: seconds since 1970."""
-    uuid, _, _, generation, flags = fmt.VtpmRow.codec().unpack(row)
-    return _pack(uuid, _NO_KEY, _REMOVED.pack(removed), generation, flags & _KEPT_FLAGS | _TOMBSTONE)
+    uuid, _, _, generation, flags = _codec.unpack(row)
+    return _codec.pack(uuid, _NO_KEY, _REMOVED.pack(removed), generation, flags & _KEPT_FLAGS | _TOMBSTONE)
 
 
 def unpack_tombstone(raw: bytes | bytearray, group: UUID) -> Tombstone:
     """Undo `pack_tombstone`."""
-    uuid, _, digest, generation, flags = fmt.VtpmRow.codec().unpack(raw)
+    uuid, _, digest, generation, flags = _codec.unpack(raw)
     return Tombstone(UUID(bytes=uuid), group, _REMOVED.unpack(digest)[0], generation, RecordFlags(flags))
 
 

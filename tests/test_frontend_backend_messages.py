@@ -1,5 +1,6 @@
 import datetime as dt
 import enum
+import tracemalloc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,3 +208,21 @@ def test_errors_do_not_repeat_the_values_of_fields() -> None:
         with pytest.raises(MessageError) as caught:
             PROTOCOL.decode(packed({name: secret}))
         assert secret[:8] not in str(caught.value)
+
+
+def test_a_short_message_takes_no_more_memory_than_it_needs() -> None:
+    """Of an instance, the heap that is grown and cut for a save is system calls and new pages for each."""
+    PROTOCOL.encode(Empty())
+    tracemalloc.start()
+    try:
+        PROTOCOL.encode(Empty())
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 16 << 10
+
+
+@pytest.mark.parametrize("length", [900, 1024, 1025, 5000, 1 << 20])
+def test_a_message_may_be_longer_than_the_room_it_gets_at_first(length: int) -> None:
+    message = Free({"text": "x" * length})
+    assert PROTOCOL.decode(PROTOCOL.encode(message)) == message

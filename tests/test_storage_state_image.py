@@ -105,6 +105,24 @@ def test_load_takes_the_slot_that_the_record_names_not_the_newest(disk: FileDisk
     assert reload(disk, new) == {"permall": b"new"}
 
 
+def test_what_was_read_ahead_serves_one_load(disk: FileDisk) -> None:
+    _, record = saved(disk)
+    image = StateImage.open(disk, VTPM)
+    image.read_ahead()
+    disk.pwrite(bytes(fmt.CHUNK), fmt.chunk_offset(0, 0))
+    assert dict(image.load(record.key, record.digest, record.generation)) == BLOBS
+    with pytest.raises(NoMatchingSlot):
+        image.load(record.key, record.digest, record.generation)
+
+
+def test_what_was_read_ahead_of_a_fresh_one_is_not_taken_for_what_it_saves(disk: FileDisk) -> None:
+    image = StateImage.create(disk, VTPM, uuid4(), Family.TPM20)
+    image.read_ahead()
+    image.assume_fresh()
+    record = image.save(BLOBS, 1)
+    assert dict(image.load(record.key, record.digest, record.generation)) == BLOBS
+
+
 def test_after_loading_the_old_slot_a_save_takes_the_other(disk: FileDisk) -> None:
     image = fresh(disk)
     old = image.save({"permall": b"old"}, 1)
