@@ -6,6 +6,7 @@ and adds the row then; a detach removes the row first. A crash in between leaves
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Final
@@ -123,14 +124,8 @@ async def adopt_older_rows(committer: Committer, catalogue: Catalogue) -> None:
     if not waiting:
         return
     older = [row for row in catalogue.each_attachment() if _is_older(store, waiting, row)]
-    unmarked = [store.get(row.vtpm) for row in older]
-    marked = [
-        PutVtpm(replace(record, flags=record.flags | RecordFlags.ATTACHED, epoch=next_epoch(record.epoch)))
-        for record in unmarked
-        if not record.flags & RecordFlags.ATTACHED
-    ]
-    for start in range(0, len(marked), _AT_ONCE):
-        await committer.commit(*marked[start : start + _AT_ONCE])
+    for start in range(0, len(older), _AT_ONCE):
+        await _mark(committer, older[start : start + _AT_ONCE])
     for row in older:
         catalogue.renew(replace(row, epoch=store.get(row.vtpm).epoch))
         await trio.lowlevel.checkpoint()
@@ -146,6 +141,21 @@ async def adopt_older_rows(committer: Committer, catalogue: Catalogue) -> None:
             "%d attachments of an older catalogue were adopted: the store vouches for them from now on", len(older)
         )
         catalogue.log("adopted", None, f"{len(older)} attachments got their epoch")
+
+
+async def _mark(committer: Committer, rows: Sequence[AttachmentRow]) -> None:
+    """Say in the rows' records that they are attached; what else a record says by then stays."""
+    vtpms = [row.vtpm for row in rows]
+
+    def marked(store: Store) -> list[PutVtpm]:
+        records = [store.get(vtpm) for vtpm in vtpms]  # of an instance that ran on while its group was closed, too
+        return [
+            PutVtpm(replace(record, flags=record.flags | RecordFlags.ATTACHED, epoch=next_epoch(record.epoch)))
+            for record in records
+            if not record.flags & RecordFlags.ATTACHED
+        ]
+
+    await committer.change(vtpms, marked)
 
 
 def stale_removed(row: AttachmentRow, name: str) -> Happened:

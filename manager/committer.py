@@ -6,13 +6,17 @@ only itself; a failing device fails them all.
 
 On a quick disk a group is committed where it was gathered (`proceed`), without a turn of another task: an instance
 that waits for its save waits for the flush and hardly anything else. On a slow one a worker thread takes the flush.
+
+What changes a record that an instance may change, too, is worked out when its turn comes (`change`), and what the
+instance asks for from then on waits for it: two changes that began with the same record would undo each other.
 """
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
+from uuid import UUID
 
 import trio
 
@@ -24,16 +28,29 @@ from storage.store_records import Change
 # seconds; a thread hop costs about 0.16 ms here (reference/performance.md 6), and a loop that waits as long as this
 # for one flush still answers everybody else within a millisecond
 _INLINE_BELOW: Final = 0.0006
+_LONGEST: Final = 4 * _INLINE_BELOW  # that one flush counts for: a CPU that was given to others is no slow disk
 _ENTRY_BYTES: Final = 128  # of the log that one entry takes at most: a record has 93, a frame's own share is small
 _LATENCY_WEIGHT: Final = 0.1  # of the newest flush in the moving average
 
 Acknowledge = Callable[[Exception | None], None]
-_Entry = tuple[Sequence[Change], Acknowledge]
+Changes = Callable[[Store], Sequence[Change]]  # what there is to change by what the store says; in any thread
+_Entry = tuple[Sequence[Change] | Changes, Acknowledge]
+
+
+@dataclass(slots=True)
+class _Changing:
+    """How many changes of one vTPM wait for their turn, and who waits for these."""
+
+    count: int = 0
+    waiting: list[Callable[[], None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class CommitterStatistics:
-    """What the committer has done: groups and entries committed, entries waiting, mean flush in seconds."""
+    """What the committer has done: groups and entries committed, entries waiting, mean flush in seconds.
+
+    The mean decides who waits for a flush (`Committer`), so of a very slow disk it is less than the truth.
+    """
 
     groups: int
     entries: int
@@ -51,13 +68,14 @@ class Committer:
         self.before_acknowledge: Callable[[], Awaitable[None]] | None = None  # strict mode: the anchor is awaited
         self._on_group = on_group
         self._queue: list[_Entry] = []
+        self._changing: dict[UUID, _Changing] = {}
         self._wake = trio.Event()
         self._latency = 0.0
         self._groups = self._entries = 0
         self._ended = False
         self._waiting: set[trio.CancelScope] = set()  # of those who wait for us, even where they are shielded
 
-    def enqueue(self, changes: Sequence[Change], acknowledge: Acknowledge) -> None:
+    def enqueue(self, changes: Sequence[Change] | Changes, acknowledge: Acknowledge) -> None:
         """Put one entry into the next group; `acknowledge(None)` is called when it is durable, else with the error.
 
         Nothing happens before the caller has enqueued all it has at the moment and calls `proceed`.
@@ -81,12 +99,47 @@ class Committer:
             StorageError: what the store says; nothing of these changes is in it. BusyError: the manager stops.
 
         """
+        await self._enqueued(changes, lambda: None)
+
+    async def change(self, vtpms: Collection[UUID], changes: Changes) -> None:
+        """Commit what `changes` makes of these vTPMs' records when its turn has come, and return when it is durable.
+
+        Raises:
+            StorageError: what `changes` or the store says; nothing is changed. BusyError: the manager stops.
+
+        """
+        for vtpm in vtpms:
+            self._changing.setdefault(vtpm, _Changing()).count += 1
+
+        def changed() -> None:
+            for vtpm in vtpms:
+                changing = self._changing[vtpm]
+                changing.count -= 1
+                if not changing.count:
+                    for again in self._changing.pop(vtpm).waiting:
+                        again()
+
+        await self._enqueued(changes, changed)
+
+    def is_changing(self, vtpm: UUID) -> bool:
+        """Tell whether a change of a vTPM's record waits for its turn, perhaps of somebody who has gone."""
+        return vtpm in self._changing
+
+    def defer(self, vtpm: UUID, again: Callable[[], None]) -> bool:
+        """Tell whether a vTPM's record is about to change; if so, `again` is called when that is done or has failed."""
+        if vtpm not in self._changing:
+            return False
+        self._changing[vtpm].waiting.append(again)
+        return True
+
+    async def _enqueued(self, changes: Sequence[Change] | Changes, then: Callable[[], None]) -> None:
         done = trio.Event()
         outcome: list[Exception | None] = []
 
         def acknowledge(error: Exception | None) -> None:
             outcome.append(error)
             done.set()
+            then()  # also where nobody waits any more
 
         self.enqueue(changes, acknowledge)
         self._wake.set()  # not `proceed`: an administrator can wait, and many at once share a flush
@@ -139,6 +192,8 @@ class Committer:
 
     def _next_group(self) -> list[_Entry]:
         limit = max(1, self.store.max_commit_bytes // _ENTRY_BYTES)
+        # what is worked out at its turn sees all that came before it, so it is a group of its own
+        limit = next((max(1, at) for at, (what, _) in enumerate(self._queue[:limit]) if callable(what)), limit)
         group, self._queue = self._queue[:limit], self._queue[limit:]
         return group
 
@@ -168,7 +223,12 @@ class Committer:
 
     def _outcomes_inline(self, group: list[_Entry]) -> list[Exception | None]:
         """Commit a group and return each entry's error or None; blocks for as long as the disk takes."""
-        error = self._try([change for changes, _ in group for change in changes])
+        gathered: list[Change] = []
+        for changes, _ in group:
+            if callable(changes):
+                return [self._try(changes)]  # the only one of its group
+            gathered += changes
+        error = self._try(gathered)
         if error is None or isinstance(error, DeviceError) or len(group) == 1:
             return [error] * len(group)
         return [self._try(changes) for changes, _ in group]
@@ -181,16 +241,16 @@ class Committer:
             return error
         return None
 
-    def _try(self, changes: Sequence[Change]) -> Exception | None:
+    def _try(self, changes: Sequence[Change] | Changes) -> Exception | None:
         started, worked = time.monotonic(), time.thread_time()
         try:
-            self.store.commit(changes)
+            self.store.commit(changes(self.store) if callable(changes) else changes)
         except StorageError as error:
             return error
         finally:
             # what a thread could spare the others is the wait; the work holds the interpreter wherever it is done
             waited = time.monotonic() - started - (time.thread_time() - worked)
-            self._latency += _LATENCY_WEIGHT * (waited - self._latency)
+            self._latency += _LATENCY_WEIGHT * (min(waited, _LONGEST) - self._latency)
         return None
 
     def statistics(self) -> CommitterStatistics:

@@ -20,7 +20,7 @@ from manager.keys import GroupSeal
 from manager.migration_records import is_away, refuse_change, refuse_reset
 from manager.tombstones import Tombstones, iso
 from storage.catalogue import Catalogue, GroupRow, Happened, VtpmRow
-from storage.errors import GenerationError, GroupClosed, NoSuchVtpm, StoreDamaged
+from storage.errors import GroupClosed, NoSuchVtpm, StoreDamaged
 from storage.secrets import StateKey
 from storage.store_records import PutVtpm, RecordFlags, VtpmRecord, random_epoch
 
@@ -105,10 +105,17 @@ class Registry:
         """Return a vTPM's record.
 
         Raises:
-            DeniedError: its group is closed. NotFoundError: the store does not know it. IntegrityError: a damaged
-            sector may have had it.
+            DeniedError: its group is closed, or not settled yet (Groups.open). NotFoundError: the store does not know
+            it. IntegrityError: a damaged sector may have had it.
 
         """
+        record = self._stored(vtpm)
+        if record.group in self.closed:
+            raise self.closed_group(record.group)
+        return record
+
+    def _stored(self, vtpm: UUID) -> VtpmRecord:
+        """Return what the store says, also of a group that is not settled yet. Raises what `record` does."""
         try:
             return self._committer.store.get(vtpm)
         except GroupClosed as error:
@@ -287,16 +294,9 @@ class Registry:
         await self._change(vtpm, marked)
 
     async def _change(self, vtpm: UUID, changed: Callable[[VtpmRecord], VtpmRecord]) -> None:
-        while True:
-            record = self.record(vtpm)
-            new = changed(record)
-            if new == record:
-                return
-            try:
-                await self._committer.commit(PutVtpm(new))
-            except GenerationError:
-                continue  # its instance saved meanwhile: the newer record is looked at
-            return
+        record = self._stored(vtpm)  # who settles a group ends attachments
+        if changed(record) != record or self._committer.is_changing(vtpm):
+            await self._committer.change([vtpm], lambda store: [PutVtpm(changed(store.get(vtpm)))])
 
     def refuse_attached(self, row: VtpmRow) -> None:
         """Refuse what needs a detached vTPM. Raises ConflictError."""

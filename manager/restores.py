@@ -13,8 +13,7 @@ from uuid import UUID
 from manager.errors import ConflictError
 from manager.registry import Registry
 from storage.catalogue_rows import VtpmRow
-from storage.errors import GenerationError
-from storage.store_records import PutVtpm, RecordFlags
+from storage.store_records import RecordFlags
 
 
 class Policy(StrEnum):
@@ -67,25 +66,13 @@ class Restores:
         if policy is Policy.ALWAYS:  # the event comes first: nothing is permitted that is not told of
             self._registry.catalogue.log("restore-allowed", row.uuid, f"{row.name}: always, by user {uid}")
         self._once.pop(row.uuid, None)
-        await self._flag(row.uuid, always=policy is Policy.ALWAYS)
+        if policy is Policy.ALWAYS:
+            await self._registry.flag(row.uuid, add=RecordFlags.ANY_AGE)
+        else:
+            await self._registry.flag(row.uuid, drop=RecordFlags.ANY_AGE)
         await self._registry.anchoring.write_durable()
         if policy is Policy.NEVER:
             self._registry.catalogue.log("restore-forbidden", row.uuid, f"{row.name}: by user {uid}")
-
-    async def _flag(self, vtpm: UUID, *, always: bool) -> None:
-        """Change the record's flag; a commit that was under way with the flags of before does not undo it."""
-        none = RecordFlags.NONE
-        while True:
-            await self._registry.flag(
-                vtpm, add=RecordFlags.ANY_AGE if always else none, drop=none if always else RecordFlags.ANY_AGE
-            )
-            record = self._registry.record(vtpm)
-            try:
-                await self._registry.committer.commit(PutVtpm(record))  # behind whatever was in the queue
-            except GenerationError:
-                continue
-            if bool(self._registry.record(vtpm).flags & RecordFlags.ANY_AGE) is always:
-                return
 
     def may_use(self, vtpm: UUID, flags: RecordFlags, export: bytes) -> Policy:
         """Return by what an export that is not the newest state may be put in now, NEVER if it may not.

@@ -10,6 +10,7 @@ import select
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -25,18 +26,15 @@ from manager.hardware import Hardware
 from manager.hardware_pcrs import may_read
 from manager.migration_records import is_away, is_frozen
 from manager.ring_blobs import Blobs, NoBlobs
-from manager.ring_records import load_reply, marked, objection, same, same_triple
+from manager.ring_records import SLEPT, committed, load_reply, marked, objection, same, same_triple
 from manager.running import Running, Stage
 from storage.errors import StorageError
-from storage.secrets import StateKey
 from storage.store_records import PutVtpm, RecordFlags, VtpmRecord
 
 _log = logging.getLogger("vtpm.ring")
 QUOTE_SECONDS: Final = 15.0  # a guest's quote at most: its instance can neither save, nor be reset, nor stop meanwhile
+_UNHEARD_SECONDS: Final = 0.1  # that one which rings for nothing is not heard; what it rings then is heard after it
 _MAX_RANDOM: Final = 64  # bytes a Random may ask for
-# as a number: `~` of an IntFlag has no bits that this version does not know, and those are to stay
-_SLEPT: Final = int(RecordFlags.RESUMABLE | RecordFlags.HIBERNATED)
-_STAY: Final = ~(int(RecordFlags.FRESH | RecordFlags.QUARANTINED) | _SLEPT)
 
 
 def _nothing(_running: Running) -> None:
@@ -120,7 +118,8 @@ class RingServer:
         """Serve until cancelled."""
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
-            await self._released.wait()
+            if not self._released.is_set():  # to wait for what is set takes another turn of all tasks
+                await self._released.wait()
             for fileno, _ in self._epoll.poll(0):
                 running = self._by_fileno.get(fileno)
                 if running is None:
@@ -135,6 +134,7 @@ class RingServer:
 
     def _look_at(self, running: Running, *, alive: bool = True) -> None:
         if running.busy:
+            self._rang_for_nothing(running)
             return
         match running.back.take():
             case Request(packet, _):
@@ -144,7 +144,22 @@ class RingServer:
                 self._complain(running, f"ring request not obeyed: {reason}")
                 running.ring.ring()
             case None:
-                pass
+                self._rang_for_nothing(running)
+
+    def _rang_for_nothing(self, running: Running) -> None:
+        """Hear one that rings without wanting anything no more often than a quick one asks; its end is seen at once."""
+        if running.unheard or running.idle_rings.take(trio.current_time()):
+            return
+        if self._by_fileno.get(running.ring.fileno()) is running:
+            running.unheard = True
+            self._epoll.modify(running.ring.fileno(), 0)
+            self._nursery.start_soon(self._hear_again, running)
+
+    async def _hear_again(self, running: Running) -> None:
+        await trio.sleep(_UNHEARD_SECONDS)
+        running.unheard = False
+        if self._by_fileno.get(running.ring.fileno()) is running and running.stage is not Stage.HIBERNATED:
+            self._epoll.modify(running.ring.fileno(), select.EPOLLIN)
 
     def _dispatch(self, running: Running, packet: bytes, *, alive: bool) -> None:
         try:
@@ -232,20 +247,15 @@ class RingServer:
             self._answer(running, m.Refusal(m.RefusalCode.WANTED, "it is wanted just now, or was not told to"))
 
     def _commit(self, running: Running, commit: m.Commit, *, sleeps: bool = False) -> None:
+        if self._committer.defer(running.vtpm, partial(self._commit, running, commit, sleeps=sleeps)):
+            return
         record = self._record(running.vtpm)
         refusal = record if isinstance(record, m.Refusal) else objection(running, record, commit)
         if refusal is not None or isinstance(record, m.Refusal):
             self._complain(running, f"commit of generation {commit.generation} refused: {refusal}")
             self._answer(running, refusal or m.Refusal(m.RefusalCode.UNKNOWN_VTPM, "no such vTPM"))
             return
-        # a quarantine ends with the state that loads: whoever commits has loaded it
-        flags = RecordFlags(int(record.flags) & _STAY)
-        if commit.final:
-            flags |= RecordFlags.RESUMABLE
-        if sleeps:
-            flags |= RecordFlags.HIBERNATED
-        new = replace(record, key=StateKey(commit.key), digest=commit.digest, generation=commit.generation, flags=flags)
-        new = marked(new, running)
+        new = committed(record, commit, running, sleeps=sleeps)
         if same(record, new):  # sent again, by an instance whose manager died before it could answer
             if commit.restored:
                 self.blobs.committed(record, commit)
@@ -282,6 +292,8 @@ class RingServer:
 
     def _load(self, running: Running) -> None:
         """Answer Load; a resumable state is first marked consumed, the record attached, durably, in one commit."""
+        if self._committer.defer(running.vtpm, partial(self._load, running)):
+            return
         record = self._record(running.vtpm)
         if isinstance(record, m.Refusal):
             self._answer(running, record)
@@ -303,7 +315,7 @@ class RingServer:
             self._answer(running, measured)
             return
         reply = load_reply(running, record, startup, self._commit_timeout, measured)
-        new = record if is_away(record.flags) else replace(record, flags=RecordFlags(int(record.flags) & ~_SLEPT))
+        new = record if is_away(record.flags) else replace(record, flags=RecordFlags(int(record.flags) & ~SLEPT))
         if not new.flags & RecordFlags.FRESH:  # a fresh one commits before its guest is answered
             new = marked(new, running)
         if same(record, new):

@@ -12,6 +12,7 @@ from uuid import UUID
 
 import pytest
 import trio
+import trio.testing
 from manager_rig import ModelTpm, SnapshotDisk, hardware, lost_answer
 from storage_histories import new_store, uuid_of
 
@@ -24,7 +25,7 @@ from frontend_backend.tpmif import PAGE_SIZE
 from manager.committer import Committer
 from manager.quote_task import QuoteTask
 from manager.ring_server import RingServer
-from manager.running import Running, Stage
+from manager.running import IDLE_RINGS_AT_ONCE, Running, Stage
 from storage.errors import CatalogueError, DeviceError, GenerationError, StorageError
 from storage.secrets import StateKey
 from storage.store import PutVtpm, RecordFlags, Store, VtpmRecord
@@ -669,6 +670,34 @@ async def test_a_flood_of_rings_starves_nobody() -> None:
             for generation in range(1, 6):
                 assert await good.ask(good.commit(generation)) == m.CommitReply(generation)
             flooding = False
+
+
+async def test_who_rings_for_nothing_without_pause_is_heard_no_more_often_than_that_is_worth(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with manager() as made:
+        front, looks, look_at = made.start(), 0, made.rings._look_at
+
+        def counted(running: Running, *, alive: bool = True) -> None:
+            nonlocal looks
+            looks += 1
+            look_at(running, alive=alive)
+
+        made.rings._look_at = counted  # type: ignore[method-assign]
+        for _ in range(3 * int(IDLE_RINGS_AT_ONCE)):  # no time passes meanwhile: somebody always has something to do
+            front.ring.ring()
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+        assert 0 < looks <= IDLE_RINGS_AT_ONCE + 2
+        assert await front.ask(m.Report(m.InstanceState.READY, "", "")) == m.ReportReply(), "and is answered after that"
+        for _ in range(3 * int(IDLE_RINGS_AT_ONCE)):
+            front.ring.ring()
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+        ended = trio.Event()
+        made.rings.on_hang_up = lambda _running: ended.set()
+        front.ring.close()
+        await ended.wait()
 
 
 @pytest.mark.parametrize(
