@@ -33,6 +33,7 @@ from storage.secrets import GroupKey
 from storage.store_records import GroupFlags, GroupRecord, PutGroup, RemoveGroup
 
 _log = logging.getLogger("vtpm.groups")
+_NOT_SETTLED: Final = "It has just been opened, and what may have left of it is not frozen yet: open it again."
 _NOT_SEALED: Final = SealedBlob(b"", b"", SealPolicy.build())
 
 
@@ -85,9 +86,9 @@ class Groups:
         return Terms.of(seal, self._pcrs, boot.recovery)
 
     def refuse_closed(self, row: GroupRow) -> None:
-        """Raise GroupClosedError, with the reason, for a group that is closed."""
+        """Raise GroupClosedError, with the reason, for a group that is closed, or not settled yet."""
         self.record(row.uuid)
-        if not self._committer.store.is_open(row.uuid):
+        if not self._committer.store.is_open(row.uuid) or row.uuid in self._closed:
             raise GroupClosedError(row.name, self._closed.get(row.uuid))
 
     # --- changing ----------------------------------------------------------------------------------
@@ -216,6 +217,8 @@ class Groups:
     async def open(self, row: GroupRow) -> bool:
         """Try to unseal a closed group's key now; returns whether it was closed until then.
 
+        For whoever wants one of its vTPMs it stays closed until `settled`: some may have left for another manager.
+
         Raises:
             DeniedError: it stays closed, with the reason. TpmError: the hardware TPM. IntegrityError: its records.
 
@@ -234,11 +237,15 @@ class Groups:
                 async with self._committer.hold():
                     with integrity():
                         await trio.to_thread.run_sync(store.unlock_group, row.uuid, key)
-                self._closed.pop(row.uuid, None)
+                self._closed[row.uuid] = _NOT_SETTLED
                 self._catalogue.log("group-opened", None, row.name)
         await self._approvals.raise_used(row.uuid)
         _log.info("group %s is open", row.name)
         return True
+
+    def settled(self, group: UUID) -> None:
+        """Let everybody have an open group's vTPMs: those that may have left are frozen by now."""
+        self._closed.pop(group, None)
 
     # --- inside ------------------------------------------------------------------------------------
 

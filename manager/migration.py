@@ -52,7 +52,7 @@ class Migration:
     ) -> None:
         """Work with an open installation; `unwrap` returns the key of an export of this manager's (BlobError: none)."""
         self.box, self._registry, self._attachments = box, registry, attachments
-        self._store = registry.committer.store.uuid
+        self._instances, self._store = instances, registry.committer.store.uuid
         self._making = trio.Lock()
         self._noted: dict[str, TokenBucket] = {}
         self._server_context: tuple[object, ssl.SSLContext] | None = None
@@ -145,7 +145,8 @@ class Migration:
         for vtpm in away:
             row = self._registry.catalogue.find_vtpm(vtpm)
             if row is not None:
-                await self._attachments.let_go(row, "frozen, claimed by another manager")
+                async with self._attachments.lock(vtpm):
+                    await self._attachments.let_go(row, "frozen, claimed by another manager")
 
     async def _freeze_doubtful(self) -> None:
         store = self._registry.committer.store
@@ -157,7 +158,7 @@ class Migration:
         left = [(record, peers) for record, peers in may_have_left(store, self.box.state) if record.group in groups]
         await self.box.save(lambda state: with_departures(state, left))  # so that what is frozen says for whom
         for record, _ in left:
-            await self._registry.committer.commit(PutVtpm(frozen(record)))
+            await self._freeze_now(record.uuid)
             self._registry.catalogue.log(
                 "migration-frozen", record.uuid, "it may have left before the store was put back"
             )
@@ -169,6 +170,15 @@ class Migration:
 
         await self.box.save(settled)
         await self._registry.anchoring.write_durable()
+
+    async def _freeze_now(self, vtpm: UUID) -> None:
+        """Freeze a vTPM as its record is by now; one that ran on while its group was closed is heard no more."""
+        async with self._attachments.lock(vtpm):
+            running = self._attachments.running(vtpm)
+            if running is not None:
+                await self._instances.silence(running)
+            store = self._registry.committer.store
+            await self._registry.committer.commit(PutVtpm(frozen(store.get(vtpm))))
 
     # --- speaking ------------------------------------------------------------------------------------
 
@@ -192,6 +202,10 @@ class Migration:
             context = tls_context(identity, [peer.certificate for peer in peers.values()], server=True)
             self._server_context = (self.box.state, context)
         return self._server_context[1]
+
+    def knows(self, fingerprint: str) -> bool:
+        """Tell whether this is a peer's certificate."""
+        return self.box.problem is None and self.box.state.by_fingerprint(fingerprint) is not None
 
     async def handle(self, fingerprint: str, request: m.MigrationRequest) -> m.MigrationReply:
         """Answer a peer, whom the TLS connection has proved to be the one with this certificate."""

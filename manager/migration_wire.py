@@ -1,15 +1,17 @@
 """How managers reach each other: mutual TLS over a Unix socket or TCP, one request and one answer a connection.
 
 The only module of migration with sockets. Whoever connects without a pinned certificate gets no further than the
-handshake; how many are served at once, for how long, and what they may send is limited.
+handshake, and takes no place from a manager that has one; how many of each manager's requests are served at once, for
+how long, and what they may send is limited.
 """
 
 import logging
 import os
 import socket
 import ssl
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -19,10 +21,12 @@ from frontend_backend import messages_migration as m
 from frontend_backend.errors import ChannelClosedError, MessageError, RingError
 from manager.errors import BusyError, ConfigurationError, DeniedError, ManagerError, UsageError
 from manager.migration_identity import fingerprint_of
+from manager.strangers import HANDSHAKE_SECONDS, Strangers, source_of
 
 _log = logging.getLogger("vtpm.migration")
-MAX_CONNECTIONS: Final = 16  # at once; each costs a descriptor and a TLS state of some 50 KiB
-HANDSHAKE_SECONDS: Final = 10.0  # for handshake and request together: both are a few packets
+MAX_REQUESTS: Final = 16  # of one manager, worked on at once; the others wait
+MAX_CONNECTIONS: Final = 64  # of one manager; each costs a descriptor and a TLS state of some 50 KiB
+_BACKLOG: Final = 64
 SERVE_SECONDS: Final = 60.0  # a freeze waits for a flush, the hardware TPM, and an instance's last save
 ASK_SECONDS: Final = 75.0  # above the other side's own limit
 _ACCEPT_PAUSE: Final = 0.2
@@ -84,7 +88,7 @@ def _bound_unix(path: Path) -> socket.socket:
     previous = os.umask(0o177)
     try:
         sock.bind(str(path))
-        sock.listen(MAX_CONNECTIONS)
+        sock.listen(_BACKLOG)
     except OSError:
         sock.close()
         raise
@@ -100,36 +104,48 @@ def _bound_tcp(address: Address) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(place)
-        sock.listen(MAX_CONNECTIONS)
+        sock.listen(_BACKLOG)
     except OSError:
         sock.close()
         raise
     return sock
 
 
+@dataclass(slots=True)
+class _Room:
+    """What one manager has of this one."""
+
+    connections: int = 0
+    requests: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(MAX_REQUESTS))
+
+
 class MigrationServer:
     """Answers other managers."""
 
     def __init__(
-        self, context: Callable[[], ssl.SSLContext | None], handle: Handle, patience: float = HANDSHAKE_SECONDS
+        self,
+        context: Callable[[], ssl.SSLContext | None],
+        knows: Callable[[str], bool],
+        handle: Handle,
+        patience: float = HANDSHAKE_SECONDS,
     ) -> None:
         """Serve with what `context` returns for each connection (None: nobody is paired); `handle` answers.
 
-        `patience`: seconds for handshake and request, and again for taking the answer.
+        `knows` tells whether a fingerprint is a peer's; `patience`: seconds for the handshake, again for the request,
+        and again for taking the answer.
         """
-        self._context, self._handle, self._patience = context, handle, patience
-        self._room = trio.Semaphore(MAX_CONNECTIONS)
+        self._context, self._knows, self._handle, self._patience = context, knows, handle, patience
+        self._strangers = Strangers(seconds=patience)
+        self._rooms = defaultdict[str, _Room](_Room)  # by fingerprint; as many as there are peers
 
     async def run(self, listener: socket.socket) -> None:
         """Accept until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
                 await trio.lowlevel.wait_readable(listener)
-                await self._room.acquire()  # before the accept: those who wait cost no descriptor
                 try:
                     client, _ = listener.accept()
                 except OSError as error:
-                    self._room.release()
                     if not isinstance(error, BlockingIOError):
                         _log.warning("cannot accept another manager: %s", error)
                         await trio.sleep(_ACCEPT_PAUSE)
@@ -147,29 +163,42 @@ class MigrationServer:
             _log.info("a connection of another manager was too slow")
         except Exception:  # noqa: BLE001 - our own mistake in one request must not end every vTPM's manager
             _log.exception("a request of another manager failed in a way nobody foresaw")
-        finally:
-            self._room.release()
 
     async def _one_request(self, client: trio.SocketStream) -> None:
         context = self._context()
         if context is None:
             return
         stream = trio.SSLStream(client, context, server_side=True, https_compatible=True)
-        with trio.fail_after(self._patience):
+        with self._strangers.one_more(source_of(client.socket)) as waiting:
             await stream.do_handshake()
-            who = _peer(stream)
+        if waiting.cancelled_caught:
+            raise trio.TooSlowError
+        who = _peer(stream)
+        if not self._knows(who):  # a peer's key can make more of them, and OpenSSL takes those for its
+            return
+        room = self._rooms[who]
+        room.connections += 1
+        try:
+            reply = await self._reply_to(stream, who, room)
+            with trio.fail_after(self._patience):
+                await stream.send_all(m.encode_migration_reply(reply))
+                await stream.aclose()
+        finally:
+            room.connections -= 1
+
+    async def _reply_to(self, stream: "trio.SSLStream[trio.SocketStream]", who: str, room: _Room) -> m.MigrationReply:
+        if room.connections > MAX_CONNECTIONS:
+            return m.Refused(m.MigrationRefusal.BUSY, f"more than {MAX_CONNECTIONS} requests at once")
+        with trio.fail_after(self._patience):
             body = await _receive(stream)
-        reply: m.MigrationReply = m.Refused(m.MigrationRefusal.BUSY, f"it was not done within {SERVE_SECONDS:g} s")
         try:
             request = m.decode_migration_request(body)
         except MessageError as error:
-            reply = m.Refused(m.MigrationRefusal.MALFORMED, str(error)[:200])
-        else:
-            with trio.move_on_after(SERVE_SECONDS):
-                reply = await self._handle(who, request)
-        with trio.fail_after(self._patience):
-            await stream.send_all(m.encode_migration_reply(reply))
-            await stream.aclose()
+            return m.Refused(m.MigrationRefusal.MALFORMED, str(error)[:200])
+        with trio.move_on_after(SERVE_SECONDS):
+            async with room.requests:
+                return await self._handle(who, request)
+        return m.Refused(m.MigrationRefusal.BUSY, f"it was not done within {SERVE_SECONDS:g} s")
 
 
 async def ask(address: Address, context: ssl.SSLContext, who: str, request: m.MigrationRequest) -> m.MigrationReply:

@@ -1,10 +1,9 @@
 """Where relays meet: unix:PATH, tls:HOST:PORT, vsock:CID:PORT (TLS over it, too). Listening and connecting."""
 
-import contextlib
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
@@ -19,8 +18,6 @@ from manager.relay_holder import take_away_dead
 from manager.relay_tls import encrypted, fingerprint
 
 BACKLOG: Final = 64
-HANDSHAKE_SECONDS: Final = 10.0
-MAX_STRANGERS: Final = 32  # connections that have not said who they are; one more, and the oldest ends
 _ANY: Final = "any"
 _PORTS: Final = 1 << 16
 _VSOCK_PORTS: Final = 1 << 32
@@ -106,28 +103,6 @@ def _take_away_dead(path: str) -> None:
             take_away_dead(Path(path))
         except FileNotFoundError:
             pass
-
-
-class Strangers:
-    """Those that have not said who they are."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._waiting: dict[trio.CancelScope, None] = {}  # in the order of their coming
-
-    @contextlib.contextmanager
-    def one_more(self) -> Iterator[trio.CancelScope]:
-        """Bound the time and the number of those who wait; nobody can keep others out so."""
-        while len(self._waiting) >= MAX_STRANGERS:
-            oldest = next(iter(self._waiting))
-            del self._waiting[oldest]
-            oldest.cancel()
-        with trio.move_on_after(HANDSHAKE_SECONDS) as scope:
-            self._waiting[scope] = None
-            try:
-                yield scope
-            finally:
-                self._waiting.pop(scope, None)
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import trio
 
 from frontend_backend.descriptors import close_all
 from manager.errors import ConfigurationError, ManagerError
-from manager.relay_addresses import Address, Strangers, Welcomer
+from manager.relay_addresses import Address, Welcomer
 from manager.relay_channels import Channel, Left, Session, SessionName
 from manager.relay_cutting import failure, is_one
 from manager.relay_errors import RelayDeniedError, RelayError, RelayProtocolError
@@ -21,6 +21,7 @@ from manager.relay_ledger import Duty
 from manager.relay_link import Link, first_frame, say
 from manager.relay_succession import Notes
 from manager.relay_vtpms import Vtpms
+from manager.strangers import Strangers, source_of
 
 _log = logging.getLogger("vtpm.relay")
 MAX_LINKS: Final = 64  # near sides at once
@@ -89,7 +90,7 @@ class Far:
     async def _serve(self, address: Address, raw: trio.SocketStream) -> None:
         """Serve one near side as long as its connection lasts; whatever goes wrong with it is its affair."""
         try:
-            with self._strangers.one_more() as waiting:
+            with self._strangers.one_more(source_of(raw.socket)) as waiting:
                 stream, client, identity = await self._welcomer.welcome(raw)
                 link = Link(stream)
                 hello = Hello.unpack((await first_frame(link, Kind.HELLO)).payload)

@@ -68,14 +68,17 @@ def _handed_in(caller: Caller) -> Blobs:
 async def export_state(services: Services, caller: Caller, arguments: Arguments) -> AsyncGenerator[Document | Note]:
     """Let a detached vTPM's state out, where its group allows it; it stays a vTPM here."""
     row, memory = services.registry.find(arguments["vtpm"]), _memory(caller)
-    record = services.registry.record(row.uuid)
-    _refuse(services, row, record.flags)
+    _refuse(services, row, services.registry.record(row.uuid).flags)
     if arguments["yes"] is not True:
         raise UsageError(f"{_given_up(row)} Nothing was done. Say --yes if that is wanted")
-    blobs = await trio.to_thread.run_sync(stored_blobs, services.registry.image_path(row), record)
-    text = f"{row.name}: state of generation {record.generation} handed out as swtpm's files, by user {caller.uid}"
-    services.registry.catalogue.log("exported", row.uuid, text)  # whatever becomes of it there
-    os.pwrite(memory, pack_blobs(Blobs({name: blobs[name] for name in _KEPT_NAMES if name in blobs})), 0)
+    async with services.attachments.lock(row.uuid):  # it is not started, claimed or removed meanwhile
+        row = services.registry.find(str(row.uuid))
+        record = services.registry.record(row.uuid)
+        _refuse(services, row, record.flags)
+        blobs = await trio.to_thread.run_sync(stored_blobs, services.registry.image_path(row), record)
+        text = f"{row.name}: state of generation {record.generation} handed out as swtpm's files, by user {caller.uid}"
+        services.registry.catalogue.log("exported", row.uuid, text)  # whatever becomes of it there
+        os.pwrite(memory, pack_blobs(Blobs({name: blobs[name] for name in _KEPT_NAMES if name in blobs})), 0)
     yield Note(_given_up(row))
     yield describe(services, row) | {"generation": record.generation}
 

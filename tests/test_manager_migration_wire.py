@@ -1,3 +1,4 @@
+import os
 import socket
 import ssl
 import tempfile
@@ -8,11 +9,21 @@ from uuid import uuid4
 
 import pytest
 import trio
+import trio.testing
 
 from frontend_backend import messages_migration as m
 from manager.errors import BusyError, ConfigurationError, DeniedError, ManagerError, UsageError
 from manager.migration_identity import make, parse_certificate, tls_context
-from manager.migration_wire import MAX_CONNECTIONS, Address, MigrationServer, ask, listen, parse_address
+from manager.migration_wire import (
+    MAX_CONNECTIONS,
+    MAX_REQUESTS,
+    Address,
+    MigrationServer,
+    ask,
+    listen,
+    parse_address,
+)
+from manager.strangers import MAX_STRANGERS, Strangers, source_of
 
 OURS, FRIEND, STRANGER = make(uuid4()), make(uuid4()), make(uuid4())
 REQUEST = m.Renounce(b"v" * 16, b"e" * 16)
@@ -27,13 +38,16 @@ class Other:
 
     def __init__(self, address: Address) -> None:
         self.address, self.asked = address, list[tuple[str, m.MigrationRequest]]()
-        self.pinned = [FRIEND.certificate]
+        self.pinned, self.known = [FRIEND.certificate], {fingerprint(FRIEND)}
+        self.free = trio.Event()
+        self.free.set()
 
     def context(self) -> ssl.SSLContext | None:
         return tls_context(OURS, self.pinned, server=True)
 
     async def handle(self, who: str, request: m.MigrationRequest) -> m.MigrationReply:
         self.asked.append((who, request))
+        await self.free.wait()
         return m.RenounceReply()
 
 
@@ -47,7 +61,7 @@ def folder() -> Iterator[Path]:
 async def serving(address: Address, patience: float = 20.0) -> AsyncIterator[Other]:
     other = Other(address)
     listener = listen(address)
-    server = MigrationServer(other.context, other.handle, patience)
+    server = MigrationServer(other.context, other.known.__contains__, other.handle, patience)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.run, listener)
         yield other
@@ -124,16 +138,111 @@ async def test_a_certificate_that_a_peer_signed_is_not_the_peer(folder: Path) ->
             assert other.asked[0][0] != fingerprint(FRIEND)
 
 
+def silent(folder: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    sock.connect(str(folder / "m"))
+    return sock
+
+
 async def test_those_who_say_nothing_keep_a_place_for_a_time_only(folder: Path) -> None:
-    async with serving(Address(path=folder / "m"), patience=0.3) as other:
-        silent = []
-        for _ in range(MAX_CONNECTIONS + 3):
-            sock = socket.socket(socket.AF_UNIX)
-            await trio.to_thread.run_sync(sock.connect, str(folder / "m"))
-            silent.append(sock)
-        assert await asks(other) == m.RenounceReply()
-        for sock in silent:
-            sock.close()
+    async with serving(Address(path=folder / "m"), patience=0.3):
+        with silent(folder) as sock, trio.fail_after(10):
+            await trio.lowlevel.wait_readable(sock)
+            assert sock.recv(1) == b""
+
+
+async def test_those_who_say_nothing_and_come_again_keep_nobody_out(folder: Path) -> None:
+    """As many as may wait, and a new one for each that is ended."""
+    async with serving(Address(path=folder / "m"), patience=600.0) as other, trio.open_nursery() as nursery:
+
+        async def flood() -> None:
+            while True:
+                with silent(folder) as sock:
+                    await trio.lowlevel.wait_readable(sock)
+                    await trio.sleep(0.2)
+
+        for _ in range(MAX_STRANGERS + 3):
+            nursery.start_soon(flood)
+        await trio.sleep(0.2)
+        with trio.fail_after(20):
+            for _ in range(3):
+                assert await asks(other) == m.RenounceReply()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_flood_from_one_place_ends_its_own_connections() -> None:
+    strangers, ended = Strangers(8, 600.0), list[str]()
+
+    async def stranger(source: str) -> None:
+        with strangers.one_more(source) as scope:
+            await trio.sleep_forever()
+        assert scope.cancelled_caught
+        ended.append(source)
+
+    async with trio.open_nursery() as nursery:
+        for source in ("a peer", *["a flood"] * 50, "another peer", *["a flood"] * 50):
+            nursery.start_soon(stranger, source)
+            await trio.testing.wait_all_tasks_blocked()
+        assert ended == ["a flood"] * 94
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", None])
+async def test_where_a_connection_comes_from(host: str | None, folder: Path) -> None:
+    family = socket.AF_UNIX if host is None else socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener, socket.socket(family) as client:
+        try:
+            listener.bind(str(folder / "m") if host is None else (host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        listener.listen()
+        client.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with trio.socket.from_stdlib_socket(accepted) as sock:
+            source = {None: f"uid {os.geteuid()}", "127.0.0.1": "127.0.0.1", "::1": "::/64"}[host]
+            assert source_of(sock) == source
+            assert source_of(sock) == source, "it is looked at, not used up"
+
+
+async def test_a_managers_requests_wait_for_each_other_and_not_for_another_managers(folder: Path) -> None:
+    async with serving(Address(path=folder / "m")) as other, trio.open_nursery() as nursery:
+        other.pinned.append(STRANGER.certificate)
+        other.known.add(fingerprint(STRANGER))
+        other.free = trio.Event()
+        for _ in range(MAX_REQUESTS + 3):
+            nursery.start_soon(asks, other)
+        with trio.fail_after(20):
+            while len(other.asked) < MAX_REQUESTS:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            nursery.start_soon(asks, other, STRANGER)
+            while other.asked[-1][0] != fingerprint(STRANGER):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert len(other.asked) == MAX_REQUESTS + 1
+        other.free.set()
+    assert len(other.asked) == MAX_REQUESTS + 4, "who waited was answered"
+
+
+async def test_a_managers_connections_are_counted(folder: Path) -> None:
+    async with serving(Address(path=folder / "m")) as other:
+        context = tls_context(FRIEND, [OURS.certificate], server=False)
+        held = []
+        for _ in range(MAX_CONNECTIONS):
+            sock = trio.socket.socket(socket.AF_UNIX)
+            await sock.connect(str(folder / "m"))
+            stream = trio.SSLStream(trio.SocketStream(sock), context, https_compatible=True)
+            await stream.do_handshake()
+            held.append(stream)
+        await trio.sleep(0.2)  # the last of them has been heard
+        reply = await asks(other)
+        assert isinstance(reply, m.Refused)
+        assert reply.code is m.MigrationRefusal.BUSY
+        await trio.aclose_forcefully(held.pop())
+        with trio.fail_after(20):
+            while await asks(other) != m.RenounceReply():  # noqa: ASYNC110
+                await trio.sleep(0.02)
+        for stream in held:
+            await trio.aclose_forcefully(stream)
 
 
 async def test_a_message_that_is_none_is_not_read_to_its_end(folder: Path) -> None:

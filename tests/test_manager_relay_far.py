@@ -16,8 +16,8 @@ import vtpm_instance_rig as tpm
 from e2e_rig import BIN, wait_for
 from relay_rig import Loopback, QemuClient, Relay, relay, run, swtpm
 
-from manager.relay_addresses import MAX_STRANGERS
 from manager.relay_frames import MAX_PAYLOAD, ChannelKind, Frame, Hello, Kind, Opening, Welcome, frames_of
+from manager.strangers import MAX_STRANGERS
 
 CAPABILITY = bytes.fromhex("00000001")
 
