@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from frontend_backend.messages import Protocol
+from frontend_backend.messages import Protocol, later
 
 VERSION: Final = 1
 MOST_TEXT: Final = 4096  # bytes of a name, label or command line: xenstore has no longer values (XENSTORE_PAYLOAD_MAX)
@@ -36,6 +36,7 @@ class Bind:
     `ran_before`: whether the guest ran before it got this device, None where that cannot be known.
     `resumed`: the domain continues one that was saved or migrated, with what its TPM held.
     `kernel`, `cmdline`, `initrd`: what the toolstack booted it with, paths and text; empty where not known.
+    `others`: the other domains that live and have a device for this vTPM.
     """
 
     uuid: bytes
@@ -49,6 +50,7 @@ class Bind:
     kernel: str = ""
     cmdline: str = ""
     initrd: str = ""
+    others: tuple[int, ...] = later(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Join:
     name: str
     domain_uuid: str
     label: str
+    others: tuple[int, ...] = later(())
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ NextRing = Callable[[], Awaitable[LocalRing]]
 
 RINGS_A_SECOND: Final = 2000.0
 """Rings a second of one guest that are heard: Linux's driver makes 200 commands a second at most (it polls each 5 ms).
-A guest that rings more often finds its channel masked for the rest of the time, which costs us nothing."""
+A guest that rings more often finds its channel masked for the rest of the time, which costs us nothing; an instance,
+which rings once for each answer, its bell full."""
 RINGS_AT_ONCE: Final = 500.0
 """And so many without a pause."""
 RING_PATIENCE: Final = 20.0
@@ -101,7 +102,7 @@ class Link:
             self._resources = made.pop_all()
         self._ring: LocalRing | None = None
         self._failing = False
-        self._pace = Pace(RINGS_A_SECOND, RINGS_AT_ONCE)
+        self._pace, self._instances_pace = (Pace(RINGS_A_SECOND, RINGS_AT_ONCE) for _ in range(2))
         self._changed = trio.Event()
         self._hearing = trio.CancelScope()
 
@@ -194,6 +195,9 @@ class Link:
             alive = True
             while alive:
                 alive = await wait_doorbell(ring)
+                pause = self._instances_pace.spend(trio.current_time())
+                if pause and alive:
+                    await trio.sleep(pause)  # what it rings meanwhile is heard as one
                 self._wake(self.bridge.on_front())  # also at its end: it may have answered before
                 if self.bridge.wishing:
                     self._tell()

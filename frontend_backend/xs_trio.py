@@ -37,6 +37,9 @@ __all__ = ["Permission", "Transaction", "Watch", "Xenstore", "XenstoreError", "X
 MAX_TRIES: Final = 100
 """Runs of one transaction. Of those that collide one always gets through, so this is far beyond any crowd of ours."""
 
+ANSWER_SECONDS: Final = 60.0
+"""How long the first answer is waited for: also a machine that boots has one then, and systemd waits 90 s for us."""
+
 MAX_TRANSACTIONS: Final = 4
 """Transactions of one connection at once: xenstored allows a domain 10 (quota-transaction), its kernel's included."""
 
@@ -128,8 +131,22 @@ class Xenstore:
         await self._do(Operation.SET_PERMS, path, encode_permissions(permissions), tx)
 
     async def own_domain(self) -> int:
-        """Return the number of the domain this runs in."""
-        value = await self.read("domid")
+        """Return the number of the domain this runs in.
+
+        Who begins asks this first: so it does not wait for ever for a xenstore that takes connections and does not
+        answer.
+
+        Raises:
+            XenstoreGoneError: it gave no answer within ANSWER_SECONDS.
+
+        """
+        with trio.move_on_after(ANSWER_SECONDS) as limit:
+            value = await self.read("domid")
+        if limit.cancelled_caught:
+            raise XenstoreGoneError(
+                f"xenstore at {self.name} takes connections, but gave no answer within {ANSWER_SECONDS:g} s. Nothing "
+                f"was served: look whether xenstored runs"
+            )
         if value is None:
             if not self._connection.link.refuses_single_requests:
                 return 0  # before xen-init-dom0 wrote it; xenstored takes its socket's users for domain 0

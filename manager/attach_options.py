@@ -8,15 +8,16 @@ from manager.attachment_marks import new_lease
 from manager.attachment_words import default_startup, parse_rest
 from manager.boot_measurements import refuse_setting
 from manager.config import QuotaConfig
-from manager.errors import UsageError
+from manager.errors import ConflictError, UsageError
 from manager.hardware_pcrs import parse_hw_pcrs
 from manager.measure_option import TOOLSTACK, parse
 from manager.quotas import NO_QUOTA, asked_for
 from manager.registry import check_name
 from manager.sockets import Owner, check_port, default_mode, parse_mode
 from manager.xen_attach import XEN, XenOptions, refuse_for_xen, xen_fields
-from storage.catalogue import AttachmentRow, VtpmRow
+from storage.catalogue import AttachmentRow, Catalogue, VtpmRow
 
+_PORTS: Final = 2  # that an attachment with TCP ports has: data, and the next one for control
 _QUOTAS: Final = ("commands_per_second", "saves_per_second", "nv_bytes")
 
 
@@ -84,3 +85,22 @@ def _others(options: AttachOptions) -> dict[str, Any]:
     """Return the options that do not go with every front end, None where one was not given."""
     given = {"owner": options.owner, "mode": options.mode, "hibernate": options.hibernate}
     return given | dict(zip(_QUOTAS, options.quota, strict=True))
+
+
+def refuse_taken_ports(catalogue: Catalogue, wanted: AttachmentRow) -> None:
+    """Refuse TCP ports of a vTPM that is attached, though it is down and nobody listens: it comes back to them.
+
+    Raises:
+        ConflictError: another vTPM has one of them.
+
+    """
+    if not wanted.tcp_port:
+        return
+    other = catalogue.find_attachment_at_ports(wanted.tcp_port, _PORTS)
+    if other is None or other.vtpm == wanted.vtpm:
+        return
+    row = catalogue.find_vtpm(other.vtpm)
+    raise ConflictError(
+        f"vTPM {row.name if row else other.vtpm} is attached to guest {other.guest} with the ports {other.tcp_port} "
+        f"and {other.tcp_port + 1}, also while it is down; nothing was started. Choose another --tcp, or detach it"
+    )

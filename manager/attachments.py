@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import trio
 
 from frontend_backend.release import RELEASE
-from manager.attach_options import AttachOptions, attachment_of
+from manager.attach_options import AttachOptions, attachment_of, refuse_taken_ports
 from manager.attachment_epochs import stale_removed
 from manager.attachment_marks import Marks
 from manager.attachment_words import after_reset
@@ -101,11 +101,11 @@ class Attachments:
         """Count a crash; return how long to wait before the next start, None when it is to be left down."""
         return self._budgets.setdefault(vtpm, CrashBudget.of(self._config.instance)).spend()
 
-    async def attach(self, row: VtpmRow, options: AttachOptions, caller_uid: int) -> None:
-        """Start a vTPM for a guest; returns when its state is verified and it answers.
+    async def attach(self, row: VtpmRow, options: AttachOptions, caller_uid: int) -> AttachmentRow:
+        """Start a vTPM for a guest; returns its attachment when its state is verified and it answers.
 
         Raises:
-            ConflictError: it is attached already. QuarantinedError: its state cannot be loaded (nothing is changed).
+            ConflictError: it is attached, or its ports are another's. QuarantinedError: its state does not load (kept).
             DeniedError, NotFoundError, UsageError, KeeperError, BusyError: see their messages.
 
         """
@@ -115,31 +115,32 @@ class Attachments:
             if attached is not None:
                 self._marks.refuse_stale(attached)
                 raise ConflictError(f"vTPM {row.name} is attached to guest {attached.guest} already")
-            record = self._registry.record(row.uuid)
-            attachment = replace(wanted, epoch=next_epoch(record.epoch))
+            refuse_taken_ports(self._catalogue, wanted)
+            attachment = replace(wanted, epoch=next_epoch(self._registry.record(row.uuid).epoch))
             try:
-                await self._attach(row, attachment)
+                return await self._attach(row, attachment)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await self._undo_attach(row)
                     await self.sleepers.ports.close(row.uuid, options.frontend)
                 raise
 
-    async def _attach(self, row: VtpmRow, attachment: AttachmentRow) -> None:
+    async def _attach(self, row: VtpmRow, attachment: AttachmentRow) -> AttachmentRow:
         """Start the instance, whose first commit marks the record, then add the row (manager.attachment_epochs)."""
         text = f"{row.name} to guest {attachment.guest} by {attachment.frontend}"
         if attachment.instance_domain:
             await admit_elsewhere(self._registry, row, attachment)
-            self._catalogue.attach(attachment, Happened("attached", f"{text}, from {attachment.instance_domain}"))
-            return
+            happened = Happened("attached", f"{text}, from {attachment.instance_domain}")
+            return self._catalogue.attach(attachment, happened)
         running = await self._starts.start(row, attachment, attachment.startup)
         await self._registry.mark_attached(row.uuid, attachment.epoch)
         if self.running(row.uuid) is not running:
             raise KeeperError(
                 f"the instance of vTPM {row.name} ended as soon as it was ready; look at the manager's log"
             )
-        self._catalogue.attach(replace(attachment, measured=running.measured), Happened("attached", text))
+        attached = self._catalogue.attach(replace(attachment, measured=running.measured), Happened("attached", text))
         running.unused = True
+        return attached
 
     async def _undo_attach(self, row: VtpmRow) -> None:
         """Leave no instance, row and mark behind; what cannot be unmarked is shown by vtpm-verify."""

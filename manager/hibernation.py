@@ -243,8 +243,7 @@ class Hibernation:
         """Return the rows of a vTPM that sleeps, None where it does not, or nothing is to be started any more."""
         if vtpm not in self._sleepers or self._attachments.stopping:
             return None
-        row, attachment = self._catalogue.find_vtpm(vtpm), self._catalogue.find_attachment(vtpm)
-        return None if row is None or attachment is None else (row, attachment)
+        return self._catalogue.find_attached(vtpm)
 
     def _catalogue_is_away(self, vtpm: UUID, error: StorageError, again: Callable[[UUID], Awaitable[None]]) -> None:
         """Try once more after a pause: whoever wants it waits."""

@@ -7,6 +7,7 @@ accord. Either way the hardware TPM signs in its own lane, and nobody else's com
 import hashlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Final
@@ -21,6 +22,7 @@ from frontend_backend.measurements import all_from_text
 from manager.approval_records import pcrs_of, sequence_in_use
 from manager.attest_bundle import Bundle, HardwareQuote, Statement
 from manager.attestation import key_of
+from manager.either import either
 from manager.errors import BusyError, ConflictError, IntegrityError, ManagerError, UsageError
 from manager.event_log import event_log
 from manager.groups import Groups
@@ -37,7 +39,9 @@ from storage.errors import StorageError
 
 _log = logging.getLogger("vtpm.quotes")
 EVIDENCE_SECONDS: Final = 30.0  # a guest may keep its TPM busy with a key for so long
+_FALLS_ASLEEP: Final = 3  # times that an instance may have begun to hibernate just before it is asked
 GUESTS_WAITING: Final = 8  # guests' quotes under way; more would keep the manager's own work from the hardware TPM
+Awake = Callable[[], Awaitable[Running | None]]
 MANAGER: Final = f"vtpm-manager {metadata.version('vtpm-manager')}"
 
 
@@ -75,8 +79,10 @@ class Quotes:
         self._refuse_closed(row.group)
         key_of(self._groups.seal(row.group))
 
-    async def of(self, row: VtpmRow, running: Running | None, nonce: bytes, selection: int) -> bytes:
+    async def of(self, row: VtpmRow, awake: Awake, nonce: bytes, selection: int) -> bytes:
         """Return the bundle of a deep quote for an administrator; the caller holds the vTPM's lock.
+
+        `awake` returns the vTPM's instance, woken where it sleeps.
 
         Raises:
             UsageError: the nonce has not 1 to 64 bytes. ConflictError: it does not run, or its group has no key.
@@ -85,7 +91,7 @@ class Quotes:
 
         """
         self.refuse(row, nonce, selection)
-        untrusted = await _evidence(row, running, QuoteTask(nonce, selection))
+        untrusted = await _evidence(row, awake, nonce, selection)
         try:
             evidence = Evidence.unpack(untrusted)
             if evidence.selection != selection:
@@ -191,8 +197,27 @@ def _approval(tpm: HardwareTpm, seal: GroupSeal) -> int:
     return sequence_in_use(seal, tpm.pcr_read(pcrs_of([seal])), time.time()) or 0
 
 
-async def _evidence(row: VtpmRow, running: Running | None, task: QuoteTask) -> bytes:
-    """Have a vTPM's instance make evidence."""
+async def _evidence(row: VtpmRow, awake: Awake, nonce: bytes, selection: int) -> bytes:
+    """Have a vTPM's instance make evidence; where it has just gone to sleep, the one that is woken then."""
+    for _ in range(_FALLS_ASLEEP):
+        running, task = _fit(row, await awake()), QuoteTask(nonce, selection)
+        running.order_quote(task)
+        try:
+            with trio.move_on_after(EVIDENCE_SECONDS):
+                await either(task.done, running.ended)
+        finally:
+            running.quote = None
+        if task.done.is_set():
+            return _told(row, task)
+        if running.stage is not Stage.HIBERNATED:
+            break
+    raise BusyError(
+        f"the instance of vTPM {row.name} gave no evidence within {EVIDENCE_SECONDS:g} s: its guest keeps it busy, "
+        f"or it ended. Nothing was quoted; try again"
+    )
+
+
+def _fit(row: VtpmRow, running: Running | None) -> Running:
     if running is None or running.stage is not Stage.RUNNING:
         raise ConflictError(
             f"vTPM {row.name} does not run, so there is nothing to quote; nothing was done. 'vtpm-show {row.name}' "
@@ -203,17 +228,10 @@ async def _evidence(row: VtpmRow, running: Running | None, task: QuoteTask) -> b
             f"the instance of vTPM {row.name} was started by an earlier version, which makes no quotes; nothing was "
             f"done. Detach it and attach it again"
         )
-    running.order_quote(task)
-    try:
-        with trio.move_on_after(EVIDENCE_SECONDS):
-            await task.done.wait()
-    finally:
-        running.quote = None
-    if not task.done.is_set():
-        raise BusyError(
-            f"the instance of vTPM {row.name} gave no evidence within {EVIDENCE_SECONDS:g} s: its guest keeps it busy, "
-            f"or it ended. Nothing was quoted; try again"
-        )
+    return running
+
+
+def _told(row: VtpmRow, task: QuoteTask) -> bytes:
     if task.problem:
         told = "".join(character if character.isprintable() else "?" for character in task.problem)
         raise ConflictError(f"vTPM {row.name} gives no evidence: {told}. Nothing was quoted")

@@ -10,7 +10,7 @@ from manager.attach_options import AttachOptions
 from manager.bulk import add_many
 from manager.errors import ConflictError, UsageError
 from manager.labels import parse_labels
-from manager.listing import describe, list_vtpms
+from manager.listing import describe, describer, list_vtpms
 from manager.named_path import UNUSED_BYTES, is_unused
 from manager.removal_words import event_text
 from manager.removed import describe_removed
@@ -30,6 +30,7 @@ from manager.verbs_store import compact, scrub
 from manager.verbs_swtpm import SWTPM_HANDLERS
 from manager.verbs_verify import verify
 from manager.xen_attach import XenOptions
+from storage.catalogue_rows import Listed
 
 
 def add(services: Services, caller: Caller, arguments: Arguments) -> Answer:
@@ -87,8 +88,8 @@ async def attach(services: Services, caller: Caller, arguments: Arguments) -> li
         quota=(arguments["commands_per_second"], arguments["saves_per_second"], arguments["nv_bytes"]),
         xen=XenOptions(**{option.name: arguments[option.name] for option in XEN_OPTIONS}),
     )
-    await services.attachments.attach(row, options, caller.uid)
-    return [describe(services, row)]
+    attachment = await services.attachments.attach(row, options, caller.uid)
+    return [describer(services)(Listed(row, attachment, services.registry.catalogue.labels(row.uuid)))]
 
 
 async def detach(services: Services, _caller: Caller, arguments: Arguments) -> list[Document]:

@@ -1,5 +1,6 @@
 """What the verbs about quotes do. Documents out; errors are ManagerError."""
 
+from functools import partial
 from typing import Final
 
 from manager.attest_enrolment import Challenge
@@ -19,8 +20,8 @@ async def quote(services: Services, caller: Caller, arguments: Arguments) -> lis
     selection = sum(1 << pcr for pcr in pcrs)
     services.quotes.refuse(row, nonce, selection)
     async with services.attachments.lock(row.uuid):  # it stays as it is until the bundle is made
-        running = await services.hibernation.awake(row)
-        bundle = await services.quotes.of(row, running, nonce, selection)
+        awake = partial(services.hibernation.awake, row)
+        bundle = await services.quotes.of(row, awake, nonce, selection)
     group = services.registry.group_name(row.group)
     services.registry.catalogue.log("quoted", row.uuid, f"{row.name}, by user {caller.uid}")
     return [

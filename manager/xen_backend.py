@@ -37,6 +37,7 @@ from frontend_backend.tpmhdr import TpmFamily
 from frontend_backend.xen_terms import BindRefusedError, Granted, Place, Terms
 from manager.xen_backend_bindings import FIRST_PAUSE, LAST_PAUSE, BoundVtpm, JoinedInstance, connect, reason
 from manager.xen_backend_identity import Identity
+from manager.xen_backend_others import Others
 
 _log = logging.getLogger("vtpm.xen")
 
@@ -78,9 +79,11 @@ class Witness(Protocol):
 class ManagerBinder:
     """The manager as a Binder."""
 
-    def __init__(self, path: Path, identify: Callable[[int], Awaitable[Identity]], witness: Witness) -> None:
-        """Ask at the socket `path`; `identify` says who a domain is."""
-        self._path, self._identify, self._witness = path, identify, witness
+    def __init__(
+        self, path: Path, identify: Callable[[int], Awaitable[Identity]], witness: Witness, others: Others
+    ) -> None:
+        """Ask at the socket `path`; `identify` says who a domain is, `others` who else may be meant."""
+        self._path, self._identify, self._witness, self._others = path, identify, witness, others
         self._joins: set[tuple[int, int]] = set()  # devices that turned out to be an instance domain's
 
     async def meet(self, place: Place) -> None:
@@ -90,6 +93,7 @@ class ManagerBinder:
     def part(self, place: Place) -> None:
         """See Binder."""
         self._joins.discard((place.domain, place.device))
+        self._others.part(place)
         self._witness.part(place)
 
     async def bind(self, place: Place, uuid: bytes) -> Granted:
@@ -131,7 +135,7 @@ class ManagerBinder:
         seen = self._witness.testify(place, identity)
         question = Bind(
             uuid, place.domain, place.device, identity.name, identity.uuid, seen.label, seen.ran_before, seen.resumed,
-            identity.kernel, identity.cmdline, identity.initrd,
+            identity.kernel, identity.cmdline, identity.initrd, await self._others.of(place, uuid),
         )  # fmt: skip
         sock, reply, _ = await self._talk(question, 0)
         if not isinstance(reply, Bound) or not reply.endpoint:
@@ -144,7 +148,8 @@ class ManagerBinder:
 
     async def _join(self, place: Place, uuid: bytes, identity: Identity) -> Granted:
         label = self._witness.testify(place, identity).label
-        question = Join(uuid, place.domain, place.device, identity.name, identity.uuid, label)
+        others = await self._others.of(place, uuid)
+        question = Join(uuid, place.domain, place.device, identity.name, identity.uuid, label, others)
         sock, reply, descriptors = await self._talk(question, JOINED_DESCRIPTORS)
         if not isinstance(reply, Joined) or not descriptors:
             close_all(descriptors)

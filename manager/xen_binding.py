@@ -87,6 +87,7 @@ def admission(
 ) -> Coming | Refused:
     """Tell whether who asks gets the vTPM called `name`, which `other` has now, and what its coming means."""
     refused = objection(name, attachment, request) or taken(name, other, domain, request.device)
+    refused = refused or still_there(name, attachment, request, domain)
     return refused or coming_of(name, attachment, request, domain)
 
 
@@ -157,6 +158,18 @@ def taken(name: str, other: Bound | None, domain: Domain, device: int) -> Refuse
         XenCode.TAKEN,
         f"vTPM {name} is bound to domain {other.domain.number} ({shown(other.name)}), device {other.device}; nobody "
         f"else gets it while that domain lives. Destroy that one, or detach the device from it",
+    )
+
+
+def still_there(name: str, attachment: AttachmentRow, request: Bind | Join, domain: Domain) -> Refused | None:
+    """Return the refusal where the domain that had it last still has a device for it, and is not bound again yet."""
+    last = Domain(-1 if attachment.bound_domain is None else attachment.bound_domain, "", attachment.bound_boot)
+    if last.number not in request.others or last.boot != domain.boot:
+        return None
+    return Refused(
+        XenCode.TAKEN,
+        f"vTPM {name} was bound to domain {last.number} last, which still has a device for it, as domain "
+        f"{domain.number} has; nobody else gets it while that domain lives. Destroy one of them, or detach its device",
     )
 
 

@@ -19,6 +19,7 @@ from frontend_backend.tpmhdr import TpmFamily
 from frontend_backend.xen_terms import BindingEndedError, BindRefusedError, Granted, Place, Terms
 from manager.xen_backend_bindings import take_ring
 from manager.xen_backend_identity import Identity
+from manager.xen_backend_others import Others
 from manager.xen_instance_life import Life
 
 _log = logging.getLogger("vtpm.xen.instance")
@@ -26,6 +27,7 @@ ANY: Final = "any"
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _EXTRA_PAGES: Final = 1  # as the instance's ring has (vtpm_instance.guest_ring)
 _AGAIN: Final = 60.0  # seconds until a domain is looked at again that may not have the vTPM
+_LAST_AGAIN: Final = 1.0  # until it is looked again whether the guest before has gone
 _RING_AGAIN: Final = 0.25
 _RING_SECONDS: Final = 10.0
 _CLEAR: Final = frozenset({"clear", "none", "deactivated"})  # startups after which no PCR holds anything of before
@@ -34,9 +36,14 @@ _CLEAR: Final = frozenset({"clear", "none", "deactivated"})  # startups after wh
 class GuestBinder:
     """Grants one domain at a time the vTPM of `life`. `guest`: a domain's number or name, or ANY."""
 
-    def __init__(self, life: Life, guest: str, runtime: Path, identify: Callable[[int], Awaitable[Identity]]) -> None:
-        """Keep in `runtime` who had it last, in this boot of ours; `identify` says who a domain is."""
-        self._life, self._guest, self._identify = life, guest, identify
+    def __init__(
+        self, life: Life, guest: str, runtime: Path, identify: Callable[[int], Awaitable[Identity]], others: Others
+    ) -> None:
+        """Keep in `runtime` who had it last, in this boot of ours; `identify` says who a domain is.
+
+        `others` says which other domains have a device here.
+        """
+        self._life, self._guest, self._identify, self._others = life, guest, identify, others
         self._kept = runtime / "guest"
         self._boot = _BOOT_ID.read_text(encoding="ascii").strip()
         self._holder: _Grant | None = None
@@ -46,23 +53,53 @@ class GuestBinder:
         """See Binder: nothing is known of a guest that only its toolstack could tell."""
 
     def part(self, place: Place) -> None:
-        """See Binder: the grant's own end says it."""
+        """See Binder: the grant's own end says that it is free."""
+        self._others.part(place)
 
     async def bind(self, place: Place, uuid: bytes) -> Granted:
         """See Binder."""
         await self._refuse_stranger(place)
+        granted = None
+        while granted is None:
+            await self._wait_for_last(place, uuid)
+            granted = await self._in_turn(place, uuid)
+        return granted
+
+    async def _in_turn(self, place: Place, uuid: bytes) -> "_Grant | None":
+        """Grant it; None where another one got it first, and still has a device."""
         async with self._turn:
             _, loaded = await self._life.up()
             if uuid != loaded.vtpm:
                 text = f"this domain has vTPM {UUID(bytes=loaded.vtpm)}; the toolstack wants {UUID(bytes=uuid)} here"
                 raise BindRefusedError(text, _AGAIN)
             await self._wait_for_holder(place)
+            if await self._last_of_others(place, uuid) is not None:
+                return None
             _, loaded = await self._life.up()  # which may be another life by now, on other terms
             await self._power_cycle(place)
             terms = Terms(TpmFamily(loaded.family), loaded.compat, loaded.localities, _EXTRA_PAGES)
             self._holder = _Grant(self._life, place, terms, self._let_go)
             _log.info("%s: the guest has its vTPM", place)
             return self._holder
+
+    async def _wait_for_last(self, place: Place, uuid: bytes) -> None:
+        """Wait while the domain that had it last still has a device: before a restart of ours it was its guest."""
+        told = False
+        while (last := await self._last_of_others(place, uuid)) is not None:
+            if not told:
+                _log.warning(
+                    "%s waits: domain %d had the vTPM last, and still has a device for it; destroy it, or detach that "
+                    "device",
+                    place,
+                    last,
+                )
+            told = True
+            await trio.sleep(_LAST_AGAIN)
+
+    async def _last_of_others(self, place: Place, uuid: bytes) -> int | None:
+        """Return the domain that had it last, where that is another one than asks, and still has a device."""
+        last = self._last()
+        return last if last is not None and last in await self._others.of(place, uuid) else None
 
     async def _wait_for_holder(self, place: Place) -> None:
         """Wait while another device has the vTPM: as a rule it is just ending, as the same guest before its reboot."""
@@ -77,7 +114,7 @@ class GuestBinder:
         if self._guest in (ANY, str(place.domain)):
             return
         name = (await self._identify(place.domain)).name
-        if name != self._guest:
+        if not name or name != self._guest:
             known = f"'{name}'" if name else "a domain whose name this domain may not read (give its number, or 'any')"
             raise BindRefusedError(f"this domain is for guest '{self._guest}', and {place.domain} is {known}", _AGAIN)
 

@@ -16,6 +16,7 @@ import trio
 from frontend_backend.local import LocalRing
 from manager.attachment_marks import Marks
 from manager.attachments import Attachments
+from manager.either import either
 from manager.errors import BusyError, ManagerError
 from manager.instances import Instances
 from manager.migration_records import refuse_start
@@ -91,7 +92,7 @@ class Elsewhere:
         """Wait for its first word and its end; whatever goes wrong is logged, and shown with the vTPM."""
         why = f"waits for domain {domain}"
         try:
-            await _either(running.heard, running.ended)  # which may be long after: its domain has more to do
+            await either(running.heard, running.ended)  # which may be long after: its domain has more to do
             if not running.ended.is_set():
                 await self._attachments.verified(row, running)
             await running.ended.wait()
@@ -102,13 +103,3 @@ class Elsewhere:
             why = f"{why}; its ring ended without a clean stop"
         if self._attachments.running(row.uuid) is None and not running.awaited:
             self._attachments.note_down(row.uuid, why)
-
-
-async def _either(one: trio.Event, other: trio.Event) -> None:
-    async def wait(event: trio.Event) -> None:
-        await event.wait()
-        nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait, one)
-        nursery.start_soon(wait, other)

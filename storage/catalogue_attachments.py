@@ -10,10 +10,18 @@ import sqlalchemy as sa
 
 from storage import catalogue_schema as schema
 from storage.catalogue_part import Part, now
-from storage.catalogue_rows import AttachmentRow, Audit, Filter, Happened, Listed
+from storage.catalogue_rows import AttachmentRow, Audit, Filter, Happened, Listed, VtpmRow
 from storage.errors import NameTaken, NoSuchRow, RowTampered
 
+# made once: SQLAlchemy takes longer to make a statement, and to see that it knows it, than SQLite to do it
 _BY_VTPM = sa.select(schema.attachments).where(schema.attachments.c.vtpm == sa.bindparam("wanted"))
+_LABELS = (
+    sa.select(schema.labels.c.key, schema.labels.c.value)
+    .where(schema.labels.c.vtpm == sa.bindparam("wanted"))
+    .order_by(schema.labels.c.key)
+)
+_ADD = schema.attachments.insert()
+_REMOVE = schema.attachments.delete().where(schema.attachments.c.vtpm == sa.bindparam("wanted"))
 _VTPM: Final = tuple(column.name for column in schema.vtpms.c)
 _ATTACHMENT: Final = tuple(column.name for column in schema.attachments.c)  # `vtpm` first
 _LISTING = (
@@ -21,6 +29,7 @@ _LISTING = (
     .select_from(schema.vtpms.outerjoin(schema.attachments, schema.attachments.c.vtpm == schema.vtpms.c.uuid))
     .order_by(schema.vtpms.c.name)
 )
+_BOTH = _LISTING.where(schema.vtpms.c.uuid == sa.bindparam("wanted"))
 
 
 class Attachments(Part):
@@ -30,6 +39,26 @@ class Attachments(Part):
         """Return a vTPM's attachment, None where it has none. Raises RowTampered."""
         with self._database.read() as connection:
             row = connection.execute(_BY_VTPM, {"wanted": vtpm}).mappings().one_or_none()
+            return None if row is None else self._attachment(dict(row))
+
+    def find_attached(self, vtpm: UUID) -> tuple[VtpmRow, AttachmentRow] | None:
+        """Return a vTPM's row and its attachment, None where either is missing. Raises RowTampered."""
+        with self._database.read() as connection:
+            row = connection.execute(_BOTH, {"wanted": vtpm}).one_or_none()
+            if row is None:
+                return None
+            found = self._joined(row)
+            return None if found.attachment is None else (found.vtpm, found.attachment)
+
+    def find_attachment_at_ports(self, first: int, count: int) -> AttachmentRow | None:
+        """Return an attachment that has one of `count` TCP ports from `first` on, None for none. Raises RowTampered.
+
+        Each attachment with a port has `count` of them, from `tcp_port` on.
+        """
+        column = schema.attachments.c.tcp_port
+        query = sa.select(schema.attachments).where(column > max(first - count, 0), column < first + count).limit(1)
+        with self._database.read() as connection:
+            row = connection.execute(query).mappings().first()
             return None if row is None else self._attachment(dict(row))
 
     def attachments(self) -> list[AttachmentRow]:
@@ -42,15 +71,16 @@ class Attachments(Part):
             for row in rows:
                 yield self._attachment(row)
 
-    def attach(self, row: AttachmentRow, happened: Happened | None = None) -> None:
-        """Add an attachment. Raises NameTaken when the vTPM has one."""
+    def attach(self, row: AttachmentRow, happened: Happened | None = None) -> AttachmentRow:
+        """Add an attachment and return its row with `created` filled in. Raises NameTaken when the vTPM has one."""
         row = replace(row, created=row.created or now())
         with self._database.change() as connection:
             try:
-                connection.execute(schema.attachments.insert(), self._sealed("attachments", row))
+                connection.execute(_ADD, self._sealed("attachments", row))
             except sa.exc.IntegrityError as error:
                 raise NameTaken(f"an attachment of {row.vtpm}") from error
             self._note(connection, row.vtpm, happened)
+        return row
 
     def renew(self, row: AttachmentRow) -> None:
         """Replace a vTPM's attachment. Raises NoSuchRow."""
@@ -62,8 +92,7 @@ class Attachments(Part):
     def detach(self, vtpm: UUID, happened: Happened | None = None) -> None:
         """Remove a vTPM's attachment. Raises NoSuchRow."""
         with self._database.change() as connection:
-            delete = schema.attachments.delete().where(schema.attachments.c.vtpm == vtpm)
-            if connection.execute(delete).rowcount != 1:
+            if connection.execute(_REMOVE, {"wanted": vtpm}).rowcount != 1:
                 raise NoSuchRow(f"an attachment of vTPM {vtpm}")
             self._note(connection, vtpm, happened)
 
@@ -119,7 +148,7 @@ class Attachments(Part):
     def labels(self, vtpm: UUID) -> dict[str, str]:
         """Return a vTPM's labels, sorted by key. They carry no MAC: nothing is decided by them."""
         with self._database.read() as connection:
-            return _labels_of(connection, [vtpm]).get(vtpm, {})
+            return {row.key: row.value for row in connection.execute(_LABELS, {"wanted": vtpm})}
 
     def change_labels(
         self, vtpm: UUID, put: Mapping[str, str], remove: Sequence[str], happened: Happened | None = None

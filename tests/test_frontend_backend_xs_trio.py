@@ -458,6 +458,20 @@ async def test_a_peer_that_breaks_the_protocol_ends_the_connection_for_everyone(
     assert not nursery.cancel_scope.cancelled_caught
 
 
+async def test_a_xenstore_that_never_answers_is_not_waited_for_without_end(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.02
+    path = str(tmp_path / "socket")
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(path)
+        listener.listen()
+        with trio.fail_after(2 * xs_trio.ANSWER_SECONDS):
+            async with open_xenstore(path) as xs:
+                with pytest.raises(XenstoreGoneError, match=f"{path} takes .* but gave no answer within 60 s"):
+                    await xs.own_domain()
+
+
 async def test_what_a_cancelled_caller_began_is_ended_when_it_is_answered(tmp_path: Path) -> None:
     async with Peer(tmp_path / "socket") as peer, open_xenstore(str(tmp_path / "socket")) as xs:
 

@@ -117,6 +117,28 @@ def test_a_port_that_somebody_has_is_not_taken(host: Installation) -> None:
     host.attach("late", "guest", "--tcp", str(port))  # the first of the two was let go
 
 
+def test_the_ports_of_a_vtpm_that_is_down_stay_its_own(host: Installation) -> None:
+    port, shown = attached(host, "down")
+    for name in ("other", "beside"):
+        host.add(name)
+    image = host.state / "state" / f"{shown['uuid']}.img"
+    image.rename(image.with_suffix(".away"))
+    os.kill(int(str(shown["pid"])), 9)
+    wait_for(lambda: host.show("down")["state"] == "down", "its state to be missing")
+    with socket.socket() as data:
+        assert data.connect_ex(("127.0.0.1", port)) != 0
+    for name, wanted in (("other", port), ("other", port + 1), ("other", port - 1)):
+        refused = host.command("vtpm-attach", name, "guest", "--tcp", str(wanted), check=False)
+        assert refused.code == ExitCode.CONFLICT
+        assert f"vTPM down is attached to guest guest with the ports {port} and {port + 1}" in refused.err
+        assert host.show(name)["guest"] is None
+    image.with_suffix(".away").rename(image)
+    host.command("vtpm-reset-platform", "down")
+    assert host.show("down")["state"] == "running"
+    host.command("vtpm-detach", "down")
+    host.attach("other", "guest", "--tcp", str(port + 1))
+
+
 @pytest.mark.parametrize(
     ("frontend", "port"),
     [("qemu", 2321), ("ring", 2321), ("mssim", None), ("socket", 0), ("socket", -1), ("socket", 65_535)],

@@ -17,6 +17,7 @@ from frontend_backend import messages_instance as m
 from frontend_backend.deep_quote import DeepQuoteCommand, Evidence
 from frontend_backend.local import LocalRing
 from frontend_backend.messages_admin import ExitCode
+from frontend_backend.orders import Orders
 from frontend_backend.tpmhdr import TpmFamily
 from manager import quoting, ring_server
 from manager.attestation import key_of, renew
@@ -24,7 +25,7 @@ from manager.client import RemoteError
 from manager.errors import ConflictError
 from manager.hwtpm import HardwareTpm
 from manager.recovery_key import RecoveryPrivate
-from manager.running import Running
+from manager.running import Running, Stage
 from manager.token_bucket import TokenBucket
 from storage.catalogue import Happened
 
@@ -253,6 +254,59 @@ async def test_an_instance_that_gives_no_evidence_is_not_waited_for_for_ever(mon
             os.kill(running.pid, signal.SIGCONT)
         assert (error.exit_code, "gave no evidence" in str(error)) == (ExitCode.BUSY, True)
         assert running.quote is None
+
+
+async def test_a_quote_that_meets_a_hibernation_wakes_the_vtpm() -> None:
+    """The instance has asked for its last commit, which is under way, when it is ordered to give evidence."""
+    async with attached() as (daemon, running):
+        with running_swtpm() as swtpm, HardwareTpm.open(swtpm.setting) as tpm:
+            tpm.provision_srk()
+            key, groups = tpm.attester.new_key(), daemon.daemon._groups
+            happened = Happened("group-enrolled", "test")
+            await groups.rewrite(groups.find("default"), lambda seal: replace(seal, ak=key.to_json()), happened)
+            daemon.model.attester = tpm.attester  # type: ignore[attr-defined] # the model signs nothing
+            async with trio.open_nursery() as nursery:
+                committer = daemon.daemon._committer
+                async with committer.lock:  # a disk that takes long
+                    running.order(Orders.HIBERNATE)
+                    with trio.fail_after(20):
+                        while not (running.told_to_sleep and running.busy):  # noqa: ASYNC110
+                            await trio.sleep(0.01)
+                    answers: list[list[dict[str, object]]] = []
+
+                    async def ask() -> None:
+                        answers.append(await daemon.ask("quote", vtpm="web", nonce=NONCE, pcrs="0-7"))
+
+                    nursery.start_soon(ask)
+                    with trio.fail_after(20):
+                        while running.quote is None:  # noqa: ASYNC110
+                            await trio.sleep(0.01)
+                with trio.fail_after(20):
+                    await running.ended.wait()
+                    assert running.stage is Stage.HIBERNATED
+                    while not answers:  # noqa: ASYNC110
+                        await trio.sleep(0.01)
+            assert answers[0][0]["nonce"] == NONCE
+            now = daemon.attachments.running(running.vtpm)
+            assert now is not None
+            assert now.pid != running.pid
+
+
+async def test_an_instance_that_ends_is_not_waited_for_though_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quoting, "EVIDENCE_SECONDS", 600.0)  # longer than a command waits
+    async with attached() as (daemon, running):
+        await give_key(daemon)
+        os.kill(running.pid, signal.SIGSTOP)
+
+        async def end() -> None:
+            while running.quote is None:  # noqa: ASYNC110 - set by the verb
+                await trio.sleep(0.01)
+            os.kill(running.pid, signal.SIGKILL)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end)
+            error = await refused(daemon)
+        assert (error.exit_code, "it ended" in str(error)) == (ExitCode.BUSY, True)
 
 
 async def test_a_key_that_was_given_up_is_gone_from_the_record_only() -> None:

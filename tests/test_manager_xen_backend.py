@@ -43,6 +43,7 @@ from frontend_backend.xs_trio import Xenstore, XenstoreError, XenstoreGoneError,
 from manager import xen_backend, xen_backend_bindings
 from manager.xen_backend import ManagerBinder
 from manager.xen_backend_identity import identify
+from manager.xen_backend_others import Others
 from manager.xen_backend_witness import NoWitness
 
 DOMAIN = "4a7f2a70-95cb-4a1f-8cb0-1d1c9a0a3f01"
@@ -85,7 +86,7 @@ class Host:
     @asynccontextmanager
     async def back_end(self) -> AsyncIterator[BackEnds]:
         """Run what `vtpm-xen run` runs; at the end of the block it leaves as for SIGTERM."""
-        binder = ManagerBinder(self.socket, functools.partial(identify, self.xs), NoWitness())
+        binder = ManagerBinder(self.socket, functools.partial(identify, self.xs), NoWitness(), Others(self.xs))
         kernel = Kernel(lambda: self.xen.channels(0), lambda: self.xen.grants_of(0))
         ends = BackEnds(self.xs, binder, kernel, Ledgers(self.directory))
         async with trio.open_nursery() as nursery:
@@ -157,6 +158,36 @@ async def test_a_guest_has_its_vtpm_and_keeps_it_while_back_end_and_manager_come
             assert code(await guest.transact(get_random())) == 0
             await host.toolstack.unplug(5)
     guest.close()
+
+
+async def test_of_two_domains_that_may_have_it_the_one_that_had_it_keeps_it_over_a_restart(
+    host: Host, model: ModelTpm, place: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both live, the attachment says `any`, and the other one's device is found first."""
+    await host.toolstack.make_domain(7, "web", DOMAIN)
+    async with running_daemon(model, place) as running:
+        uuid = await attached(running, domain="any")
+        guest = GuestDriver(host.toolstack, 7)
+        async with host.back_end():
+            await host.toolstack.plug(7, uuid)
+            await guest.connect()
+            assert code(await guest.transact(pcr_extend(7))) == 0
+            await host.toolstack.make_domain(5, "other", OTHER)
+            await host.toolstack.plug(5, uuid)
+            await said(caplog, "is bound to domain 7")
+        async with host.back_end():
+            assert await pcr(guest) == extended(b"\x11" * 32), "no power cycle"
+            await said(caplog, "is bound to domain 7")
+        guest.submit(pcr_read(7))
+        async with host.back_end():
+            assert (await guest.answer())[-32:] == extended(b"\x11" * 32)
+            await host.toolstack.unplug(7)
+            other = GuestDriver(host.toolstack, 5)
+            await other.connect()
+            assert await pcr(other) == bytes(32), "the next one has it, and finds nothing of the guest before"
+            await host.toolstack.unplug(5)
+        guest.close()
+        other.close()
 
 
 async def test_a_guest_waits_for_a_manager_that_is_away(

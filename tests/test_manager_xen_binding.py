@@ -151,6 +151,10 @@ class Life(RuleBasedStateMachine):
             self.ask(self.next, resumed=True)
             self.next += 1
 
+    @rule()
+    def restart_the_back_end(self) -> None:
+        self.bound = None
+
     @rule(data=st.data())
     def come(self, data: st.DataObject) -> None:
         if self.living:
@@ -158,14 +162,17 @@ class Life(RuleBasedStateMachine):
 
     def ask(self, number: int, *, resumed: bool = False) -> None:
         uuid, boot = self.living[number]
-        request = bind(number, "", uuid, resumed=resumed)
+        others = tuple(other for other in self.living if other != number)
+        request = replace(bind(number, "", uuid, resumed=resumed), others=others)
         domain = domain_of(request, f"host-{self.host}")
+        still_there = self.row.bound_boot == domain.boot and self.row.bound_domain in others
         coming = admission("v", self.row, request, domain, self.bound)
         if isinstance(coming, Refused):
-            wrong = self.wanted not in (ANY, uuid) or self.bound is not None
+            wrong = self.wanted not in (ANY, uuid) or self.bound is not None or still_there
             assert wrong or (resumed and uuid != self.row.bound_uuid), coming
             return
         assert self.wanted in (ANY, uuid)
+        assert not still_there, "the one that had it lives, and has not asked yet"
         if coming is Coming.FIRST:
             assert self.told is None, "it would find what another boot left"
             self.told = boot

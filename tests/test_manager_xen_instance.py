@@ -30,6 +30,7 @@ from frontend_backend.xen_front_trio import XenFront
 from manager.config import InstanceConfig
 from manager.errors import ConflictError, IntegrityError, KeeperError
 from manager.keeper_client import Keeper
+from manager.xen_instance_guest import GuestBinder
 from manager.xen_instance_image import open_image
 from manager.xen_instance_life import Life, LifeSettings
 from manager.xen_instance_relay import Relay
@@ -82,15 +83,16 @@ async def until(what: Callable[[], bool]) -> None:
 
 
 def instance_of(here: World) -> int:
-    """Return the process of the running instance, 0 when there is none: spawner and instance have one command line."""
+    """Return the process of the running instance, 0 when there is none."""
     mark, found = str(here.directory / "run" / "keeper.sock"), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError):
                 words = (entry / "cmdline").read_bytes().decode().split("\0")
-                if mark in words and "-c" in words:
+                name = (entry / "comm").read_text().strip()  # spawner and instances have one command line
+                if mark in words and name == "vtpm-instance":
                     found.append(int(entry.name))
-    return max(found) if len(found) > 1 else 0  # the spawner is older than what it forked
+    return max(found, default=0)
 
 
 async def refused(guest: XenFront, seconds: float = 0.5) -> bool:
@@ -470,5 +472,51 @@ def test_an_instance_that_crashes_again_and_again_is_left_down(store: Path) -> N
             error = await here.until_ended()
             assert isinstance(error, KeeperError)
             assert "left down" in str(error)
+
+    play(store, scenario)
+
+
+def test_the_guest_that_had_it_keeps_it_though_the_next_program_meets_another_first(store: Path) -> None:
+    async def scenario(here: World) -> None:
+        async with here.managers_domain(), here.guest(GUEST + 2) as guest, trio.open_nursery() as second:
+            async with trio.open_nursery() as doomed:
+                doomed.start_soon(here.run_instance)
+                assert await run(guest, pcr_extend(7)) == OK
+                other = await second.start(also, here)
+                assert await refused(other)
+                doomed.cancel_scope.cancel()
+            here.nursery.start_soon(here.run_instance)
+            assert (await guest.transact(pcr_read(7)))[-32:] == extended(b"\x11" * 32)
+            assert await refused(other)
+            second.cancel_scope.cancel()
+            await stop(here)
+
+    async def also(here: World, task_status: trio.TaskStatus[XenFront]) -> None:
+        async with here.guest(GUEST) as other:
+            task_status.started(other)
+            await trio.sleep_forever()
+
+    play(store, scenario)
+
+
+def test_who_waits_from_the_beginning_does_not_get_it_when_the_binding_of_the_one_that_has_it_ends(store: Path) -> None:
+    """As where its device met an error, and is tried again: it lives, and its PCRs are its own."""
+
+    async def scenario(here: World) -> None:
+        async with here.managers_domain(), here.guest(GUEST) as one, here.guest(GUEST + 2) as two:
+            here.nursery.start_soon(here.run_instance)
+            await until(lambda: any(each._holder and each._turn.locked() for each in binders(here)))
+            (binder,) = binders(here)
+            assert binder._holder is not None
+            guest, other = (one, two) if binder._holder.place.domain == GUEST else (two, one)
+            assert await run(guest, pcr_extend(7)) == OK
+            binder._holder.close()
+            assert (await guest.transact(pcr_read(7)))[-32:] == extended(b"\x11" * 32)
+            assert await refused(other)
+            await stop(here)
+
+    def binders(here: World) -> list[GuestBinder]:
+        found = [each for each in gc.get_objects() if isinstance(each, GuestBinder)]
+        return [each for each in found if each._kept.is_relative_to(here.directory)]
 
     play(store, scenario)

@@ -18,6 +18,7 @@ from frontend_backend.xen_front_trio import XenFront
 from frontend_backend.xs_trio import Xenstore
 from manager.xen_backend import ManagerBinder
 from manager.xen_backend_identity import identify
+from manager.xen_backend_others import Others
 from manager.xen_backend_witness import NoWitness
 
 OK, RC_LOCALITY = 0, 0x907
@@ -42,7 +43,7 @@ async def pcr(guest: XenFront, index: int = 7) -> bytes:
 
 async def test_a_guest_whose_manager_is_two_domains_away(model: ModelTpm, place: Any) -> None:
     def of_manager(running: Any, xs: Xenstore) -> ManagerBinder:
-        return ManagerBinder(running.layout.xen_socket, functools.partial(identify, xs), NoWitness())
+        return ManagerBinder(running.layout.xen_socket, functools.partial(identify, xs), NoWitness(), Others(xs))
 
     with running_xenstored() as store, short_directory() as directory, trio.fail_after(50):
         async with world(store.socket, directory) as here:
