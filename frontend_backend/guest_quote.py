@@ -39,15 +39,29 @@ class QuoteError(Exception):
 
 
 def selection_of(text: str) -> int:
-    """Return the bit map of `0,2,4-7`. Raises ValueError."""
+    """Return the bit map of `0,2,4-7`. Raises argparse.ArgumentTypeError."""
     selected = 0
     for part in text.split(","):
         low, dash, high = part.partition("-")
-        first, last = int(low), int(high if dash else low)
+        try:
+            first, last = int(low), int(high if dash else low)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text[:80]}' names no PCRs: write for example 0,2,4-7") from None
         if not 0 <= first <= last < PCR_COUNT:
-            raise ValueError(f"PCRs are numbered 0 to {PCR_COUNT - 1}")
+            raise argparse.ArgumentTypeError(f"'{part[:80]}': PCRs are numbered 0 to {PCR_COUNT - 1}")
         selected |= sum(1 << pcr for pcr in range(first, last + 1))
     return selected
+
+
+def nonce_of(text: str) -> bytes:
+    """Return a nonce given in hexadecimal. Raises argparse.ArgumentTypeError."""
+    try:
+        nonce = bytes.fromhex(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text[:140]}' is not hexadecimal") from None
+    if not 1 <= len(nonce) <= MAX_NONCE:
+        raise argparse.ArgumentTypeError(f"a nonce has 1 to {MAX_NONCE} bytes")
+    return nonce
 
 
 def command_of(nonce: bytes, selection: int, tag: int) -> bytes:
@@ -102,33 +116,47 @@ def by_socket(path: str) -> Callable[[bytes], bytes]:
     return transmit
 
 
+def _put(bundle: bytes, path: str | None) -> None:
+    """Write the bundle to a file, or print it. Raises QuoteError."""
+    try:
+        if path:
+            with open(path, "wb") as file:
+                file.write(bundle)
+        else:
+            sys.stdout.write(bundle.hex() + "\n")
+            sys.stdout.flush()
+    except OSError as error:
+        code = DENIED if isinstance(error, PermissionError) else FAILURE
+        where = path or "standard output"
+        raise QuoteError(f"{where}: {error.strerror or error}. The quote was made, and is lost", code) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0, 1 failure, 2 usage, 3 no TPM, 5 refused, 8 try again."""
     parser = argparse.ArgumentParser(prog="vtpm-guest-quote", description=(__doc__ or "").splitlines()[0])
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--device", default="/dev/tpm0", help="the TPM's device (default: /dev/tpm0)")
     where.add_argument("--socket", metavar="PATH", help="a Unix socket that takes raw TPM commands, instead")
-    parser.add_argument("--nonce", required=True, type=bytes.fromhex, metavar="HEX", help="1 to 64 bytes")
+    parser.add_argument("--nonce", required=True, type=nonce_of, metavar="HEX", help="1 to 64 bytes")
     parser.add_argument("--pcrs", default="0-15", type=selection_of, help="the vTPM's PCRs (default: 0-15)")
     parser.add_argument("--tpm", default="2.0", choices=("2.0", "1.2"), help="the vTPM's family (default: 2.0)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the bundle there (default: hexadecimal, printed)")
     options = parser.parse_args(argv)
-    if not 1 <= len(options.nonce) <= MAX_NONCE:
-        parser.error(f"a nonce has 1 to {MAX_NONCE} bytes")
     transmit = by_socket(options.socket) if options.socket else by_device(options.device)
     try:
         answer = transmit(command_of(options.nonce, options.pcrs, TAG_20 if options.tpm == "2.0" else TAG_12))
         bundle = bundle_of(answer)
-        if options.output:
-            with open(options.output, "wb") as file:
-                file.write(bundle)
-        else:
-            sys.stdout.write(bundle.hex() + "\n")
+        _put(bundle, options.output)
     except QuoteError as error:
         sys.stderr.write(f"vtpm-guest-quote: {error}\n")
         return error.code
     except OSError as error:
-        sys.stderr.write(f"vtpm-guest-quote: {error}\n")
+        place = options.socket or options.device
+        sys.stderr.write(f"vtpm-guest-quote: {place}: {error.strerror or error}. There is no quote\n")
+        if isinstance(error, PermissionError):
+            return DENIED
+        if isinstance(error, BlockingIOError):
+            return BUSY
         return NOT_FOUND if isinstance(error, FileNotFoundError | ConnectionRefusedError) else FAILURE
     return OK
 

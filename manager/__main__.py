@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, NoReturn
 
+from frontend_backend.command_line import parsed, whole
 from frontend_backend.messages_admin import ExitCode
 from manager import cli_approvals, cli_hierarchies, cli_rollback, cli_tpm
 from manager.cli import EXIT_CODES, add_verb_arguments, report, run_verb
@@ -24,12 +25,14 @@ from manager.config import (
     Layout,
     TpmConfig,
 )
-from manager.errors import ManagerError, UsageError
+from manager.errors import DeniedError, ManagerError, UsageError, refused_by_system
 from manager.restoring import refuse_unfinished
+from manager.task_errors import expected_error
 from manager.verb_table import BY_NAME, SCHEMA_VERSION
 from storage.errors import StorageError
 
 _DEFAULTS: Final = TpmConfig()
+_MAY_BE_EMPTY: Final = ("catalogue", "running")  # their defaults
 _LEVELS: Final = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -61,7 +64,13 @@ def _prepare_state_dir(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ManagerError(f"cannot make the state directory {path}: {error.strerror}") from error
+        kind = DeniedError if isinstance(error, PermissionError) else ManagerError
+        raise kind(f"cannot make the state directory {path}: {error.strerror}. Nothing was made") from error
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+        raise DeniedError(
+            f"this user may not read and write in the state directory {path}; it was not looked into, and nothing was "
+            f"made"
+        )
 
 
 def _init(options: argparse.Namespace) -> int:
@@ -310,9 +319,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@whole
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vtpm-manager VERB`. Returns the exit code."""
-    options = _parser().parse_args(argv)
+    options = parsed(_parser(), argv, _MAY_BE_EMPTY)
     under_systemd = "JOURNAL_STREAM" in os.environ
     logging.basicConfig(
         level=_LEVELS[options.log_level],
@@ -325,8 +335,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(options.call(options))
     except ManagerError as error:
         return report(error, options.form, f"vtpm-manager {options.verb}")
-    except (StorageError, OSError) as error:
+    except OSError as error:
+        return report(refused_by_system(error), options.form, f"vtpm-manager {options.verb}")
+    except StorageError as error:
         return report(ManagerError(str(error)), options.form, f"vtpm-manager {options.verb}")
+    except BaseExceptionGroup as group:
+        first = expected_error(group, ManagerError)
+        if not isinstance(first, ManagerError):
+            raise
+        return report(first, options.form, f"vtpm-manager {options.verb}")
 
 
 if __name__ == "__main__":

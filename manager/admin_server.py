@@ -31,10 +31,11 @@ from manager.accepting import accept_clients
 from manager.config import AdminConfig
 from manager.errors import ConfigurationError, DeniedError, ManagerError, UsageError
 from manager.services import Answer, Caller, Document, Services
-from manager.verb_form import LISTS
+from manager.sockets import parse_mode
+from manager.verb_form import LISTS, Argument
 from manager.verb_table import BY_NAME, Role, Verb
 from manager.verbs import HANDLERS
-from storage.errors import StorageError
+from storage.errors import NameTaken, NoSuchRow, StorageError
 
 _log = logging.getLogger("vtpm.admin")
 _REQUEST_SECONDS: Final = 10.0  # a client that says nothing for longer is dropped
@@ -88,8 +89,31 @@ def check_arguments(verb: Verb, untrusted: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{verb.name}: {name} is not a {argument.kind}")
         elif argument.choices and value not in argument.choices:
             raise UsageError(f"{verb.name}: {name} is one of {', '.join(argument.choices)}")
+        elif value == "" and not argument.positional:
+            raise UsageError(_nothing_in(argument))
         checked[name] = value
     return checked
+
+
+def _nothing_in(argument: Argument) -> str:
+    """Say that nothing was given where something was meant, as by a variable that is not set or a file cut short."""
+    of_file = argument.kind in ("text", "bytes")
+    what = f"the file that {argument.option} names is empty" if of_file else f"{argument.option} is given, but empty"
+    return f"{what}: that is not the default, which is there without the option. Nothing was done"
+
+
+def access_of(config: AdminConfig) -> tuple[int, int]:
+    """Return the admin socket's permissions and group; -1 for the manager's own. Raises ConfigurationError."""
+    try:
+        mode = parse_mode(config.socket_mode)
+    except UsageError as error:
+        raise ConfigurationError(f"[admin] socket_mode cannot be used: {error}") from error
+    try:
+        return mode, grp.getgrnam(config.socket_group).gr_gid if config.socket_group else -1
+    except KeyError as error:
+        raise ConfigurationError(
+            f"[admin] socket_group cannot be used: there is no group '{config.socket_group[:80]}'"
+        ) from error
 
 
 def listen(path: Path, config: AdminConfig) -> socket.socket:
@@ -99,11 +123,7 @@ def listen(path: Path, config: AdminConfig) -> socket.socket:
         ConfigurationError: the mode or group of the configuration cannot be used.
 
     """
-    try:
-        mode = int(config.socket_mode, 8)
-        gid = grp.getgrnam(config.socket_group).gr_gid if config.socket_group else -1
-    except (ValueError, KeyError) as error:
-        raise ConfigurationError(f"[admin] socket_mode or socket_group cannot be used: {error}") from error
+    mode, gid = access_of(config)
     with suppress(FileNotFoundError):
         path.unlink()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -165,6 +185,11 @@ class AdminServer:
             replies = [Failure(error.code, str(error))]
         except RingError as error:
             replies = [Failure(ExitCode.USAGE, f"malformed request: {error}")]
+        except (NoSuchRow, NameTaken) as error:  # looked at before, by two requests at once
+            code = ExitCode.NOT_FOUND if isinstance(error, NoSuchRow) else ExitCode.CONFLICT
+            replies = [
+                Failure(code, f"{error}: somebody else asked at the same time; 'vtpm-list' shows what there is now")
+            ]
         except (StorageError, OSError) as error:
             _log.exception("a request failed")
             replies = [Failure(ExitCode.FAILURE, str(error))]

@@ -210,6 +210,10 @@ class Approval:
         except BadSetting as error:
             raise ApprovalUnreadable(name, error.happened) from error
         times = self.issued, self.not_before, self.not_after
+        try:
+            words = len(self.name.encode()), len(self.comment.encode())
+        except UnicodeEncodeError as error:
+            raise ApprovalUnreadable(name, "its name or comment is no UTF-8") from error
         wrong = {
             "it approves no PCR values": not self.values,
             "a PCR value has not 32 bytes": any(len(value) != len(ZERO_DIGEST) for _, value in self.values),
@@ -218,8 +222,7 @@ class Approval:
             "the slot is not one for its kind": (self.slot == 0) != (self.kind is Kind.PLATFORM),
             "the group is not one for its kind": (self.group.int == 0) != (self.kind is Kind.PLATFORM),
             "its NV Name is none": len(self.nv_name) != NAME_BYTES,
-            "its name or comment is too long": len(self.name.encode()) > MAX_NAME_BYTES
-            or len(self.comment.encode()) > MAX_COMMENT_BYTES,
+            "its name or comment is too long": words[0] > MAX_NAME_BYTES or words[1] > MAX_COMMENT_BYTES,
             "its name or comment has characters that cannot be printed": not (self.name + self.comment).isprintable(),
             "it ends before it begins": 0 < self.not_after < max(self.not_before, self.issued),
             "a time is out of range": not all(0 <= time <= MAX_TIME for time in times),

@@ -65,7 +65,7 @@ def read_values(path: str, target: Target) -> dict[int, bytes]:
 def _documents(path: str) -> list[dict[str, Any]]:
     try:
         found = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ApprovalUnreadable(path, f"it is no JSON ({error})") from error
     documents = found if isinstance(found, list) else [found]
     if not all(isinstance(document, dict) for document in documents):

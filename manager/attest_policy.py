@@ -28,6 +28,8 @@ class PcrPolicy:
     def from_json(cls, untrusted: Any) -> Self:
         """Read what `from_text` reads, parsed. Raises DocumentUnreadable."""
         try:
+            if not isinstance(untrusted, dict) or not all(isinstance(part, dict) for part in untrusted.values()):
+                raise ValueError('it is not of the form {"hardware": {"0": ["HEX"]}, "vtpm": {"4": ["HEX"]}}')
             if not untrusted.keys() <= {"hardware", "vtpm"}:
                 raise ValueError("it has other parts than hardware and vtpm")
             return cls(*(_allowed(untrusted.get(part, {})) for part in ("hardware", "vtpm")))

@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from frontend_backend.command_line import parsed, whole
 from frontend_backend.messages_admin import ExitCode
 from manager import attest_enrolment as enrolment
 from manager.attest_certificate import (
@@ -35,6 +36,8 @@ from manager.new_file import PRIVATE, PUBLIC, write_new
 JSON_SCHEMA: Final = "vtpm-check-quote/1"
 _MAX_FILE: Final = 256 * 1024  # bytes; a file of certificates of TPM makers has some dozen
 _YEARS: Final = 3650  # days that an authority made here is valid
+_MOST_DAYS: Final = 36_500  # a certificate's end has a year of four digits
+_MOST_NAME: Final = 64  # bytes of a common name (X.520, ub-common-name)
 _DAYS: Final = 365  # days that a certificate of an attestation key is valid
 
 
@@ -184,11 +187,29 @@ def _print(said: dict[str, Any], advice: str, *, as_json: bool) -> None:
 
 
 def _hex(text: str) -> bytes:
-    return bytes.fromhex(text)
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is not hexadecimal") from None
+
+
+def _days(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= _MOST_DAYS:
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is no number of days: 1 to {_MOST_DAYS}")
+    return int(text)
+
+
+def _common_name(text: str) -> str:
+    if not text.isprintable() or not 1 <= len(text.encode()) <= _MOST_NAME:
+        raise argparse.ArgumentTypeError(f"a name in a certificate has 1 to {_MOST_NAME} bytes that can be printed")
+    return text
 
 
 def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text[:80]}' is no time: write 2026-11-21T14:00:00+01:00") from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
@@ -247,7 +268,7 @@ def _certify_parser() -> argparse.ArgumentParser:
         parser.add_argument(name, metavar=name.upper(), help=text)
     parser.add_argument("--ca-key", required=True, metavar="PEM", help="the verifier's authority: private key")
     parser.add_argument("--ca-cert", required=True, metavar="PEM", help="and its certificate")
-    parser.add_argument("--days", type=int, default=_DAYS, help=f"how long it is valid (default: {_DAYS})")
+    parser.add_argument("--days", type=_days, default=_DAYS, help=f"how long it is valid (default: {_DAYS})")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the certificate")
     return parser
 
@@ -256,20 +277,21 @@ def _new_ca_parser() -> argparse.ArgumentParser:
     parser = _parser(_new_ca, "vtpm-check-quote new-ca", "Make an authority for attestation keys (P-256).")
     parser.add_argument("key", metavar="KEY", help="a new file for the private key (mode 0600, no passphrase)")
     parser.add_argument("certificate", metavar="CERTIFICATE", help="a new file for its certificate")
-    parser.add_argument("--name", default="vTPM attestation authority", help="the name in it")
-    parser.add_argument("--days", type=int, default=_YEARS, help=f"how long it is valid (default: {_YEARS})")
+    parser.add_argument("--name", type=_common_name, default="vTPM attestation authority", help="the name in it")
+    parser.add_argument("--days", type=_days, default=_YEARS, help=f"how long it is valid (default: {_YEARS})")
     return parser
 
 
 _PARSERS: Final = {"challenge": _challenge_parser, "certify": _certify_parser, "new-ca": _new_ca_parser}
 
 
+@whole
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vtpm-check-quote`. Returns an ExitCode; argparse itself exits with 2 for wrong usage."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words else ""
     parser = _PARSERS[verb]() if verb in _PARSERS else _judge_parser()
-    options = parser.parse_args(words[1:] if verb in _PARSERS else words)
+    options = parsed(parser, words[1:] if verb in _PARSERS else words)
     try:
         code: int = options.call(options)
     except ManagerError as error:

@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import replace
 from typing import Any, Final, NoReturn
 
+from frontend_backend.command_line import ReaderGoneError, parsed, printable, whole
 from frontend_backend.messages_admin import ExitCode
 from manager.cli_output import print_answer, saved
 from manager.client import RemoteError, content_for_verb, open_for_verb, socket_path, stream
-from manager.errors import ManagerError, NotFoundError, UsageError
+from manager.errors import ManagerError, UsageError, refused_by_system
 from manager.named_path import place_of
+from manager.new_file import check_new
 from manager.verb_form import LISTS
 from manager.verb_table import BY_NAME, REMOVED_COLUMNS, VERBS, Argument, Verb, command_of
 from storage.errors import StorageError
@@ -75,22 +77,27 @@ def _help(argument: Argument) -> str:
 
 def run_verb(verb: Verb, options: argparse.Namespace) -> int:
     """Ask the manager for `verb` and print its answer. Returns the exit code."""
-    if getattr(options, "state_dir", None) and any(argument.local for argument in verb.arguments):
-        return _run_offline(verb, options)
+    try:
+        if any(argument.name == "state_dir" for argument in verb.arguments):
+            if options.state_dir is not None:
+                return _run_offline(verb, options)
+            if options.config is not None:
+                raise UsageError("--config goes with --state-dir. Nothing was done")
+        return _ask(verb, options)
+    except ManagerError as error:
+        return report(error, options.form, command_of(verb))
+    except ReaderGoneError:
+        return int(ExitCode.FAILURE if verb.judges else ExitCode.OK)  # nobody has judged the rest
+    except OSError as error:
+        return report(refused_by_system(error), options.form, command_of(verb))
+
+
+def _ask(verb: Verb, options: argparse.Namespace) -> int:
     descriptors: list[int] = []
     arguments: dict[str, str | int | bool | tuple[str, ...] | None] = {}
     opened = ExitStack()
     try:
-        for argument in verb.arguments:
-            if argument.local:
-                continue
-            value = _read(argument, getattr(options, argument.name))
-            if argument.kind == "path" and value is not None:
-                descriptors.append(open_for_verb(value))
-                value = place_of(value)
-            if value is None or (value is False and argument.default is False) or value == []:
-                continue  # nothing was said: so a manager of before an upgrade takes the command, too
-            arguments[argument.name] = tuple(value) if argument.kind in LISTS else value
+        _fill(verb, options, arguments, descriptors)
         finished = opened.enter_context(_prepared(verb, options, arguments, descriptors))
         answer = stream(
             socket_path(options.socket),
@@ -108,17 +115,26 @@ def run_verb(verb: Verb, options: argparse.Namespace) -> int:
             if getattr(options, "output", None) is not None:
                 return print_answer(replace(shown, terse=False), saved(verb, options.output, answer), options.form)
             return print_answer(shown, answer, options.form, paged=paged)
-    except ManagerError as error:
-        return report(error, options.form, command_of(verb))
-    except BrokenPipeError:
-        return _reader_gone()
-    except OSError as error:
-        kind = NotFoundError if isinstance(error, FileNotFoundError) else ManagerError
-        return report(kind(f"{error.filename or 'cannot open'}: {error.strerror}"), options.form, command_of(verb))
     finally:
         opened.close()
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _fill(verb: Verb, options: argparse.Namespace, arguments: dict[str, Any], descriptors: list[int]) -> None:
+    """Gather what the manager is asked with; files that are named are opened. Raises ManagerError, OSError."""
+    if getattr(options, "output", None) is not None:
+        check_new(options.output)
+    for argument in verb.arguments:
+        if argument.local:
+            continue
+        value = _read(argument, getattr(options, argument.name))
+        if argument.kind == "path" and value is not None:
+            descriptors.append(open_for_verb(value))
+            value = place_of(value)
+        if value is None or (value is False and argument.default is False) or value == []:
+            continue  # nothing was said: so a manager of before an upgrade takes the command, too
+        arguments[argument.name] = tuple(value) if argument.kind in LISTS else value
 
 
 def _read(argument: Argument, value: Any) -> Any:
@@ -154,26 +170,16 @@ def _run_offline(verb: Verb, options: argparse.Namespace) -> int:
         with closing(findings):
             documents = (finding.document() for finding in findings)
             return print_answer(verb, documents, options.form, paged=not options.no_pager)
-    except BrokenPipeError:
-        return _reader_gone()
-    except ManagerError as error:
-        return report(error, options.form, command_of(verb))
-    except (StorageError, OSError) as error:
+    except StorageError as error:
         return report(ManagerError(str(error)), options.form, command_of(verb))
-
-
-def _reader_gone() -> int:
-    """Let the interpreter's last flush go nowhere: the reader (head, less) has seen enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return int(ExitCode.OK)
 
 
 def report(error: ManagerError, form: str, who: str) -> int:
     """Print an error as the user asked for answers and return its exit code."""
     code = error.exit_code if isinstance(error, RemoteError) else error.code
+    print(f"{who}: {printable(str(error))}", file=sys.stderr)
     if form in ("json", "jsonl"):
         print(json.dumps({"schema": 1, "error": {"code": int(code), "kind": code.name.lower(), "message": str(error)}}))
-    print(f"{who}: {error}", file=sys.stderr)
     return int(code)
 
 
@@ -185,6 +191,7 @@ def _parser_of_all() -> argparse.ArgumentParser:
     return parser
 
 
+@whole
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vtpm VERB ...`, or `vtpm-VERB ...` by the name it was started with. Returns the exit code."""
     called = os.path.basename(sys.argv[0])
@@ -193,8 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and called != name and name in BY_NAME:
         parser: argparse.ArgumentParser = _Parser(prog=called, description=BY_NAME[name].help, epilog=EXIT_CODES)
         add_verb_arguments(parser, BY_NAME[name])
-        return run_verb(BY_NAME[name], parser.parse_args(arguments))
-    options = _parser_of_all().parse_args(arguments)
+        return run_verb(BY_NAME[name], parsed(parser, arguments))
+    options = parsed(_parser_of_all(), arguments)
     return run_verb(BY_NAME[options.verb], options)
 
 

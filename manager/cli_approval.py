@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from frontend_backend.command_line import parsed, whole
 from frontend_backend.messages_admin import ExitCode
 from manager.approval import Approval
 from manager.approval_errors import ApprovalElsewhere, ApprovalError, ApprovalStale, SignerKeyExists
@@ -22,9 +23,10 @@ from manager.recovery_key import read_passphrase
 JSON_SCHEMA: Final = "vtpm-approve/1"
 
 
+@whole
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vtpm-approve`. Returns an ExitCode; argparse itself exits with 2 for wrong usage."""
-    options = _parser().parse_args(argv)
+    options = parsed(_parser(), argv, ("comment",))
     try:
         document = options.call(options)
     except ManagerError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from frontend_backend.messages_admin import ExitCode
 from manager.client import request, socket_path
 from manager.config import SYSTEM_RUNTIME_DIR, Config, Layout
-from manager.errors import ManagerError, NotFoundError, UsageError
+from manager.errors import ManagerError, NotFoundError, UsageError, refused_by_system
 from manager.verb_form import MAX_CONTENT
 
 MakeVerb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -37,8 +37,12 @@ def add_verbs(verb: MakeVerb, layout: Callable[[argparse.Namespace], Layout], co
 
 
 def _read(path: str) -> str:
-    with open(path, "rb") as file:
-        content = file.read(MAX_CONTENT + 1)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_CONTENT + 1)
+    except OSError as error:
+        refused = refused_by_system(error)
+        raise type(refused)(f"{refused}. Nothing was changed") from error
     if len(content) <= MAX_CONTENT and content.isascii():
         return content.decode("ascii")
     raise UsageError(f"{path} is no approval: it is too long, or no text. Nothing was changed")

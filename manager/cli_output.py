@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 
+from frontend_backend.command_line import stop_if_enough
 from frontend_backend.messages_admin import ExitCode
 from manager.new_file import write_new
 from manager.output import Document, as_table, render
@@ -27,20 +28,27 @@ def print_answer(verb: Verb, documents: Iterable[Document], form: str, *, paged:
     `paged` is set and standard output is a terminal.
 
     Raises:
-        BrokenPipeError: the reader has seen enough.
+        ReaderGoneError: the reader of what is printed line by line has seen enough.
+        OutputError: standard output cannot be written.
 
     """
     if form == "jsonl":
         codes = [_print_line(verb, json.dumps(document), document) for document in documents]
         return _worst(codes)
     if form == "quiet" or (verb.terse and form == "people"):
-        codes = [_print_line(verb, None if verb.judges else str(row[verb.prints]), row) for row in documents]
+        codes = [_print_line(verb, _id_of(verb, row), row) for row in documents]
         return _worst(codes)
     answer = list(documents)
     text = _judgements(verb, answer) if verb.judges and form == "people" else render(verb, answer, form)
     if text:
         show(text, paged=paged and verb.many and form == "people")
     return _worst(_code(verb, document) for document in answer)
+
+
+def _id_of(verb: Verb, document: Document) -> str | None:
+    """Return what is printed of a document where ids are wanted; None for nothing, as an endpoint in another domain."""
+    value = None if verb.judges else document[verb.prints]
+    return None if value is None else str(value)
 
 
 def saved(verb: Verb, path: str, documents: Iterable[Document]) -> Iterator[Document]:
@@ -59,6 +67,7 @@ def saved(verb: Verb, path: str, documents: Iterable[Document]) -> Iterator[Docu
 def _print_line(verb: Verb, text: str | None, document: Document) -> int:
     if text is not None:
         print(text)
+        stop_if_enough()
     return _code(verb, document)
 
 
@@ -87,7 +96,7 @@ def show(text: str, *, paged: bool) -> None:
     PAGER="" or "cat" means no pager; one that cannot be started is done without.
 
     Raises:
-        BrokenPipeError: the reader has seen enough.
+        OutputError: standard output cannot be written.
 
     """
     pager = shlex.split(os.environ.get("PAGER", _PAGER))

@@ -18,6 +18,7 @@ from typing import Final
 
 import trio
 
+from frontend_backend.command_line import parsed, place, whole
 from frontend_backend.messages_admin import ExitCode
 from manager.client import socket_path
 from manager.errors import ConfigurationError, ManagerError, UsageError
@@ -47,9 +48,10 @@ READY: Final = "ready"
 _Started = trio.TaskStatus[None]
 
 
+@whole
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(argv)
+    options = parsed(_parser(), argv)
     try:
         return int(options.act(options))
     except ManagerError as error:
@@ -67,25 +69,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vtpm-relay", description="Carry vTPMs from one machine to another.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     key = verbs.add_parser("key", help="make this machine's key and certificate; prints the fingerprint")
-    key.add_argument("directory", type=Path)
+    key.add_argument("directory", type=place)
     key.add_argument("--name", default=os.uname().nodename, help="the certificate's name (default: the host's)")
     key.set_defaults(act=_key)
 
     serve = verbs.add_parser("serve", help="the side of the vTPMs")
     serve.add_argument("--listen", action="append", required=True, metavar="ADDRESS",
                        help="unix:PATH, tls:HOST:PORT or vsock:CID|any:PORT; may be given again")  # fmt: skip
-    serve.add_argument("--clients", type=Path, required=True, help="who may reach which vTPMs (TOML)")
+    serve.add_argument("--clients", type=place, required=True, help="who may reach which vTPMs (TOML)")
     serve.add_argument("--socket", help="the manager's admin socket; our user needs the role of an auditor")
     serve.add_argument("--vtpm", action="append", default=[], metavar="NAME=CONTROL[,DATA]",
                        help="a vTPM by its sockets, without a manager; may be given again")  # fmt: skip
-    serve.add_argument("--hold", type=Path, metavar="SOCKET",
+    serve.add_argument("--hold", type=place, metavar="SOCKET",
                        help="keep vTPMs on over a restart of this relay: a holder's socket, made here")  # fmt: skip
     _add_common(serve)
     serve.set_defaults(act=_serve)
 
     connect = verbs.add_parser("connect", help="the side of QEMU")
     connect.add_argument("--to", required=True, metavar="ADDRESS", help="unix:PATH, tls:HOST:PORT or vsock:CID:PORT")
-    connect.add_argument("--far-certificate", type=Path, help="the far side's certificate (PEM)")
+    connect.add_argument("--far-certificate", type=place, help="the far side's certificate (PEM)")
     connect.add_argument("--owner", help="USER[:GROUP] that may use the sockets (default: ours)")
     connect.add_argument("--mode", default="0660", help="permissions of the sockets, octal")
     _add_places(connect)
@@ -99,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--identity", type=Path, metavar="DIRECTORY",
+    parser.add_argument("--identity", type=place, metavar="DIRECTORY",
                         help=f"with {KEY_FILE} and {CERTIFICATE_FILE} of 'vtpm-relay key'")  # fmt: skip
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS",
                         help="how long a request waits for a side that is away (default: %(default)g)")  # fmt: skip
@@ -107,8 +109,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--directory", type=Path, required=True, help="for the sockets, a folder a vTPM")
-    parser.add_argument("--assignments", type=Path,
+    parser.add_argument("--directory", type=place, required=True, help="for the sockets, a folder a vTPM")
+    parser.add_argument("--assignments", type=place,
                         help="which vTPM has which port (default: assignments.json in the directory)")  # fmt: skip
     parser.add_argument("--ports", metavar="BASE[:STEP]", help="ports of 127.0.0.1, too, from BASE on in steps (10)")
 

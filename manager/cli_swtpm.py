@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, Final
 
-from manager.errors import ConflictError, IntegrityError, ManagerError, NotFoundError, UsageError
+from manager.errors import ConflictError, DeniedError, IntegrityError, ManagerError, NotFoundError, UsageError
 from storage import swtpm_blob
 from storage.errors import StorageError
 from storage.state_format import Blobs, pack_blobs, unpack_blobs
 from storage.swtpm_crypto import MODES, Kdf, KeyFormat, SwtpmKey, key_of_file, key_of_password
 from storage.swtpm_directory import LOCK_FILE
-from storage.swtpm_errors import SwtpmKeyUnusable, SwtpmLocked
+from storage.swtpm_errors import SwtpmDiskError, SwtpmKeyUnusable, SwtpmLocked
 from storage.swtpm_files import PERMANENT, SwtpmFiles, Where, open_files
 
 Answer = Generator[dict[str, Any]]
@@ -54,6 +54,9 @@ def prepared(
                 yield written
     except SwtpmLocked as error:
         raise ConflictError(str(error)) from error
+    except SwtpmDiskError as error:
+        kind = DeniedError if isinstance(error.cause, PermissionError) else ManagerError
+        raise kind(str(error)) from error
     except StorageError as error:
         raise IntegrityError(str(error)) from error
 

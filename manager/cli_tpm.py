@@ -1,12 +1,13 @@
 """`vtpm-manager tpm-status`: asks the manager that runs, or the TPM itself where none does."""
 
 import argparse
+import os
 from collections.abc import Callable
 
 from manager.cli import add_verb_arguments
 from manager.cli_output import print_answer
-from manager.client import answers
-from manager.config import Config, Layout, TpmConfig
+from manager.client import SOCKET_VARIABLE, answers
+from manager.config import SYSTEM_RUNTIME_DIR, Config, Layout, TpmConfig
 from manager.verb_table import BY_NAME
 
 MakeVerb = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -23,7 +24,8 @@ def add_verb(
 
     def call(options: argparse.Namespace) -> int:
         where = layout(options)
-        if not options.tcti and (options.socket or answers(str(where.admin_socket))):
+        named = options.socket or (where.runtime_dir == SYSTEM_RUNTIME_DIR and os.environ.get(SOCKET_VARIABLE))
+        if not options.tcti and (named or answers(str(where.admin_socket))):
             return online(options)
         from manager.tpm_status import offline  # noqa: PLC0415 - --help should not load the TPM's libraries
 

@@ -17,6 +17,7 @@ from typing import Final
 
 import trio
 
+from frontend_backend.command_line import parsed, place, whole
 from frontend_backend.messages_admin import ExitCode
 from frontend_backend.xen_back_trio import BackEnds
 from frontend_backend.xen_device_trio import Kernel
@@ -30,6 +31,7 @@ from manager.notify import notify
 from manager.xen_backend import ManagerBinder
 from manager.xen_backend_check import Finding, look_around
 from manager.xen_backend_identity import identify
+from manager.xen_backend_others import Others
 from manager.xen_backend_witness import open_witness
 
 _log = logging.getLogger("vtpm.xen")
@@ -40,9 +42,10 @@ _DIRECTORY_MODE: Final = 0o711  # the manager's own, which others' sockets are i
 _LOCK_NAME: Final = "lock"
 
 
+@whole
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options = _parser().parse_args(argv)
+    options = parsed(_parser(), argv)
     logging.basicConfig(level=options.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     return exit_code_of("vtpm-xen", lambda: int(options.act(options)))
 
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one JSON document")
     check.set_defaults(act=_check)
     for verb in (run, check):
-        verb.add_argument("--runtime-dir", type=Path, default=SYSTEM_RUNTIME_DIR, metavar="DIR",
+        verb.add_argument("--runtime-dir", type=place, default=SYSTEM_RUNTIME_DIR, metavar="DIR",
                           help="the manager's; its socket xen.sock is there (default: %(default)s)")  # fmt: skip
         verb.add_argument("--xenstore", metavar="PATH",
                           help="a socket or device (default: xenstored's socket, else /dev/xen/xenbus)")  # fmt: skip
@@ -69,8 +72,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"schema": 1, "findings": [finding.describe() for finding in findings]}, indent=2))
     else:
-        for finding in findings:
-            print(finding)
+        print(*findings, sep="\n")
     return int(_verdict(findings))
 
 
@@ -110,7 +112,8 @@ async def _serve(options: argparse.Namespace, ledgers: Ledgers) -> int:
     async with open_xenstore(options.xenstore) as xs:
         _try_devices()
         witness = open_witness(options.runtime_dir / LEDGERS)
-        binder = ManagerBinder(options.runtime_dir / SOCKET_NAME, functools.partial(identify, xs), witness)
+        who = functools.partial(identify, xs)
+        binder = ManagerBinder(options.runtime_dir / SOCKET_NAME, who, witness, Others(xs))
         ends = BackEnds(xs, binder, Kernel(DeviceEventChannels.open, DeviceGrants.open), ledgers)
         async with trio.open_nursery() as nursery:
             await nursery.start(_until_told, ends, nursery.cancel_scope)

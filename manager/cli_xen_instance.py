@@ -20,6 +20,7 @@ from uuid import UUID
 
 import trio
 
+from frontend_backend.command_line import parsed, place, whole
 from frontend_backend.messages_admin import ExitCode
 from frontend_backend.xen_back_trio import BackEnds
 from frontend_backend.xen_device_trio import Kernel
@@ -35,6 +36,7 @@ from manager.config import InstanceConfig
 from manager.errors import ConfigurationError, ConflictError
 from manager.notify import notify
 from manager.xen_backend_identity import identify
+from manager.xen_backend_others import Others
 from manager.xen_instance_guest import ANY, GuestBinder
 from manager.xen_instance_life import Life, LifeSettings
 from manager.xen_instance_uplink import Uplink
@@ -73,6 +75,7 @@ class Interfaces:
     kernel: Kernel = field(default_factory=lambda: Kernel(DeviceEventChannels.open, DeviceGrants.open))
 
 
+@whole
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
 
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs one vTPM in this Xen domain, for a guest, from a manager in another domain.",
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help=f"TOML with the same words (default: {SYSTEM_CONFIG}, if there)")
+    add("--config", type=place, metavar="FILE", help=f"TOML with the same words (default: {SYSTEM_CONFIG}, if there)")
     add("--image", metavar="PATH", help="the vTPM's state image: a file or block device; needed")
     add(
         "--guest",
@@ -114,7 +117,7 @@ def read_settings(argv: Sequence[str] | None) -> Settings:
         ConfigurationError: a word is not known, or means nothing.
 
     """
-    options = {key: value for key, value in vars(_parser().parse_args(argv)).items() if value is not None}
+    options = {key: value for key, value in vars(parsed(_parser(), argv)).items() if value is not None}
     path = options.pop("config", None)
     words = _read_file(path or SYSTEM_CONFIG, needed=path is not None) | options
     known = Settings.__dataclass_fields__
@@ -151,6 +154,10 @@ def _settings(words: dict[str, Any]) -> Settings:
         xenstore=words.get("xenstore"),
         log_level=str(words.get("log_level", "info")),
     )
+    if not words["image"]:
+        raise ValueError("image is a path, and it is empty")
+    if not made.guest.strip():
+        raise ValueError(f"guest {made.guest!r} names no domain: write its number, its name, or {ANY}")
     if made.log_level not in _LEVELS:
         raise ValueError(f"log_level is one of {', '.join(_LEVELS)}")
     if len(os.fsencode(made.runtime_dir)) > _LONGEST_RUNTIME:
@@ -214,7 +221,8 @@ async def _serve(
         LifeSettings(settings.image, settings.runtime_dir, settings.uuid, settings.uid), Uplink(front), keeper, config
     )
     front.on_wish, front.on_change, life.on_ready = life.on_wish, life.on_wish, _say_ready
-    binder = GuestBinder(life, settings.guest, settings.runtime_dir, functools.partial(identify, xs))
+    who = functools.partial(identify, xs)
+    binder = GuestBinder(life, settings.guest, settings.runtime_dir, who, Others(xs))
     back_ends = back_end(binder)
 
     async def until_stopped() -> None:

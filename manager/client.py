@@ -67,7 +67,13 @@ def stream(
         sock.settimeout(ANSWER_SECONDS)
         _connect(sock, path)
         try:
-            send_message(sock, encode_admin(AdminRequest(verb, arguments)), descriptors)
+            message = encode_admin(AdminRequest(verb, arguments))
+        except MessageError as error:
+            raise UsageError(
+                "an argument cannot be sent: text is UTF-8 and numbers have 64 bits. Nothing was asked for"
+            ) from error
+        try:
+            send_message(sock, message, descriptors)
         except OSError as error:
             raise _went_away(error) from error
         while (documents := _next(sock, on_note)) is not None:

@@ -5,13 +5,15 @@ An unknown key is an error: a misspelt safeguard must not be silently absent.
 
 import dataclasses
 import json
+import math
 import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from manager.errors import ConfigurationError
+from manager.config_ranges import out_of_range
+from manager.errors import ConfigurationError, DeniedError
 
 SYSTEM_CONFIG: Final = Path("/etc/vtpm-manager/config.toml")
 SYSTEM_STATE_DIR: Final = Path("/var/lib/vtpm-manager")
@@ -20,6 +22,7 @@ CONFIG_NAME: Final = "config.toml"
 
 # sun_path has 108 bytes with its NUL (unix(7)); what we append to the runtime directory must fit behind it
 _LONGEST_TAIL: Final = len("/vtpm/00000000-0000-0000-0000-000000000000/swtpm.sock.ctrl")
+_MOST_INTEGER: Final = 2**63 - 1
 MAX_RUNTIME_DIR: Final = 107 - _LONGEST_TAIL
 
 
@@ -136,11 +139,15 @@ class Config:
         """
         try:
             tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except PermissionError as error:
+            raise DeniedError(
+                f"cannot read {path}: {error.strerror}. Nothing was done: only the manager's own user and root may"
+            ) from error
         except OSError as error:
             raise ConfigurationError(
                 f"cannot read {path}: {error.strerror}; run 'vtpm-manager init' first, or name the right --state-dir"
             ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"{path} is not TOML: {error}") from error
         return cls.from_tree(tree, str(path))
 
@@ -152,7 +159,7 @@ class Config:
         for name, content in tree.items():
             if name not in sections or not isinstance(content, dict):
                 raise ConfigurationError(f"{where}: unknown section [{name}]; known: {', '.join(sections)}")
-            values[name] = _section(sections[name], content, f"{where}: [{name}]")
+            values[name] = _section(sections[name], name, content, f"{where}: [{name}]")
         return cls(**values)
 
     def to_toml(self) -> str:
@@ -232,16 +239,20 @@ class Layout:
             )
 
 
-def _section(kind: type, content: dict[str, Any], where: str) -> Any:
+def _section(kind: type, name: str, content: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for key, value in content.items():
         if key not in hints:
             raise ConfigurationError(f"{where}: unknown key '{key}'; known: {', '.join(hints)}")
         content[key] = _value(value, hints[key], f"{where} {key}")
+        if problem := out_of_range(name, key, content[key]):
+            raise ConfigurationError(f"{where} {key}: {problem}")
     return kind(**content)
 
 
 def _value(value: Any, wanted: Any, where: str) -> Any:
+    if type(value) is int and abs(value) > _MOST_INTEGER:
+        raise ConfigurationError(f"{where}: a number that long cannot be: TOML's have 64 bits")
     if wanted is float and type(value) is int:
         return float(value)
     if typing.get_origin(wanted) is tuple:
@@ -257,4 +268,6 @@ def _value(value: Any, wanted: Any, where: str) -> Any:
 def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return json.dumps(list(value))
+    if value == math.inf:
+        return "inf"
     return json.dumps(value)  # strings, numbers and truth values are written alike in JSON and TOML

@@ -31,6 +31,7 @@ from manager.capacity import Capacity, descriptors_in_use, raise_descriptor_limi
 from manager.catalogue_place import place_of, shown_place
 from manager.committer import Committer
 from manager.config import Config, Layout
+from manager.config_check import refuse_unusable
 from manager.errors import ConfigurationError, ConflictError
 from manager.event_retention import keep_events
 from manager.exports import Exports
@@ -133,6 +134,7 @@ class Daemon:
 
     async def run(self) -> bool:
         """Serve until told to stop; returns whether the installed code is to take this process over."""
+        managers = self._listen_for_managers()  # before anything that would have to be undone
         unclean = self._opened.standing is not Standing.CLEAN
         if unclean:
             _log.warning("the last stop was not clean; the store is the newest one all the same")
@@ -142,7 +144,7 @@ class Daemon:
             # a dead manager's: keepers serve us, so none lives in this directory, which may have another store
             self._layout.admin_socket.unlink(missing_ok=True)
             async with trio.open_nursery() as nursery:
-                await self._serve(nursery, self._keepers)
+                await self._serve(nursery, self._keepers, managers)
                 nursery.cancel_scope.cancel()
         finally:
             self._closing.close()
@@ -152,8 +154,8 @@ class Daemon:
             self._opened.secret.wipe()
         return self._upgrading
 
-    async def _serve(self, nursery: trio.Nursery, keepers: Keepers) -> None:
-        config, managers = self._config, self._listen_for_managers()  # before anything that would have to be undone
+    async def _serve(self, nursery: trio.Nursery, keepers: Keepers, managers: socket.socket | None) -> None:
+        config = self._config
         rings = RingServer(self._committer, self._hardware, nursery, config.instance.commit_timeout)
         self._closing.callback(rings.close)
         rings.on_quote = self._quotes.for_guest
@@ -161,16 +163,8 @@ class Daemon:
         imports = rings.blobs = self._imports(blob_events)
         instances = Instances(keepers, rings, nursery, config.instance, self._ended)
         self._closing.callback(instances.close)
-        sleepers = Sleepers(self._registry, instances, keepers, self._layout.sockets, config.instance)
-        capacity = Capacity.found(config.quota.running, self._descriptor_limit, config.instance.per_keeper)
-        self._attachments = Attachments(
-            self._registry, instances, self._layout, config, self._opened.store.uuid, capacity, sleepers
-        )
+        hibernation = self._lives(instances, keepers, nursery)
         rings.on_boot = self._attachments.boots.begin
-        self._supervision = Supervision(self._registry, self._attachments, instances, nursery, config.instance)
-        hibernation = self._hibernation = Hibernation(
-            self._registry, self._attachments, instances, keepers, nursery, self._supervision.later
-        )
         nursery.start_soon(self._committer.run)
         nursery.start_soon(self._tombstones.run)
         nursery.start_soon(rings.run)
@@ -188,14 +182,39 @@ class Daemon:
         nursery.start_soon(hibernation.events.run)
         nursery.start_soon(blob_events.run)
         xen = self._xen(instances, nursery, hibernation)
-        services = Services(
+        await self._approvals.raise_used()  # from here on the platform has come up: what is older is revoked
+        nursery.start_soon(migration.arrivals.run)
+        nursery.start_soon(xen.run, self._listen_for_xen())
+        if managers is not None:
+            server = MigrationServer(migration.server_context, migration.knows, migration.handle)
+            nursery.start_soon(server.run, managers)
+            _log.info("other managers are answered at %s", config.migration.listen)
+        await self._administer(nursery, self._services(hibernation, imports, migration))
+        await self._wind_up(keepers)
+
+    def _lives(self, instances: Instances, keepers: Keepers, nursery: trio.Nursery) -> Hibernation:
+        """Make what starts, stops, watches and hibernates instances."""
+        config = self._config
+        sleepers = Sleepers(self._registry, instances, keepers, self._layout.sockets, config.instance)
+        capacity = Capacity.found(config.quota.running, self._descriptor_limit, config.instance.per_keeper)
+        self._attachments = Attachments(
+            self._registry, instances, self._layout, config, self._opened.store.uuid, capacity, sleepers
+        )
+        self._supervision = Supervision(self._registry, self._attachments, instances, nursery, config.instance)
+        self._hibernation = Hibernation(
+            self._registry, self._attachments, instances, keepers, nursery, self._supervision.later
+        )
+        return self._hibernation
+
+    def _services(self, hibernation: Hibernation, imports: Imports, migration: Migration) -> Services:
+        return Services(
             self._registry,
             self._attachments,
             self._layout.sockets,
             self._status,
             self._stop_requested.set,
             self._layout,
-            config,
+            self._config,
             self._groups,
             self._start_group,
             self._approvals,
@@ -207,14 +226,11 @@ class Daemon:
             imports,
             migration,
         )
-        await self._approvals.raise_used()  # from here on the platform has come up: what is older is revoked
-        nursery.start_soon(migration.arrivals.run)
-        nursery.start_soon(xen.run, self._listen_for_xen())
-        if managers is not None:
-            nursery.start_soon(MigrationServer(migration.server_context, migration.handle).run, managers)
-            _log.info("other managers are answered at %s", config.migration.listen)
-        with admin_server.listen(self._layout.admin_socket, config.admin) as listener:
-            nursery.start_soon(AdminServer(services, config.admin).run, listener)
+
+    async def _administer(self, nursery: trio.Nursery, services: Services) -> None:
+        """Answer administrators until told to stop."""
+        with admin_server.listen(self._layout.admin_socket, self._config.admin) as listener:
+            nursery.start_soon(AdminServer(services, self._config.admin).run, listener)
             _log.info(READY)
             notify("READY=1")
             await self._stop_requested.wait()
@@ -222,7 +238,6 @@ class Daemon:
             # of a service that says it stops systemd expects that it ends
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}" if self._upgrading else "STOPPING=1")
             self._layout.admin_socket.unlink(missing_ok=True)
-        await self._wind_up(keepers)
 
     def _imports(self, notes: FrequentEvents) -> Imports:
         store, events = self._opened.store, BlobEvents(notes)
@@ -261,6 +276,7 @@ class Daemon:
         async with self._approvals.changing:  # it writes a group's record back as it read it
             await adopt_older_rows(self._committer, self._catalogue)
         await self._moves.settle()  # what may have left of it is not started
+        self._groups.settled(group)
         self._tombstones.buried()  # the group's, too, have a time that is waited for now
         return await self._supervision.start_group(group, self._hibernation)
 
@@ -376,6 +392,7 @@ def run(layout: Layout, config: Config, command: Command | None = None) -> bool:
 
     """
     layout.check()
+    refuse_unusable(layout, config)
     make_runtime_directory(layout)
     with locked_store(layout) as descriptor, open_tpm(layout, config) as tpm:
         opened = open_store(descriptor, tpm, config)

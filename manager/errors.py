@@ -1,5 +1,6 @@
 """Errors of the manager, each with a command's exit code. They say what happened, what was kept, what to do."""
 
+import os
 from typing import ClassVar
 from uuid import UUID
 
@@ -95,3 +96,10 @@ class KeeperRefusedError(KeeperError):
 
 class KeeperFullError(KeeperRefusedError):
     """The keeper is there, and has no descriptors left for this: another one may."""
+
+
+def refused_by_system(error: OSError) -> ManagerError:
+    """Return what to say where the operating system refused a file, with the exit code of it."""
+    kind = {FileNotFoundError: NotFoundError, PermissionError: DeniedError}.get(type(error), ManagerError)
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return kind(f"{where}{error.strerror or error}")

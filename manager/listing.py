@@ -60,32 +60,13 @@ def describe(services: Services, row: VtpmRow) -> Document:
 
 def describer(services: Services) -> Callable[[Listed], Document]:
     """Return what makes documents out of rows; it has read the groups' names once."""
-    registry, store = services.registry, services.registry.committer.store
+    registry = services.registry
     names = {row.uuid: row.name for row in registry.catalogue.groups()}
-
-    def look(row: VtpmRow, running: Running | None, attachment: AttachmentRow | None) -> tuple[str, VtpmRecord | None]:
-        vtpm = row.uuid
-        try:
-            record = store.get(vtpm)
-        except StorageError:
-            if running is not None:
-                return running.stage.value, None
-            if row.group in registry.closed:
-                return "closed", None
-            # no record, or its sector is damaged: vtpm-verify tells which
-            return "missing", None
-        if running is None and attachment is not None and staleness(record, attachment):
-            attachment = registry.catalogue.find_attachment(vtpm)  # the listing read it some time ago
-            if attachment is not None and staleness(record, attachment):
-                return "stale", record
-        asleep = vtpm in services.attachments.sleepers
-        elsewhere = attachment is not None and bool(attachment.instance_domain)
-        return state_of(running, record.flags, attachment is not None, asleep, elsewhere), record
 
     def describe_one(listed: Listed) -> Document:
         row, attachment = listed.vtpm, listed.attachment
         running = services.attachments.running(row.uuid)
-        state, record = look(row, running, attachment)
+        state, record = _look(services, row, running, attachment)
         document: Document = {
             "schema": SCHEMA_VERSION,
             "uuid": str(row.uuid),
@@ -109,15 +90,7 @@ def describer(services: Services) -> Callable[[Listed], Document]:
             "reason": registry.closed.get(row.group) if state == "closed" else services.attachments.reason(row.uuid),
             "release": services.attachments.release(row.uuid),
             "outdated": running is not None and services.attachments.is_outdated(row.uuid),
-            "startup": attachment.startup if attachment else None,
-            "hwinitpcrs": (attachment.hw_pcrs or None) if attachment else None,
-            "measure": measured_words(attachment.measure) if attachment else None,
-            "measured": measured_words(attachment.measured) if attachment else None,
-            "late_attach": attachment.ran_before if attachment else None,
-            "hibernate_after": rest_after(attachment, services.config.instance) if attachment else None,
-            "commands_per_second": attachment.commands_per_second or None if attachment else None,
-            "saves_per_second": attachment.saves_per_second or None if attachment else None,
-            "nv_bytes": attachment.nv_bytes or None if attachment else None,
+            **_terms(services, attachment),
             **xen_terms(attachment, services.attachments.bindings.of(row.uuid)),
             "hibernated_since": _moment(services.attachments.sleepers.since(row.uuid)),
             "generation": record and record.generation,
@@ -138,6 +111,44 @@ def describer(services: Services) -> Callable[[Listed], Document]:
         return document
 
     return describe_one
+
+
+def _look(
+    services: Services, row: VtpmRow, running: Running | None, attachment: AttachmentRow | None
+) -> tuple[str, VtpmRecord | None]:
+    """Return a vTPM's state in one word, and its record, None where it cannot be read."""
+    registry, vtpm = services.registry, row.uuid
+    try:
+        record = registry.committer.store.get(vtpm)
+    except StorageError:
+        if running is not None:
+            return running.stage.value, None
+        if row.group in registry.closed:
+            return "closed", None
+        # no record, or its sector is damaged: vtpm-verify tells which
+        return "missing", None
+    if running is None and attachment is not None and staleness(record, attachment):
+        attachment = registry.catalogue.find_attachment(vtpm)  # the listing read it some time ago
+        if attachment is not None and staleness(record, attachment):
+            return "stale", record
+    asleep = vtpm in services.attachments.sleepers
+    elsewhere = attachment is not None and bool(attachment.instance_domain)
+    return state_of(running, record.flags, attachment is not None, asleep, elsewhere), record
+
+
+def _terms(services: Services, attachment: AttachmentRow | None) -> Document:
+    """Return how a vTPM is attached, beside what a guest reaches it by."""
+    return {
+        "startup": attachment.startup if attachment else None,
+        "hwinitpcrs": (attachment.hw_pcrs or None) if attachment else None,
+        "measure": measured_words(attachment.measure) if attachment else None,
+        "measured": measured_words(attachment.measured) if attachment else None,
+        "late_attach": attachment.ran_before if attachment else None,
+        "hibernate_after": rest_after(attachment, services.config.instance) if attachment else None,
+        "commands_per_second": attachment.commands_per_second or None if attachment else None,
+        "saves_per_second": attachment.saves_per_second or None if attachment else None,
+        "nv_bytes": attachment.nv_bytes or None if attachment else None,
+    }
 
 
 def _elsewhere(services: Services, row: VtpmRow, record: VtpmRecord | None) -> Document:

@@ -7,6 +7,7 @@ from enum import StrEnum
 from frontend_backend.messages_admin import ExitCode
 from manager import confinement
 from manager.config import Config, Layout
+from manager.config_check import problems
 from manager.errors import BusyError, DeniedError, ManagerError
 from manager.hwtpm import HardwareTpm
 from manager.hwtpm_localities import survey
@@ -41,7 +42,12 @@ def check(layout: Layout, config: Config) -> list[Finding]:
 
     While a manager runs, the TPM and the store are its own: then only what is outside is checked.
     """
-    findings = [*_check_settings(config), *_check_permissions(layout, config), _check_runtime(layout)]
+    findings = [
+        *_check_settings(config),
+        *_check_words(layout, config),
+        *_check_permissions(layout, config),
+        _check_runtime(layout),
+    ]
     findings += [Finding(f"keeper at {path}", Verdict.OK, said) for path, said in describe_all(layout)]
     findings += _check_confinement(config)
     try:
@@ -73,6 +79,10 @@ def _check_settings(config: Config) -> list[Finding]:
     judge("tpm.locality", config.tpm.locality != 2, "2", "0: the host's own software can unseal the manager's keys")
     judge("tpm.pcrs", config.tpm.pcrs == PCRS_NONE, config.tpm.pcrs, "none: any software at locality 2 can unseal")
     return findings
+
+
+def _check_words(layout: Layout, config: Config) -> list[Finding]:
+    return [_failed(what, error) for what, error in problems(layout, config)]
 
 
 def _check_permissions(layout: Layout, config: Config) -> list[Finding]:

@@ -5,10 +5,18 @@ from pathlib import Path
 from typing import Final
 
 from manager.durable import sync_directory
-from manager.errors import ConflictError, ManagerError
+from manager.errors import ConflictError, ManagerError, UsageError
 
 PRIVATE: Final = 0o600
 PUBLIC: Final = 0o644
+
+
+def check_new(path: str) -> None:
+    """Tell in time that `write_new` would refuse. Raises UsageError: no name. ConflictError: it is there."""
+    if not path:
+        raise UsageError("the file to write has an empty name. Nothing was done")
+    if os.path.lexists(path):
+        raise ConflictError(f"{path} is there already; it was left as it is. Name another file")
 
 
 def write_new(path: str, content: bytes, mode: int = PUBLIC) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 from frontend_backend import messages_instance, messages_keeper
 from frontend_backend.release import RELEASE
 from manager.config import Config, Layout
+from manager.config_check import refuse_unusable
 from manager.confinement import keeper_options
 from manager.errors import UsageError
 from manager.opening import read_boot_area
@@ -73,6 +74,7 @@ def preflight(layout: Layout, config: Config, running: dict[str, int]) -> dict[s
     import manager.daemon  # noqa: F401, PLC0415 - everything that the new manager imports must be there
 
     layout.check()
+    refuse_unusable(layout, config)
     keeper_options(config.instance)
     descriptor = os.open(layout.store, os.O_RDONLY | os.O_CLOEXEC)
     try:

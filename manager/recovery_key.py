@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
+from frontend_backend.command_line import parsed, whole
 from frontend_backend.messages_admin import ExitCode
 from manager.errors import ManagerError
 from manager.key_files import write_pair
@@ -38,9 +39,10 @@ def write_recovery_files(path: str, key: RecoveryPrivate, passphrase: bytes | No
         raise RecoveryFileUnwritten(path, error.strerror or str(error)) from error
 
 
+@whole
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vtpm-recovery-key`. Returns an ExitCode; argparse itself exits with 2 for wrong usage."""
-    arguments = _parser().parse_args(argv)
+    arguments = parsed(_parser(), argv)
     try:
         passphrase = None if arguments.passphrase_file is None else read_passphrase(arguments.passphrase_file)
         document = arguments.call(arguments.file, passphrase)

@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 from manager import restoring
 from manager.backup import FORMAT, MANIFEST, REQUIRED, STORE
 from manager.durable import sync_directory
-from manager.errors import ConflictError, IntegrityError, ManagerError, NotFoundError
+from manager.errors import ConflictError, IntegrityError, ManagerError, NotFoundError, refused_by_system
 from manager.restore_catalogue import catalogue_in_place
 
 _log = logging.getLogger("vtpm.restore")
@@ -43,8 +43,9 @@ def restore(source: Path, state_dir: Path, catalogue: str | None = None) -> Rest
     `catalogue_in_place`.
 
     Raises:
-        NotFoundError: no such file. ConflictError: directory or database are not empty. IntegrityError: no backup, a
-        part of one, or bytes that are not those that were written. ManagerError: the operating system refused.
+        NotFoundError, DeniedError: no such file, or it may not be read. ConflictError: directory or database are not
+        empty. IntegrityError: no backup, a part of one, or bytes that are not those that were written. ManagerError:
+        the operating system refused.
 
     """
     if restoring.is_unfinished(state_dir):
@@ -53,7 +54,12 @@ def restore(source: Path, state_dir: Path, catalogue: str | None = None) -> Rest
     if os.path.lexists(state_dir) and (not state_dir.is_dir() or any(state_dir.iterdir())):
         raise ConflictError(f"{state_dir} is not empty; nothing was changed. Restore into a new directory")
     try:
-        with open(source, "rb") as file, _all_or_nothing(state_dir):
+        file = open(source, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        refused = refused_by_system(error)
+        raise type(refused)(f"{refused}; nothing was changed") from error
+    try:
+        with file, _all_or_nothing(state_dir):
             manifest = _unpack(file, state_dir)
             with catalogue_in_place(state_dir, catalogue):
                 restoring.finish(state_dir)
@@ -120,7 +126,7 @@ def _manifest(untrusted: bytes) -> dict[str, Any]:
     wanted = {"store": str, "sequence": int, "vtpms": int, "named": dict, "members": dict}
     try:
         manifest = json.loads(untrusted)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"the backup's manifest cannot be read: {error}; nothing was changed") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise IntegrityError(

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from frontend_backend.command_line import occupy_standard_descriptors
 from frontend_backend.messages_admin import ExitCode
 from frontend_backend.swtpm_options import Interface, SwtpmOptions, parse
 from frontend_backend.swtpm_suboptions import OptionError
@@ -130,6 +131,7 @@ def _print_without_manager(options: SwtpmOptions) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `vtpm-swtpm-managed INTERFACE OPTIONS`; returns the exit code."""
+    occupy_standard_descriptors()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         options = _parsed(sys.argv[1:] if argv is None else argv)

@@ -19,6 +19,7 @@ from storage.errors import (
     CatalogueDamaged,
     CatalogueError,
     CatalogueUnreachable,
+    CatalogueUnwritten,
 )
 
 Place = Path | str  # of a SQLite file, or a URL
@@ -33,6 +34,16 @@ _LOCK: Final = int.from_bytes(hashlib.sha256(b"vtpm-manager catalogue").digest()
 _LOCK_SECONDS: Final = 2.0  # a manager that is started right after another was stopped
 _LOCK_AGAIN: Final = 0.02
 _DRIVER: Final = "postgresql+psycopg"
+_UNWRITTEN: Final = frozenset(  # what SQLite says of a full or failing disk (sqlite.org/rescode.html)
+    {
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR_WRITE,
+        sqlite3.SQLITE_IOERR_FSYNC,
+        sqlite3.SQLITE_IOERR_TRUNCATE,
+        sqlite3.SQLITE_IOERR_SHMSIZE,
+    }
+)
 _SECRETS: Final = ("password", "sslpassword")  # parameters of libpq that are none of a log's business
 
 
@@ -164,6 +175,8 @@ class Database:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         if isinstance(error.orig, sqlite3.Error):  # also while rows are copied from a file to a server
+            if getattr(error.orig, "sqlite_errorcode", None) in _UNWRITTEN:
+                return CatalogueUnwritten(text)
             return CatalogueBusy(text) if "locked" in text else CatalogueDamaged(text)
         if error.connection_invalidated or isinstance(error, sa.exc.OperationalError):
             return CatalogueUnreachable(shown(self.place), text)

@@ -7,7 +7,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from storage import catalogue_schema as schema
-from storage.catalogue_part import Part
+from storage.catalogue_part import ADD_EVENT, Part
 from storage.catalogue_rows import EventRow, Happened
 
 _PRUNED_AT_ONCE: Final = 500  # rows in one transaction: about 5 ms
@@ -25,7 +25,7 @@ class Events(Part):
         """Keep several events, with the times they say, in one transaction."""
         rows = [{"time": row.time, "kind": row.kind, "vtpm": row.vtpm, "text": row.text} for row in events]
         with self._database.change() as connection:
-            connection.execute(schema.events.insert(), rows)
+            connection.execute(ADD_EVENT, rows)
 
     def events(self, vtpm: UUID | None = None) -> list[EventRow]:
         """Return the events of a vTPM, or all, oldest first."""

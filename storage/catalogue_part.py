@@ -1,7 +1,6 @@
 """What every part of the catalogue works with: the database, and the MACs of rows."""
 
 import hmac
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -12,6 +11,8 @@ from storage import catalogue_schema as schema
 from storage.catalogue_database import Database
 from storage.catalogue_rows import AttachmentRow, Happened, VtpmRow, canonical
 from storage.errors import RowTampered
+
+ADD_EVENT = schema.events.insert()
 
 
 def now() -> str:
@@ -31,7 +32,7 @@ class Part:
 
     def _sealed(self, table: str, row: VtpmRow | AttachmentRow) -> dict[str, Any]:
         """Return a row's values with its MAC."""
-        values = asdict(row)
+        values = {name: getattr(row, name) for name in row.__dataclass_fields__}  # plain values: asdict copies each
         return values | {"mac": self._mac(table, values)}
 
     def _authentic(self, table: str, values: dict[str, Any], what: str) -> dict[str, Any]:
@@ -53,4 +54,4 @@ class Part:
         """Keep an event in the transaction of what it tells of."""
         if happened is not None:
             row = {"time": now(), "kind": happened.kind, "vtpm": vtpm, "text": happened.text}
-            connection.execute(schema.events.insert(), row)
+            connection.execute(ADD_EVENT, row)

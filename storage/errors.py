@@ -333,6 +333,17 @@ class CatalogueDamaged(CatalogueError):
         )
 
 
+class CatalogueUnwritten(CatalogueError):
+    """The disk takes no more, or may only be read: the transaction was taken back, what was done elsewhere was not."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(
+            f"the catalogue could not be written: {problem}. It is as it was; what was done before this (a record "
+            f"made, a vTPM stopped) stays done. Make room (or the disk writable), look with 'vtpm-show' and "
+            f"'vtpm-verify --all', and ask again"
+        )
+
+
 class CatalogueTooNew(CatalogueError):
     """A newer version wrote it."""
 

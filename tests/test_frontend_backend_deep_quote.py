@@ -1,6 +1,10 @@
 """The layouts of deep quotes that guests, instances and the manager share."""
 
+import argparse
+import socket
 import struct
+import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -82,9 +86,30 @@ def test_the_guests_tool_speaks_the_same_language(family: TpmFamily) -> None:
     assert guest_quote.bundle_of(success(family, b"bundle")) == b"bundle"
 
 
+def test_a_quote_that_cannot_be_kept_is_not_blamed_on_the_tpm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path := str(tmp_path / "tpm"))
+        sock.listen()
+
+        def answer() -> None:
+            guest, _ = sock.accept()
+            with guest:
+                guest.recv(4096)
+                guest.sendall(success(TpmFamily.TPM_2_0, b"bundle"))
+
+        answered = threading.Thread(target=answer)
+        answered.start()
+        code = guest_quote.main(["--socket", path, "--nonce", "00", "-o", "/dev/full"])
+        answered.join(20)
+    assert code == guest_quote.FAILURE
+    assert "/dev/full: No space left on device. The quote was made, and is lost" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "24", "7-4", "a", "-1", "1-"])
 def test_the_guests_tool_refuses_what_is_no_selection(text: str) -> None:
-    with pytest.raises(ValueError, match=r".+"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"0,2,4-7|0 to 23"):
         guest_quote.selection_of(text)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections import defaultdict
@@ -101,6 +102,60 @@ def test_with_the_units_capabilities_instances_have_every_measure() -> None:
         [*command, "-m", "vtpm_instance.keeper", "--check"], capture_output=True, check=True, cwd=root, timeout=60
     )
     assert [each["name"] for each in json.loads(done.stdout)["features"] if not each["active"]] == []
+
+
+def pipes_of(user: int) -> list[int]:
+    """Two pipes' four ends, made by another user, as an instance makes its doorbell: reading, writing, twice."""
+    ours, theirs = socket.socketpair()
+    if not (child := os.fork()):
+        os.setresuid(user, user, user)
+        socket.send_fds(theirs, [b"x"], [*os.pipe(), *os.pipe()])
+        os._exit(0)
+    os.waitpid(child, 0)
+    with ours, theirs:
+        return socket.recv_fds(ours, 1, 4)[1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="capabilities are taken from root")
+def test_the_back_end_of_xen_opens_an_instances_doorbell_anew_in_its_sandbox() -> None:
+    """Through /proc, of which it sees little, and though the pipes are another user's."""
+    unit = settings(XEN)
+    (capabilities,), (hidden,), (subset,) = (
+        unit[key] for key in ("CapabilityBoundingSet", "ProtectProc", "ProcSubset")
+    )
+    kept = "".join(f",+{name.removeprefix('CAP_').lower()}" for name in capabilities.split())
+    sandbox = f'mount -t proc -o hidepid={hidden},subset={subset} proc /proc && exec "$@"'
+    command = ["unshare", "-m", "--propagation", "private", "sh", "-c", sandbox, "sh"]
+    if subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount /proc")
+    heard, its_ring, its_heard, rung = pipes_of(65534)
+    limits = ["setpriv", f"--bounding-set=-all{kept}", "--inh-caps=-all", "--no-new-privs", sys.executable, "-c"]
+    try:
+        done = subprocess.run(
+            [*command, *limits, f"{OPENS_ANEW}\nopens_anew({heard}, {rung})"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=UNITS.parent.parent,
+            pass_fds=(heard, rung),
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (0, "True False\n"), done.stderr
+        assert os.read(its_heard, 10) == b"\0"
+    finally:
+        for descriptor in (heard, its_ring, its_heard, rung):
+            os.close(descriptor)
+
+
+OPENS_ANEW = """
+from pathlib import Path
+from frontend_backend.doorbell import PipeDoorbell
+
+def opens_anew(heard, rung):
+    doorbell = PipeDoorbell.adopt(heard, rung, patient=False, wary=True)
+    doorbell.ring()
+    print(doorbell.drain(), Path("/proc/meminfo").exists())
+"""
 
 
 def test_a_refused_store_is_not_tried_again_and_again() -> None:

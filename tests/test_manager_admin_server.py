@@ -28,6 +28,7 @@ from manager.services import Services
 from manager.sockets import Owner, SocketFolder, parse_mode
 from manager.verb_table import BY_NAME, Role
 from manager.verbs import HANDLERS
+from storage.errors import NameTaken, NoSuchRow
 
 
 @dataclass
@@ -218,6 +219,24 @@ async def test_those_who_wait_cost_no_descriptor(monkeypatch: pytest.MonkeyPatch
             sock.close()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(NoSuchRow("vTPM web"), ExitCode.NOT_FOUND), (NameTaken("the name web"), ExitCode.CONFLICT)],
+)
+async def test_who_comes_second_of_two_at_once_is_told_as_if_he_came_later(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: ExitCode
+) -> None:
+    """Of two `vtpm-remove` at once one ended with 1, and a traceback in the log."""
+
+    async def outrun(*_: Any) -> list[dict[str, Any]]:
+        raise error
+
+    monkeypatch.setitem(HANDLERS, "status", outrun)
+    async with admin() as made:
+        failure = refused(await made.ask("status"))
+        assert (failure.code, "at the same time" in failure.text) == (code, True)
+
+
 async def test_a_mistake_in_a_verb_ends_one_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -356,6 +375,23 @@ def test_every_verb_has_a_handler_help_and_known_kinds() -> None:
 def test_arguments_are_exactly_those_of_the_table(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         check_arguments(BY_NAME["attach"], arguments)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "said"),
+    [
+        ("attach", {"vtpm": "v", "guest": "g", "owner": ""}, "--owner is given, but empty"),
+        ("group-add", {"name": "g", "pcrs": ""}, "--pcrs is given, but empty"),
+        ("group-add", {"name": "g", "recovery": ""}, "the file that --recovery names is empty"),
+        ("group-add", {"name": "g", "saa": ""}, "the file that --saa names is empty"),
+        ("group-update", {"group": "g", "recovery": ""}, "the file that --recovery names is empty"),
+        ("migrate-authorise", {"peer": "p", "leave": "web1", "address": ""}, "--address is given, but empty"),
+    ],
+)
+def test_what_is_empty_is_not_taken_for_the_default(verb: str, arguments: dict[str, Any], said: str) -> None:
+    """A tenant's recovery key from a file that was cut short must not become the installation's."""
+    with pytest.raises(UsageError, match=f"{said}: that is not the default"):
+        check_arguments(BY_NAME[verb], arguments)
 
 
 def test_defaults_fill_what_is_not_said() -> None:

@@ -208,6 +208,30 @@ def test_a_pcr_policy_that_says_something_twice_is_refused(
     assert "PCR policy" in json.loads(capsys.readouterr().out)["error"]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--days", "0"], "no number of days"),
+        (["--days", "-3"], "no number of days"),
+        (["--days", "99999999"], "no number of days"),
+        (["--days", "0000000019999999999"], "no number of days"),
+        (["--days", "99999999999999"], "no number of days"),
+        (["--days", "\N{SUPERSCRIPT TWO}"], "no number of days"),
+        (["--name", "x" * 65], "1 to 64 bytes"),
+        (["--name", "\udcff"], "1 to 64 bytes"),
+        (["--name", "a\nb"], "1 to 64 bytes"),
+    ],
+)
+def test_an_authority_that_no_certificate_can_name_is_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["new-ca", str(tmp_path / "ca.key"), str(tmp_path / "ca.crt"), *options])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_secret_of_a_size_that_no_tpm_takes_is_our_mistake(
     parts: tuple[HardwareTpm, AttestationKey, Request],
 ) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import socket
@@ -39,8 +40,9 @@ def answering(*replies: bytes) -> Iterator[tuple[str, list[Any]]]:
                 heard.append((decode_admin(data), len(descriptors)))
                 for descriptor in descriptors:
                     os.close(descriptor)
-                for reply in replies:
-                    near.send(reply)
+                with contextlib.suppress(BrokenPipeError):  # who asked may have seen enough
+                    for reply in replies:
+                        near.send(reply)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -96,6 +98,135 @@ def test_a_manager_of_before_an_upgrade_is_asked_only_what_was_said(words: list[
     with answering(*rows(DOCUMENT)) as (path, heard):
         assert cli.main([*words, "--socket", path]) == 0
     assert heard == [(AdminRequest(words[0], asked), 0)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", "\udcff"],
+        ["add", "--name", "\udcfcn\udcef"],
+        ["add", "--count", "99999999999999999999"],
+        ["attach", "web", "g", "--nv-bytes", "99999999999999999999"],
+        ["events", "--limit", "99999999999999999999"],
+    ],
+)
+def test_what_no_message_can_hold_is_a_usage_error(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="vt") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock,
+    ):
+        sock.bind(f"{folder}/a")
+        sock.listen()
+        assert cli.main([*words, "--socket", f"{folder}/a"]) == ExitCode.USAGE
+    assert "cannot be sent" in capsys.readouterr().err
+
+
+def test_an_output_file_that_is_there_is_refused_before_anything_is_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """`vtpm-migrate-identity --anew -o FILE` must not make a new identity and then find no place for it."""
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    nobody = str(tmp_path / "nobody")
+    assert cli.main(["migrate-identity", "--anew", "--yes", "-o", str(taken), "--socket", nobody]) == ExitCode.CONFLICT
+    assert "is there already" in capsys.readouterr().err
+    assert taken.read_text() == "mine"
+
+
+def test_an_endpoint_that_there_is_not_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(*rows(DOCUMENT | {"endpoint": None})) as (path, _):
+        words = ["attach", "web", "g", "--frontend", "xen", "--instance-domain", "any", "--quiet"]
+        assert cli.main([*words, "--socket", path]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("verb", "code"), [(["verify", "--all"], ExitCode.FAILURE), (["list"], ExitCode.OK)])
+@pytest.mark.parametrize("form", ["--json", "--jsonl"])
+def test_a_judgement_whose_reader_is_gone_is_whole_or_a_failure(
+    monkeypatch: pytest.MonkeyPatch, verb: list[str], code: ExitCode, form: str
+) -> None:
+    """Line by line it stops, and nobody has judged the rest; a whole document is judged before it is printed."""
+    near, far = os.pipe()
+    os.close(near)
+    with answering(*rows(DOCUMENT | {"code": 0}, DOCUMENT | {"code": 6})) as (path, _), os.fdopen(far, "w", 1) as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        whole = ExitCode.INTEGRITY if verb[0] == "verify" else ExitCode.OK
+        assert cli.main([*verb, form, "--socket", path]) == (code if form == "--jsonl" else whole)
+        with open(os.devnull, "w") as nowhere:  # for what closing it would still write
+            os.dup2(nowhere.fileno(), far)
+
+
+def test_a_configuration_without_its_state_directory_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--all", "--config", "/c", "--socket", "/nowhere/a"]) == ExitCode.USAGE
+    assert "--config goes with --state-dir" in capsys.readouterr().err
+
+
+def test_the_tpms_status_is_asked_of_the_manager_that_the_environment_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As every other verb of a running manager is."""
+    with answering(*rows(DOCUMENT)) as (path, heard):
+        monkeypatch.setenv(client.SOCKET_VARIABLE, path)
+        assert manager_main(["tpm-status", "--json"]) == 0
+    assert heard == [(AdminRequest("tpm-status", {}), 0)]
+    assert json.loads(capsys.readouterr().out) == DOCUMENT
+
+
+def test_an_approval_that_is_not_there_is_not_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert manager_main(["approve", str(tmp_path / "a"), "--state-dir", str(tmp_path)]) == ExitCode.NOT_FOUND
+    assert "Nothing was changed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not")
+@pytest.mark.parametrize("verb", ["approve", "restore"])
+def test_a_file_that_may_not_be_read_is_denied(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    """A restore ended with 1, an approval with 3."""
+    with tempfile.TemporaryDirectory(prefix="vt") as folder:
+        os.chmod(folder, 0o777)
+        given = Path(folder, "given")
+        given.touch(0o600)
+        os.seteuid(65534)
+        try:
+            code = manager_main([verb, str(given), "--state-dir", f"{folder}/state"])
+        finally:
+            os.seteuid(0)
+        assert (code, os.listdir(folder)) == (ExitCode.DENIED, ["given"])
+    assert "given: Permission denied" in (said := capsys.readouterr().err)
+    assert "othing was changed" in said
+    assert "Errno" not in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not")
+def test_another_users_state_directory_is_denied_and_not_taken_for_an_empty_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="vt") as folder:
+        os.chmod(folder, 0o711)
+        state = Path(folder, "state")
+        state.mkdir(mode=0o700)
+        (state / "store.img").write_bytes(b"somebody's")
+        os.seteuid(65534)
+        try:
+            code = manager_main(["init", "--no-recovery", "--pcrs", "none", "--state-dir", str(state)])
+        finally:
+            os.seteuid(0)
+        assert (code, os.listdir(state)) == (ExitCode.DENIED, ["store.img"])
+    assert "this user may not" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root may read everything; only root can become somebody who may not")
+def test_another_users_configuration_is_denied_and_not_taken_for_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.toml").touch(0o600)
+    os.seteuid(65534)
+    try:
+        assert manager_main(["check", "--state-dir", str(tmp_path)]) == ExitCode.DENIED
+    finally:
+        os.seteuid(0)
+    said = capsys.readouterr().err
+    assert "Permission denied" in said
+    assert "init" not in said
 
 
 @pytest.mark.parametrize("code", [code for code in ExitCode if code is not ExitCode.OK])

@@ -167,6 +167,7 @@ def test_a_value_given_by_itself_counts_before_that_of_a_file(desk: Desk) -> Non
         (("--pcr", f"0={ZERO}", "--pcr", f"7={SEVEN}", "--pcr", f"07={ZERO}"), 2, "two values for PCR 7"),
         (("--comment", "x" * 201), 6, "too long"),
         (("--comment", "\x07"), 6, "cannot be printed"),
+        (("--comment", "\udcff"), 6, "no UTF-8"),
         (("--sequence", "2"), 4, "takes 3 and above"),
         (("--sequence", "0"), 4, "takes 3 and above"),
     ],
@@ -181,7 +182,9 @@ def test_what_cannot_be_signed_is_refused_and_no_file_made(
     assert not Path(desk.output).exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '["x"]', "{}", "sha256:\n", '{"name": "acme"}', "\x00\xff", "[1]"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "", "{", "[]", '["x"]', "{}", "sha256:\n", '{"name": "acme"}', "\x00\xff", "[1]"]
+)
 def test_a_file_that_is_no_target_or_no_values_is_refused(desk: Desk, content: str) -> None:
     path = desk.write("bad", content)
     assert desk.sign("--pcr", f"0={ZERO}", "--pcr", f"7={SEVEN}", group=path)[0] in (2, 6)

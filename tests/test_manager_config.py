@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -6,7 +8,10 @@ from uuid import uuid4
 
 import pytest
 
+from frontend_backend.messages_admin import ExitCode
+from manager.__main__ import main
 from manager.config import MAX_RUNTIME_DIR, AdminConfig, AnchorConfig, Config, InstanceConfig, Layout, TpmConfig
+from manager.config_ranges import RANGES
 from manager.errors import ConfigurationError, ConflictError, IntegrityError, ManagerError
 from manager.notify import notify
 from manager.state_files import discard, image_path, make_image, open_locked
@@ -57,6 +62,93 @@ def test_nothing_said_is_the_default_and_the_default_is_not_weak(tmp_path: Path)
 def test_what_is_not_known_or_of_another_type_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigurationError):
         Config.load(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[anchor]\ninterval_seconds = nan",
+        "[anchor]\ninterval_seconds = -1",
+        "[anchor]\ninterval_seconds = 0",
+        "[tpm]\nbusy_seconds = nan",
+        "[instance]\nstart_timeout = 0",
+        "[instance]\nuid_base = -5",
+        "[instance]\nuid_base = 4294967295",
+        "[instance]\nhibernate_after = nan",
+        "[instance]\ncommit_timeout = inf",
+        f"[quota]\nrunning = 1{'0' * 400}",
+        f"[tpm]\nbusy_seconds = 1{'0' * 400}",
+        "[instance]\nper_keeper = -1",
+        "[quota]\nrunning = -1",
+        "[quota]\nnv_bytes = 99999999999",
+        "[admin]\noperator_uids = [0, -1]",
+    ],
+)
+def test_a_number_that_means_nothing_is_an_error(tmp_path: Path, text: str) -> None:
+    """An interval below zero ended the manager with a traceback, once it ran."""
+    with pytest.raises(ConfigurationError, match="cannot be: "):
+        Config.load(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[anchor]\ninterval_seconds = inf",
+        "[instance]\nstart_timeout = inf",
+        "[instance]\nstop_timeout = 0",
+        "[instance]\nrestart_seconds = inf",
+        "[instance]\nhibernate_after = -1",
+        "[catalogue]\nevents_kept = -1",
+        "[catalogue]\nevents_days = 99999999999",
+    ],
+)
+def test_a_number_that_had_a_meaning_is_still_taken(tmp_path: Path, text: str) -> None:
+    """An installation that was set up so must start after an upgrade, and after `reseal` has written the file anew."""
+    config = Config.load(written(tmp_path, text))
+    assert Config.load(written(tmp_path, config.to_toml())) == config
+
+
+def test_a_number_that_is_refused_is_told_as_it_was_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"uid_base: 4294967295 cannot be: 0 to 4294901758$"):
+        Config.load(written(tmp_path, "[instance]\nuid_base = 4294967295"))
+
+
+def test_every_number_has_a_range() -> None:
+    elsewhere = {("tpm", "locality"), ("store", "tombstone_days")}  # which say so themselves
+    numbers = {
+        (section.name, key.name)
+        for section in dataclasses.fields(Config)
+        for key in dataclasses.fields(getattr(Config(), section.name))
+        if key.type in (int, float, tuple[int, ...])
+    }
+    assert numbers == set(RANGES) | elsewhere
+    for (section, key), (low, high) in RANGES.items():
+        value = getattr(getattr(Config(), section), key)
+        assert all(low <= number <= high for number in (value if isinstance(value, tuple) else (value,)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[admin]\nsocket_mode = "999"', "socket_mode cannot be used"),
+        ('[admin]\nsocket_group = "no-such-group-here"', "no group"),
+        ('[migration]\nlisten = "tcp:99999"', "is no address"),
+        ('[catalogue]\nurl = "mysql://host/x"', "'mysql' is no database"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_told_by_run_and_check_before_anything_starts(
+    short: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    written(short, text)
+    places = ["--state-dir", str(short), "--runtime-dir", str(short / "run")]
+    assert main(["run", *places]) == ExitCode.USAGE
+    assert said in capsys.readouterr().err
+    assert not (short / "run").exists()
+    assert main(["preflight", *places]) == ExitCode.USAGE, "an upgrade must not hand over to code that refuses this"
+    assert said in capsys.readouterr().err
+    main(["check", "--json", *places])
+    (found,) = [row for row in json.loads(capsys.readouterr().out) if said in row["text"]]
+    assert (found["verdict"], found["code"]) == ("failed", ExitCode.USAGE)
 
 
 def test_a_file_that_is_not_there_or_no_text_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from storage.errors import (
     CatalogueForeign,
     CatalogueTooNew,
     CatalogueUnreachable,
+    CatalogueUnwritten,
     NameTaken,
     NoSuchRow,
     RowTampered,
@@ -169,6 +171,22 @@ def test_names_uuids_and_attachments_are_unique_and_a_refusal_changes_nothing(ca
     assert catalogue.attachments() == [AT_ONE]
 
 
+def test_a_full_disk_is_no_damage_and_takes_the_transaction_back(in_file: Catalogue, path: Path) -> None:
+    """Who was told that the catalogue "cannot be read" and "nothing was changed" was told wrong on both counts."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    three = replace(TWO, uuid=uuid4(), name="three", state_image="")
+    room = path.with_name(f"{path.name}-wal").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, unlimited[1]))
+    try:
+        with pytest.raises(CatalogueUnwritten, match=r"could not be written.*It is as it was.*Make room"):
+            in_file.add_vtpm(three)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert in_file.find_vtpm_by_name("three") is None
+    in_file.add_vtpm(three)
+    assert in_file.find_vtpm_by_name("three") is not None
+
+
 def test_an_attachment_is_renewed_and_detached(catalogue: Catalogue) -> None:
     catalogue.attach(AT_ONE)
     catalogue.attach(AT_TWO)
@@ -176,6 +194,30 @@ def test_an_attachment_is_renewed_and_detached(catalogue: Catalogue) -> None:
     assert catalogue.find_attachment(ONE.uuid) == replace(AT_ONE, lease=9)
     catalogue.detach(ONE.uuid)
     assert catalogue.attachments() == [AT_TWO]
+
+
+def test_a_vtpm_and_its_attachment_are_found_together_or_not_at_all(catalogue: Catalogue, site: Site) -> None:
+    assert catalogue.find_attached(ONE.uuid) is None
+    assert catalogue.attach(replace(AT_ONE, created="")).created
+    row, attachment = catalogue.find_attached(ONE.uuid) or pytest.fail("it is attached")
+    assert (row, attachment) == (catalogue.find_vtpm(ONE.uuid), catalogue.find_attachment(ONE.uuid))
+    assert catalogue.find_attached(uuid4()) is None
+    for table, column in (("vtpms", "name"), ("attachments", "guest")):
+        site.edit(f"update {table} set {column} = {column} || 'x'")
+        with pytest.raises(RowTampered):
+            catalogue.find_attached(ONE.uuid)
+        site.edit(f"update {table} set {column} = substr({column}, 1, length({column}) - 1)")
+    assert catalogue.find_attached(ONE.uuid) == (row, attachment)
+
+
+def test_an_attachment_is_found_by_each_of_its_ports_and_by_no_other(catalogue: Catalogue) -> None:
+    catalogue.attach(AT_ONE)
+    for first in (1, 2, 3):
+        assert catalogue.find_attachment_at_ports(first, 2) is None, "it has none"
+    on_tcp = replace(AT_TWO, tcp_port=2)
+    catalogue.attach(on_tcp)
+    assert [catalogue.find_attachment_at_ports(first, 2) for first in (1, 2, 3)] == [on_tcp] * 3
+    assert catalogue.find_attachment_at_ports(4, 2) is None
 
 
 def test_a_removed_vtpm_frees_its_name(catalogue: Catalogue) -> None:

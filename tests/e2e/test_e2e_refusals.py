@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import vtpm_instance_rig as tpm
-from e2e_rig import Guest, Installation, installation, wait_for
+from e2e_rig import BIN, Guest, Installation, installation, wait_for
 from fixtures_tpm import running_swtpm
 
 pytestmark = pytest.mark.e2e
@@ -526,17 +526,32 @@ def test_init_refuses_a_binding_that_nobody_could_undo(bare: Installation) -> No
     assert bare.vtpm_manager("check", check=False).code != 0, "weak settings fail"
 
 
-def test_an_unknown_configuration_key_is_an_error(vtpms: Installation) -> None:
+def test_an_unknown_configuration_key_is_an_error_and_so_is_a_place_where_nobody_can_listen(
+    vtpms: Installation,
+) -> None:
     vtpms.stop()
     config = vtpms.state / "config.toml"
     good = config.read_text()
-    config.write_text(good + "\n[tpm2]\n")
-    assert vtpms.try_start() == 2
     config.write_text(good.replace("locality = 2", "localty = 2"))
     assert vtpms.try_start() == 2
     assert "localty" in vtpms.refusal
     config.write_text(good)
-    vtpms.start()
+    vtpms.configure("listen", "unix:/no/such/directory/migrate.sock")
+    assert vtpms.try_start() == 2
+    assert "vtpm-manager run: [migration] listen: cannot listen at unix:/no/such/directory/" in vtpms.refusal
+    assert "Traceback" not in vtpms.refusal
+    config.write_text(good)
+    start_without_standard_descriptors(vtpms)
+
+
+def start_without_standard_descriptors(vtpms: Installation) -> None:
+    """See that no store takes their place: tpm2-tss writes messages to descriptor 2, and wrote them into its image."""
+    places = f"--state-dir {vtpms.state} --runtime-dir {vtpms.runtime}"
+    command = ["bash", "-c", f"exec {BIN / 'vtpm-manager'} run {places} 0<&- >&- 2>&-"]
+    vtpms.manager = subprocess.Popen(command)
+    wait_for(vtpms._ready, "the manager")
+    links = [os.readlink(f"/proc/{vtpms.manager.pid}/fd/{number}") for number in range(3)]
+    assert links == ["/dev/null"] * 3
 
 
 def test_a_runtime_directory_with_too_long_a_name_is_refused(bare: Installation) -> None:
