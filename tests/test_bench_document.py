@@ -1,7 +1,9 @@
 """What ./dev bench writes: a run of one benchmark leaves the others' results, and the document is what they give."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,9 @@ DOCS = BENCH.parents[1] / "docs"
 sys.path.insert(0, str(BENCH))
 
 import document as doc  # noqa: E402 - beside the benchmarks
+import drawings  # noqa: E402
 import plots  # noqa: E402
+import plots_instance  # noqa: E402
 
 KEPT = doc.load_entries(DOCS / "benchmarks.json")
 
@@ -80,11 +84,12 @@ def test_every_figure_has_its_file_and_its_drawing() -> None:
     assert figures
     for figure, _ in figures:
         assert (DOCS / figure.file).read_bytes().startswith(b"<?xml")
-        assert figure.file in plots.DRAW
+        assert figure.file in drawings.DRAW
 
 
-def test_the_same_numbers_draw_the_same_file() -> None:
-    data = {
+_TIMES = {"vTPM, socket": [18.0, 17.0], "vTPM, ring": [12.0, 12.5], "swtpm, socket": [12.0, 11.0]}
+_NUMBERS: dict[str, dict[str, Any]] = {
+    "sizes": {
         "sizes": {
             "counts": [10, 1000],
             "flush_us": 100.0,
@@ -92,7 +97,36 @@ def test_the_same_numbers_draw_the_same_file() -> None:
             "bytes": {"store": [100.0, 104.0]},
             "open_ms": {"store": [1.0, 20.0]},
         }
-    }
-    drawn = plots.store_sizes(data)
-    assert drawn == plots.store_sizes(data)
+    },
+    "round trips": {
+        "commands": ["GetRandom", "1,000 reads"],
+        "pinned": _TIMES,
+        "free": _TIMES,
+        "limits": {"vTPM, socket": 1.3, "vTPM, ring": 1.0},
+    },
+    "stacked": {
+        "unit": "KiB of 1,000",
+        "bars": {"instance": {"heap": 600, "stack": 24}, "swtpm": {"heap": 400, "files": 500}},
+        "limit": 818.0,
+        "limit_label": "limit",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("draw", "numbers"),
+    [
+        (plots.store_sizes, "sizes"),
+        (plots_instance.round_trips, "round trips"),
+        (plots_instance.stacked, "stacked"),
+    ],
+)
+def test_the_same_numbers_draw_the_same_file(draw: Callable[..., bytes], numbers: str) -> None:
+    drawn = draw(_NUMBERS[numbers])
+    assert drawn == draw(_NUMBERS[numbers])
     assert b"1,000" in drawn, "text stays text"
+
+
+def test_other_numbers_draw_another_file() -> None:
+    more = _NUMBERS["stacked"] | {"bars": {"instance": {"heap": 900, "stack": 24}, "swtpm": {"heap": 400}}}
+    assert plots_instance.stacked(more) != plots_instance.stacked(_NUMBERS["stacked"])

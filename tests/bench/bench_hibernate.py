@@ -96,7 +96,8 @@ def _many(section: Section, options: Options) -> None:
         table.add(what, f"{memory / _MIB:.1f}", f"{descriptors:,}")
     section.tables.append(table)
     section.meaning.append(
-        f"Memory is proportional set size, that of spawners included, of instances not. A hibernated vTPM costs "
+        f"Memory is proportional set size, that of spawners and of what stands by included, of instances not. A "
+        f"hibernated vTPM costs "
         f"{(asleep[0] - before[0]) / attached / 1024:.1f} KiB of it and {(asleep[1] - before[1]) / attached:.1f} "
         f"descriptors. GetRandom of the {awake} that are awake, in turn on their own connections: median "
         f"{times.median / 1000:.0f} us, p99 {times.p99 / 1000:.0f} us."

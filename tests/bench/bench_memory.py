@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-from document import Section, Table, Target
+from document import Figure, Section, Table, Target
 from options import Options, progress
 from subjects import READS, Client, Subject, running_subject, running_swtpms
 
@@ -19,6 +19,8 @@ _PREPARING = 2 + len(READS)  # commands of Client.prepare
 _KIB = "KiB"
 _TITLE = "Private memory"
 _REPORT_EVERY = 100
+_PLOT = "instance-memory.svg"
+_OWN = ("anonymous", "[heap]", "[stack]")  # mappings without a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ def run(options: Options) -> Section:
             _Memory.of(subject.manager.pid),
             _Memory.of(keeper_pid).plus(_Memory.of(subject.spawner(keeper_pid))),
         )
+        for pid in subject.standing_by(keeper_pid):
+            keeper = keeper.plus(_Memory.of(pid))
         kinds = _private_by_kind(pids[-1]), their_kinds
     return _section(ours, theirs, (manager, keeper), kinds, (our_seconds, swtpm_seconds))
 
@@ -144,8 +148,21 @@ def _section(
     private = [statistics.median(each.private for each in side) for side in (ours, theirs)]
     section.targets.append(Target(f"private memory, {count} running", private[0] / private[1], LIMIT, "swtpm"))
     section.tables.append(_where(kinds))
+    section.data |= {
+        "unit": f"Private memory of one, {_KIB}",
+        "bars": {party: _largest(of) for party, of in zip(("instance", "swtpm"), kinds, strict=True)},
+        "limit": LIMIT * private[1],
+        "limit_label": f"limit, {LIMIT} of swtpm",
+    }
+    section.figures.append(Figure(_PLOT, "Private memory of an instance and of swtpm, by what is mapped"))
     section.meaning += [_meaning(ours, theirs, (manager, keeper)), _times(count, seconds)]
     return section
+
+
+def _largest(kinds: dict[str, int]) -> dict[str, int]:
+    """Return what a plot can show: the anonymous mappings, heap and stack, and files together."""
+    named = {name: kinds.get(name, 0) for name in _OWN}
+    return named | {"files, copied when written to": sum(kinds.values()) - sum(named.values())}
 
 
 def _where(kinds: tuple[dict[str, int], dict[str, int]]) -> Table:
@@ -165,8 +182,8 @@ def _meaning(ours: Sequence[_Memory], theirs: Sequence[_Memory], shared: tuple[_
         balance = "so the whole takes more than as many swtpm processes, however many there are"
     return (
         f"*Everything / {len(ours)}* counts page tables and shares out the manager ({manager.private / 1024:.1f} MiB "
-        f"private) and the keeper with its spawner ({keeper.private / 1024:.1f} MiB), which swtpm has no counterpart "
-        f"of; {balance}. An "
+        f"private) and the keeper with its spawner and the next instance ({keeper.private / 1024:.1f} MiB), which "
+        f"swtpm has no counterpart of; {balance}. An "
         "instance is forked from the spawner and shares its pages until it writes to them. Python writes to a page "
         "whenever it uses an object on it, because the reference count lies in the object. *Anonymous* and *heap* hold "
         "such copies and libtpms' own tables; the two are not told apart here."

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from document import Section, Table, Target
+from document import Figure, Section, Table, Target
 from floors import echo_server, libtpms_alone
 from options import Options, progress
 from subjects import READS, Client, running_subject, running_swtpms
@@ -18,6 +18,7 @@ BLOCK = 20  # commands in a row before the next party has its turn
 ROUNDS = 9
 EACH = 800
 SOCKET, RING, PEER, ECHO = "vTPM, socket", "vTPM, ring", "swtpm, socket", "Python echo"
+_PLOT = "round-trips.svg"
 _ANSWER_BYTES = 44  # of GetRandom(32)
 
 
@@ -118,6 +119,13 @@ def _section(
                 Target(f"{name}, {party.split(', ')[1]}, pinned", ratio.median, limit, "swtpm, socket", ratio.spread)
             )
     section.tables += [_shares(pinned, inside), _work_table(work)]
+    section.data |= {"commands": list(READS), "limits": {SOCKET: LIMIT_SOCKET, RING: LIMIT_RING}}
+    for which, results in (("pinned", pinned), ("free", free)):
+        section.data[which] = {
+            party: [samples[party].median / MICROSECONDS for samples in results.values()]
+            for party in (SOCKET, RING, PEER)
+        }
+    section.figures.append(Figure(_PLOT, "Microseconds of a command: vTPM by socket, vTPM by ring, swtpm"))
     section.meaning.append(_meaning(pinned, inside))
     return section
 

@@ -17,7 +17,8 @@ from typing import Final
 from document import Section, Table, Target
 from load_clients import Served, load
 from options import Options, progress
-from profiles import Profiler, Spent, accounting, by_library
+from parts import where_the_cpus_go
+from profiles import Profiler, Spent, accounting
 from slow_disk import SlowDisk, run_on, slow_disk
 from subjects import Subject, scratch
 from timing import MICROSECONDS
@@ -164,28 +165,25 @@ def run(options: Options) -> Section:
     return _section(count, {_AS_IT_IS: quick, _SLOW: slow}, profiles)
 
 
-def _profiles(bed: _Bed) -> dict[str, list[tuple[str, float]]]:
+def _profiles(bed: _Bed) -> list[Table]:
     """Profile everything, then the manager, under all clients; and an instance that alone has a client.
 
     Of many, each instance hardly runs.
     """
     assert bed.subject.manager is not None
-    found = {}
-    with by_library(_PROFILE_SECONDS, bed.subject.disk) as shares:
-        load(bed.endpoints, _PROFILE_SECONDS, CLIENTS, warm_up=1.0)
-    if shares:
-        found["Programs and libraries on the CPUs (perf), all save"] = shares
+    processes = {"instances": bed.instances, "manager": [bed.subject.manager.pid]}
+    found = where_the_cpus_go(bed.subject, bed.endpoints, CLIENTS, processes)
     for name, pid, endpoints in (
         ("Innermost Python functions (py-spy), manager, all save", bed.subject.manager.pid, bed.endpoints),
         ("Innermost Python functions (py-spy), instance, it alone saves", bed.instances[0], bed.endpoints[:1]),
     ):
         profiler = Profiler(pid, _PROFILE_SECONDS, bed.subject.disk)
         load(endpoints, _PROFILE_SECONDS, min(CLIENTS, len(endpoints)), warm_up=1.0)
-        found[name] = profiler.shares()
+        found.append(_profile(name, profiler.shares()))
     return found
 
 
-def _section(count: int, results: dict[str, _Result], profiles: dict[str, list[tuple[str, float]]]) -> Section:
+def _section(count: int, results: dict[str, _Result], profiles: list[Table]) -> Section:
     section = Section(
         "Many saving at once, and a slow disk",
         f"{count:,} attached vTPMs, each a real instance, each with one durable NV_Write in flight all the time, from "
@@ -195,8 +193,7 @@ def _section(count: int, results: dict[str, _Result], profiles: dict[str, list[t
         "each save, one after the other: one over the time of (write 512 bytes, fdatasync), measured before and after "
         "each load on the same disk, as slow. Every save here needs two flushes, of its state image and of the store.",
     )
-    section.tables += [_rates(results), _fairness(results), _processors(results)]
-    section.tables += [_profile(name, shares) for name, shares in profiles.items()]
+    section.tables += [_rates(results), _fairness(results), _processors(results), *profiles]
     for name, result in results.items():
         section.targets.append(
             Target(

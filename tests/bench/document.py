@@ -56,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A drawing in docs/, which `plots.DRAW` makes from its section's data."""
+    """A drawing in docs/, which `drawings.DRAW` makes from its section's data."""
 
     file: str
     caption: str

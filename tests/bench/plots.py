@@ -4,7 +4,7 @@ What lives here: how a plot looks. What must not: measuring.
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-_STYLE: Final[Mapping[str, Any]] = {
+STYLE: Final[Mapping[str, Any]] = {
     "svg.fonttype": "none",  # text stays text: small, and sharp at any size
     "svg.hashsalt": "vtpm",  # identifiers are otherwise random
     "font.family": "sans-serif",
@@ -47,7 +47,7 @@ def store_sizes(section_data: Mapping[str, Any], form: str = "svg") -> bytes:
     """Draw time of an update, bytes of a vTPM and time to open against the number of vTPMs; returns the file."""
     data = section_data["sizes"]
     counts: Sequence[int] = data["counts"]
-    with mpl.rc_context(dict(_STYLE)):
+    with mpl.rc_context(dict(STYLE)):
         figure, (update, size, opening) = plt.subplots(1, 3, figsize=(11, 3.7), layout="constrained")
         _lines(update, counts, data["update_us"])
         update.axhline(data["flush_us"], color=_FLOOR_COLOUR, linestyle="--", linewidth=1.2, label="one flush")
@@ -61,7 +61,7 @@ def store_sizes(section_data: Mapping[str, Any], form: str = "svg") -> bytes:
         handles, labels = update.get_legend_handles_labels()
         more = size.get_legend_handles_labels()
         figure.legend(handles + more[0][-1:], labels + more[1][-1:], loc="outside lower center", ncols=5, frameon=False)
-        return _saved(figure, form)
+        return saved(figure, form)
 
 
 def _lines(axes: Axes, counts: Sequence[int], series: Mapping[str, Sequence[float]]) -> None:
@@ -74,7 +74,8 @@ def _lines(axes: Axes, counts: Sequence[int], series: Mapping[str, Sequence[floa
     axes.margins(x=0.12)
 
 
-def _saved(figure: Any, form: str) -> bytes:
+def saved(figure: Any, form: str) -> bytes:
+    """Return a figure as a file, and close it."""
     buffer = io.BytesIO()
     if form == "svg":
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -82,7 +83,3 @@ def _saved(figure: Any, form: str) -> bytes:
         figure.savefig(buffer, format=form, dpi=110)
     plt.close(figure)
     return buffer.getvalue()
-
-
-# file in docs/ -> what draws it from its section's data; `form` is a file type that matplotlib knows
-DRAW: Final[Mapping[str, Callable[..., bytes]]] = {"store-size.svg": store_sizes}

@@ -1,10 +1,9 @@
-"""Where processor time goes: by process from proc(5), by function from py-spy.
+"""Where processor time goes: by process from proc(5), by function from py-spy. By part of a program: see `parts`.
 
 What lives here: reading clocks and profiles. What must not: the load that is profiled.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,9 +15,7 @@ from typing import Final
 
 _TICK: Final = os.sysconf("SC_CLK_TCK")
 _RATE: Final = 200  # samples a second
-_PERF_RATE: Final = 499  # odd, so as not to keep step with the timer
 _IDLE_THREAD: Final = "WorkerThread._work (trio/_core/_thread_cache.py)"  # py-spy takes its wait for work
-_NO_PERCENT: Final = 0.5  # a share below that is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,37 +96,3 @@ class Profiler:
 def _without_line(frame: str) -> str:
     """Return "function (file)" of py-spy's "function (file:line)"."""
     return frame.rpartition(":")[0] + ")" if ":" in frame else frame
-
-
-@contextmanager
-def by_library(seconds: float, directory: Path) -> Iterator[list[tuple[str, float]]]:
-    """Sample all CPUs meanwhile; fills the list it yields with (program and library, share) at the end.
-
-    The list stays empty where perf is not installed or may not look.
-    """
-    shares: list[tuple[str, float]] = []
-    if shutil.which("perf") is None:
-        yield shares
-        return
-    output = str(directory / "perf.data")
-    command = ["perf", "record", "--all-cpus", "--freq", str(_PERF_RATE), "--output", output, "--"]
-    with subprocess.Popen(
-        [*command, "sleep", str(seconds)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        yield shares
-    if process.returncode == 0:
-        shares += _perf_report(output)
-
-
-def _perf_report(file: str) -> list[tuple[str, float]]:
-    report = subprocess.run(
-        ["perf", "report", "--input", file, "--sort", "comm,dso", "--stdio", "--field-separator", "|"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    rows = [line.split("|") for line in report.splitlines() if line.strip() and not line.startswith("#")]
-    found = [
-        (f"{program.strip()}, {library.strip()}", float(share.strip("% ")) / 100) for share, program, library in rows
-    ]
-    return [(name, share) for name, share in found if share * 100 >= _NO_PERCENT]

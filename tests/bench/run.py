@@ -33,7 +33,7 @@ import bench_trust
 import bench_xen
 import bench_xen_bridge
 import document
-import plots
+import drawings
 import surroundings
 from options import Options, progress
 from subjects import REPOSITORY
@@ -142,7 +142,7 @@ def write(entries: Mapping[str, document.Entry]) -> None:
     DOCUMENT.write_text(document.as_markdown(surroundings.NOISE, entries), encoding="utf-8")
     for entry in entries.values():
         for figure in entry.section.figures:
-            (DOCS / figure.file).write_bytes(plots.DRAW[figure.file](entry.section.data))
+            (DOCS / figure.file).write_bytes(drawings.DRAW[figure.file](entry.section.data))
 
 
 if __name__ == "__main__":

@@ -159,13 +159,24 @@ class Subject(Installation):
 
     @staticmethod
     def spawner(keeper: int) -> int:
-        """Return the process id of the keeper's spawner: its only child that is no instance."""
-        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
-        return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() != "vtpm-instance")
+        """Return the process id of the keeper's spawner: its only child that neither is an instance nor will be one."""
+        others = ("vtpm-instance", "vtpm-standby")
+        return next(pid for pid, name in _children(keeper).items() if name not in others)
+
+    @staticmethod
+    def standing_by(keeper: int) -> list[int]:
+        """Return the process ids of the keeper's instances-to-be."""
+        return [pid for pid, name in _children(keeper).items() if name == "vtpm-standby"]
 
     def keeper(self, instance: int) -> int:
         """Return the process id of the keeper, whose child `instance` is."""
         return int(Path(f"/proc/{instance}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def _children(pid: int) -> dict[int, str]:
+    """Return a process's children and their names (proc(5))."""
+    words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(word): Path(f"/proc/{word}/comm").read_text().strip() for word in words}
 
 
 def _with_defaults(verb: str, given: dict[str, str | int | bool | None]) -> dict[str, str | int | bool | None]:
