@@ -79,6 +79,7 @@ def test_each_bank_gets_the_hardwares_values_and_again_after_each_reset(bare: In
         bare.start()  # an adopted instance may still ask
         bare.command("vtpm-reset-platform", "web")
         check()
+        assert bare.stop() == 0
 
 
 def test_a_tpm_of_the_old_family_gets_them_and_one_without_the_option_none(bare: Installation, tmp_path: Path) -> None:
@@ -99,6 +100,7 @@ def test_a_tpm_of_the_old_family_gets_them_and_one_without_the_option_none(bare:
         guest = Guest(plain["endpoint"])
         assert [guest.pcr(pcr) for pcr in range(16)] == [bytes(32)] * 16
         guest.close()
+        assert bare.stop() == 0
 
 
 WRONG = ("24", "7-4", "", "0,,2", "1-", "\u0663")
