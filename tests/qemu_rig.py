@@ -157,7 +157,17 @@ class Qemu:
         """tpm: QEMU's arguments for the TPM's back end; disk: a qcow2 that keeps snapshots."""
         self.directory = directory
         self.console = directory / "console"
-        command = ["qemu-system-x86_64", "-accel", ACCELERATOR, "-machine", "q35", "-cpu", "qemu64", "-smp", "1"]
+        command = [
+            "qemu-system-x86_64",
+            "-accel",
+            ACCELERATOR,
+            "-machine",
+            "q35",
+            "-cpu",
+            "qemu64,+rdrand",
+            "-smp",
+            "1",
+        ]
         command += ["-m", str(MEMORY_MIB), "-nodefaults", "-display", "none", "-serial", f"file:{self.console}"]
         command += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", " ".join(KERNEL)]
         for name, use in (("agent", "isa-serial"), ("ticks", "isa-debugcon,iobase=0xe9"), ("qmp", "")):
