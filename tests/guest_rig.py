@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILDER = ROOT / "images" / "guest" / "build.py"
 DISK_BYTES = 48 * 1024 * 1024
 # Without its defences against Spectre and the like, which cost an emulated kernel a tenth of its time.
-# The words after `panic`: what an emulated processor would spend seconds on at each boot (tests of cryptography, clearing
-# pages twice, a walk over all page tables, guards against flaws of real processors), and waiting for randomness.
+# The words after that: what an emulated processor would spend seconds on at each boot (tests of cryptography, clearing
+# pages twice, a walk over all page tables), and waiting for randomness.
 KERNEL = ("console=ttyS0", "quiet", "panic=-1", "mitigations=off", "cryptomgr.notests", "init_on_alloc=0", "rodata=off")
 KERNEL += ("random.trust_cpu=on",)
 BUILD_SECONDS = 300.0  # the first time 70 MB are downloaded
