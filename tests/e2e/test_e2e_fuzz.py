@@ -149,7 +149,7 @@ def keeper_with_more_than_its_own(vtpms: Installation) -> None:
 def test_whatever_is_left_over_is_found(vtpms: Installation) -> None:
     vtpms.add("web")
     vtpms.attach("web")
-    before = Inventory.of(vtpms)
+    before = Inventory.at_rest(vtpms)
     assert before.processes == {"manager": 1, "keeper": 1, "spawner": 1, "standby": 1, "tpm": 1, "instance": 1}
     before.compare(lambda: Inventory.of(vtpms))
     image = vtpms.state / "state" / f"{vtpms.show('web')['uuid']}.img"

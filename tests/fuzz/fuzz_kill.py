@@ -50,7 +50,7 @@ class Massacre:
         for writer in self.writers:
             writer.start()
         self.calm()
-        self.before = Inventory.of(made)
+        self.before = Inventory.at_rest(made)
 
     # victims
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, Self
 
-from e2e_rig import Installation
+from e2e_rig import Installation, wait_for
 
 from storage.catalogue_database import SQLITE_CONNECTIONS_MOST
 
@@ -125,6 +125,17 @@ class Inventory:
             locks(made),
             {name for name in files if not name.endswith(_PASSING)},
         )
+
+    @classmethod
+    def at_rest(cls, made: Installation) -> Self:
+        """Look when in each keeper the next instance stands by, which is made a moment after the last one's order."""
+
+        def all_stand_by() -> bool:
+            there = Counter(role for role, _ in roles(made))
+            return there["standby"] == there["keeper"] > 0
+
+        wait_for(all_stand_by, "an instance to stand by in each keeper")
+        return cls.of(made)
 
     @staticmethod
     def servants(made: Installation) -> dict[str, int]:
