@@ -198,9 +198,8 @@ def test_passed_sockets_are_served(host: Installation) -> None:
     words = words_for(host, vtpm, "--tpm2", "--flags", "not-need-init,startup-clear")
     words += ["--ctrl", f"type=unixio,clientfd={theirs.fileno()}", "--server", f"type=tcp,fd={also_theirs.fileno()}"]
     with control, data:
-        process = subprocess.Popen(as_user(OWNER, words), pass_fds=(theirs.fileno(), also_theirs.fileno()))
-        theirs.close()
-        also_theirs.close()
+        with theirs, also_theirs:
+            process = subprocess.Popen(as_user(OWNER, words), pass_fds=(theirs.fileno(), also_theirs.fileno()))
         control.settimeout(30)
         data.settimeout(30)
         assert b'"family":"2.0"' in ask(control, GET_INFO, struct.pack(">QII", 1, 0, 0))
