@@ -74,11 +74,11 @@ def receive_message(
     return checked_message(data, ancillary, flags)
 
 
-def is_readable(sock: socket.socket, seconds: float) -> bool:
-    """Wait at most `seconds` until a message is there, or the peer is gone; returns whether."""
+def is_readable(descriptor: int, seconds: float | None = 0.0) -> bool:
+    """Wait at most `seconds` (None: for ever) until something is there, or the peer is gone; returns whether."""
     poll = select.poll()
-    poll.register(sock.fileno(), select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:

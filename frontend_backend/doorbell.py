@@ -12,13 +12,12 @@ has one description for both sides and no such call: a peer could make our next 
 
 import fcntl
 import os
-import select
 import socket
 import stat
 from collections.abc import Sequence
 from typing import Final, Protocol, Self
 
-from frontend_backend.descriptors import send_message
+from frontend_backend.descriptors import is_readable, send_message
 from frontend_backend.errors import NotARingError
 
 _DING: Final = b"\0"
@@ -182,7 +181,7 @@ class PipeDoorbell:
 
     def drain(self) -> bool:
         """Swallow all rings."""
-        if self._patient and not _readable(self._heard):
+        if self._patient and not is_readable(self._heard):
             return True
         try:
             return bool(os.read(self._heard, _CAPACITY))
@@ -231,11 +230,5 @@ def _anew(*ends: tuple[int, int]) -> list[int]:
     return mine
 
 
-def _readable(descriptor: int, milliseconds: int | None = 0) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(milliseconds))
-
-
 def _until_readable(descriptor: int) -> None:
-    _readable(descriptor, None)
+    is_readable(descriptor, None)

@@ -152,7 +152,7 @@ class AdminServer:
 
     async def run(self, listener: socket.socket) -> None:
         """Accept until cancelled, or until trio is told that `listener` closes; those accepted are served on."""
-        await accept_clients(listener, self._room, self._serve, "an administrator")
+        await accept_clients(listener, self._serve, "an administrator", self._room)
 
     async def _serve(self, client: socket.socket) -> None:
         try:

@@ -5,12 +5,15 @@ handshake, and takes no place from a manager that has one; how many of each mana
 how long, and what they may send is limited.
 """
 
+import errno
 import logging
 import os
 import socket
 import ssl
+import stat
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -19,17 +22,17 @@ import trio
 
 from frontend_backend import messages_migration as m
 from frontend_backend.errors import ChannelClosedError, MessageError, RingError
+from manager.accepting import accept_clients
 from manager.errors import BusyError, ConfigurationError, DeniedError, ManagerError, UsageError
 from manager.migration_identity import fingerprint_of
+from manager.sockets import BACKLOG
 from manager.strangers import HANDSHAKE_SECONDS, Strangers, source_of
 
 _log = logging.getLogger("vtpm.migration")
 MAX_REQUESTS: Final = 16  # of one manager, worked on at once; the others wait
 MAX_CONNECTIONS: Final = 64  # of one manager; each costs a descriptor and a TLS state of some 50 KiB
-_BACKLOG: Final = 64
 SERVE_SECONDS: Final = 60.0  # a freeze waits for a flush, the hardware TPM, and an instance's last save
 ASK_SECONDS: Final = 75.0  # above the other side's own limit
-_ACCEPT_PAUSE: Final = 0.2
 _LOOPBACK: Final = "127.0.0.1"
 _MAX_PORT: Final = 65535
 
@@ -83,12 +86,16 @@ def listen(address: Address) -> socket.socket:
 
 
 def _bound_unix(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)
+    """Take the place of the socket of a manager before us, and of nothing else: an operator named this path."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(errno.EEXIST, "what is there is no socket, and was left alone")
+        path.unlink()
     sock = socket.socket(socket.AF_UNIX)
     previous = os.umask(0o177)
     try:
         sock.bind(str(path))
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
@@ -104,7 +111,7 @@ def _bound_tcp(address: Address) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(place)
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
@@ -140,18 +147,7 @@ class MigrationServer:
 
     async def run(self, listener: socket.socket) -> None:
         """Accept until cancelled."""
-        async with trio.open_nursery() as nursery:
-            while True:
-                await trio.lowlevel.wait_readable(listener)
-                try:
-                    client, _ = listener.accept()
-                except OSError as error:
-                    if not isinstance(error, BlockingIOError):
-                        _log.warning("cannot accept another manager: %s", error)
-                        await trio.sleep(_ACCEPT_PAUSE)
-                    continue
-                client.setblocking(False)
-                nursery.start_soon(self._serve, client)
+        await accept_clients(listener, self._serve, "another manager")
 
     async def _serve(self, client: socket.socket) -> None:
         try:

@@ -99,7 +99,7 @@ class XenServer:
 
     async def run(self, listener: socket.socket) -> None:
         """Accept until cancelled."""
-        await accept_clients(listener, self._room, self._serve, "vtpm-xen")
+        await accept_clients(listener, self._serve, "vtpm-xen", self._room)
 
     async def _serve(self, client: socket.socket) -> None:
         try:

@@ -65,11 +65,12 @@ def spawn_all(channel: socket.socket, directory: Path, *, filtered: bool, port: 
     outside = replace(confinement, filter=())
     inside = confinement if filtered else outside
     told, tell = os.pipe2(os.O_CLOEXEC)
-    neighbour, _ = fork_instance(lambda: order(UIDS + 1, tell), outside, neighbour_runs, (tell,))
+    neighbour = fork_instance(lambda: order(UIDS + 1, tell), outside, neighbour_runs, (tell,))
     targets = Targets(neighbour, os.getppid(), "/etc/passwd", str(unix), b"\0evil-target", port, closure, tell)
     for group in ATTEMPTS.values():
         for name, attempt in group.items():
-            pid, pidfd = fork_instance(lambda: order(UIDS, tell), inside, evil(attempt, targets, tell), (tell,))
+            pid = fork_instance(lambda: order(UIDS, tell), inside, evil(attempt, targets, tell), (tell,))
+            pidfd = os.pidfd_open(pid)  # nobody waits for it before it is told of it
             send_message(channel, json.dumps([name, pid]).encode(), [pidfd, told])
             os.close(pidfd)
             channel.recv(1)

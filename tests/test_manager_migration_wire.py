@@ -281,3 +281,16 @@ def test_addresses_are_written_out() -> None:
 def test_an_address_that_cannot_be_listened_at_is_the_configurations_fault(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot listen"):
         listen(Address(path=folder / "missing" / "m"))
+
+
+def test_only_a_socket_makes_room_for_the_listener(folder: Path) -> None:
+    """Whoever writes the wrong path into the configuration loses nothing."""
+    other = folder / "config.toml"
+    other.write_text("kept")
+    with pytest.raises(ConfigurationError, match="no socket, and was left alone; nothing was started"):
+        listen(Address(path=other))
+    assert other.read_text() == "kept"
+    with pytest.raises(ConfigurationError, match="left alone"):
+        listen(Address(path=folder))
+    for _ in range(2):  # the second time a socket is there whose manager has gone
+        listen(Address(path=folder / "m")).close()

@@ -54,7 +54,7 @@ def _nv(code: int, handles: tuple[int, ...], parameters: bytes) -> bytes:
 
 
 # GetRandom, GetCapability, PCR_Read, PCR_Extend, NV_DefineSpace, NV_Write, NV_Read (TPM 2.0 Part 3)
-_COMMANDS_20: Final = (
+_COMMANDS: Final = (
     command(0x17B, struct.pack(">H", 32)),
     command(0x17A, struct.pack(">III", 6, 0x100, 8)),
     command(0x17E, bytes.fromhex("00000001 000b 03 010000")),
@@ -63,13 +63,6 @@ _COMMANDS_20: Final = (
     _nv(0x137, (_NV_INDEX, _NV_INDEX), struct.pack(">H", 64) + bytes(64) + struct.pack(">H", 0)),
     _nv(0x14E, (_NV_INDEX, _NV_INDEX), struct.pack(">HH", 64, 0)),
 )
-# TPM_GetRandom, TPM_PcrRead, TPM_Extend (TPM 1.2 Part 3)
-_COMMANDS_12: Final = (
-    command(0x46, struct.pack(">I", 16), Tag.TPM12_REQUEST),
-    command(0x15, struct.pack(">I", 0), Tag.TPM12_REQUEST),
-    command(0x14, struct.pack(">I", 16) + bytes(20), Tag.TPM12_REQUEST),
-)
-_COMMANDS: Final = {TpmFamily.TPM_2_0: _COMMANDS_20, TpmFamily.TPM_1_2: _COMMANDS_12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +72,6 @@ class State:
     `lives` counts those that have ended: every other one hibernates, and the one after it resumes.
     """
 
-    family: TpmFamily
     image: int
     key: bytes = b""
     digest: bytes = b""
@@ -87,11 +79,11 @@ class State:
     lives: int = 0
 
 
-def fresh(family: TpmFamily) -> State:
-    """Return a vTPM that was never started, its image in memory; see `release`."""
+def fresh() -> State:
+    """Return a TPM 2.0 that was never started, its image in memory; see `release`."""
     image = os.memfd_create("vtpm-rehearsal", os.MFD_CLOEXEC)
-    StateImage.create(image, _NOBODY, _NOBODY, Family.TPM20 if family is TpmFamily.TPM_2_0 else Family.TPM12)
-    return State(family, image)
+    StateImage.create(image, _NOBODY, _NOBODY, Family.TPM20)
+    return State(image)
 
 
 def release(state: State) -> None:
@@ -127,7 +119,7 @@ def live_once(state: State, look_at: Callable[[int], None] | None = None) -> Sta
     order = InstanceOrder(
         vtpm=_NOBODY,
         lease=_LEASE,
-        family=state.family,
+        family=TpmFamily.TPM_2_0,
         front_end=FrontEnd.SOCKET,
         owner_uid=0,
         manager_uid=os.geteuid(),
@@ -215,7 +207,7 @@ class _Play:
     def guest(self, kept: socket.socket, places: dict[str, bytes | str]) -> None:
         """Use every way in; `kept` is a connection from before, and stays open."""
         with _connected(places["data"]) as data:
-            for packet in _COMMANDS[self.state.family]:
+            for packet in _COMMANDS:
                 for _ in range(2):
                     self._exchange(data, packet)
                     self._exchange(kept, packet)
@@ -223,13 +215,13 @@ class _Play:
             self._exchange(control, _GET_INFO)
         front = RingFrontEnd.connect(os.fsdecode(places["ring"]))
         for _ in range(2):
-            front.transact(_COMMANDS[self.state.family][0])
+            front.transact(_COMMANDS[0])
         front.close()
 
     def one_command(self, data: bytes | str) -> None:
         """Send what a guest may send first."""
         with _connected(data) as sock:
-            self._exchange(sock, _COMMANDS[self.state.family][0])
+            self._exchange(sock, _COMMANDS[0])
 
     def _exchange(self, sock: socket.socket, packet: bytes) -> None:
         sock.sendall(packet)
@@ -262,7 +254,7 @@ class _Play:
                 startup = "clear" if new else "state"
                 return LoadReply(
                     _NOBODY.bytes,
-                    state.family.value,
+                    TpmFamily.TPM_2_0.value,
                     _LEASE,
                     new,
                     state.key,

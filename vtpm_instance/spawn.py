@@ -20,22 +20,20 @@ from typing import Final, NoReturn
 from frontend_backend.descriptors import receive_message
 from frontend_backend.errors import ChannelClosedError
 from vtpm_instance import confine
-from vtpm_instance._libtpms import ffi
 from vtpm_instance.confine import Confinement
 from vtpm_instance.errors import LibtpmsMisuseError
 from vtpm_instance.front_ends import RULES
 from vtpm_instance.journal import note
 from vtpm_instance.libtpms import the_tpm
 from vtpm_instance.order import InstanceOrder
-from vtpm_instance.syscalls import address_of, call, number_of
+from vtpm_instance.syscalls import call, number_of
 
 PROCESS_NAME: Final = "vtpm-instance"  # 13 of at most 15 characters (PR_SET_NAME)
 EXIT_UNUSED: Final = 0  # its keeper needs it no more, or has ended
 EXIT_BUG: Final = 70  # an exception nobody expected (EX_SOFTWARE of sysexits.h)
 _MAX_DESCRIPTORS: Final = 9  # page, doorbell, image, three listeners, connections: see handover.MAX_HANDED
 _CLONE: Final = number_of("clone")
-_CLONE_PIDFD: Final = 0x00001000  # linux/sched.h
-_CLONE_PARENT: Final = 0x00008000
+_CLONE_PARENT: Final = 0x00008000  # linux/sched.h
 
 Run = Callable[[InstanceOrder], int]
 
@@ -57,8 +55,8 @@ def awaited_order(channel: int) -> InstanceOrder:
 
 def fork_instance(
     make_order: Callable[[], InstanceOrder], confinement: Confinement, run: Run, keep: Sequence[int]
-) -> tuple[int, int]:
-    """Start an instance that does `run(make_order())`; returns (pid, pidfd). It is a child of this process's parent.
+) -> int:
+    """Start an instance that does `run(make_order())`; returns its process id. It is a child of this process's parent.
 
     The order is made in the child, shut in already, which has the descriptors `keep` for it.
 
@@ -70,11 +68,10 @@ def fork_instance(
     if the_tpm().running is not None:
         raise LibtpmsMisuseError("a process with a running TPM must not be forked")
     parent = os.getppid()
-    pidfd = ffi.new("int *")
-    pid = call("clone", _CLONE, _CLONE_PARENT | _CLONE_PIDFD | signal.SIGCHLD, 0, address_of(pidfd))
+    pid = call("clone", _CLONE, _CLONE_PARENT | signal.SIGCHLD, 0)
     if pid == 0:
         become_instance(make_order, confinement, run, keep, parent)
-    return pid, pidfd[0]
+    return pid
 
 
 def become_instance(

@@ -154,11 +154,10 @@ def _serve_one(sock: socket.socket, confinement: Confinement) -> None:
     if how == WANTED_NOW:
         confinement = replace(confinement, hints=())  # copying all at once is quicker only while nobody waits for it
     try:
-        pid, pidfd = fork_instance(partial(awaited_order, channel), confinement, run, (channel,))
+        pid = fork_instance(partial(awaited_order, channel), confinement, run, (channel,))
     except (InstanceError, OSError) as error:
         send_message(sock, STARTED.pack(0) + str(error).encode())
     else:
-        os.close(pidfd)
         send_message(sock, STARTED.pack(pid))
     finally:
         close_all(descriptors)

@@ -227,7 +227,7 @@ class Spawner:
         Returns whether one was lost: what it had made without telling is to be ended.
         """
         was_ready, asked = self._ready, self._asked is not None
-        if self._sock is None or not is_readable(self._sock, 0.0):
+        if self._sock is None or not is_readable(self._sock.fileno()):
             return False  # told late: `spawn` has taken it since, or this is another spawner under the same number
         try:
             data = self._receive(0.0)
@@ -249,7 +249,7 @@ class Spawner:
 
     def _receive(self, seconds: float) -> bytes:
         assert self._sock is not None
-        if not is_readable(self._sock, seconds):
+        if not is_readable(self._sock.fileno(), seconds):
             self._lose(f"it did not answer within {seconds:g} s")
         try:
             return receive_message(self._sock)[0]

@@ -77,7 +77,7 @@ class Untaken:
         """Wait until one more order may be on its way."""
         while len(self._socks) >= UNTAKEN:
             with self._socks.popleft() as sock:
-                is_readable(sock, _TAKEN_SECONDS)  # it says nothing, and closes its end
+                is_readable(sock.fileno(), _TAKEN_SECONDS)  # it says nothing, and closes its end
 
     def close(self) -> None:
         """Forget them; an order that is on its way arrives all the same."""

@@ -10,7 +10,6 @@ import gc
 from functools import partial
 from typing import Final
 
-from frontend_backend.tpmhdr import TpmFamily
 from vtpm_instance import footprint, rehearsal
 from vtpm_instance.confine import Calls
 
@@ -29,7 +28,7 @@ def warm_up(*, shared: bool = True) -> Calls:
         InstanceError, StorageError, OSError: a part does not work here; no instance would.
 
     """
-    state = rehearsal.fresh(TpmFamily.TPM_2_0)
+    state = rehearsal.fresh()
     try:
         for _ in range(LIVES if shared else 1):
             state = rehearsal.live_once(state)
@@ -41,7 +40,7 @@ def warm_up(*, shared: bool = True) -> Calls:
 
 def _hints() -> Calls:
     """Watch two lives, each in a child: a new TPM's, and one that wakes after it hibernated."""
-    state = rehearsal.fresh(TpmFamily.TPM_2_0)
+    state = rehearsal.fresh()
     try:
         new = footprint.written_in(partial(rehearsal.live_once, state))
         state = rehearsal.live_once(state)
